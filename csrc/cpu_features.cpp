@@ -1,0 +1,40 @@
+// _cpu: what this processor can do, asked before a library compiled for it is loaded. Plain limited API, no torch.
+#include <Python.h>
+
+namespace {
+
+PyObject* features(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  if (names == nullptr) return nullptr;
+  bool ok = true;
+  [[maybe_unused]] auto add = [&](const char* name, bool present) {
+    if (!present || !ok) return;
+    PyObject* text = PyUnicode_FromString(name);
+    ok = text != nullptr && PyList_Append(names, text) == 0;
+    Py_XDECREF(text);
+  };
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  add("avx2", __builtin_cpu_supports("avx2"));
+  add("fma", __builtin_cpu_supports("fma"));
+  add("f16c", __builtin_cpu_supports("avx2"));  // every processor with AVX2 has it; GCC 9 cannot ask
+  add("avx512f", __builtin_cpu_supports("avx512f"));
+  add("avx512bw", __builtin_cpu_supports("avx512bw"));
+  add("avx512dq", __builtin_cpu_supports("avx512dq"));
+  add("avx512vl", __builtin_cpu_supports("avx512vl"));
+  add("avx512bf16", __builtin_cpu_supports("avx512bf16"));
+#endif
+  if (ok) return names;
+  Py_DECREF(names);
+  return nullptr;
+}
+
+PyMethodDef methods[] = {
+    {"features", features, METH_NOARGS, "The processor's vector extensions, by GCC's names."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }

@@ -1,0 +1,38 @@
+"""Fused operators for SegNeXt: multi-scale strip convolutions, depthwise convolution with GELU, matrix decomposition."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+
+import torch
+
+from . import _load
+from ._select import explain
+from .dwconv_gelu import dwconv_gelu
+from .msca_strips import msca_strips
+from .nmf import nmf
+
+__version__ = _version("segnext-kernels")
+__all__ = ["build_info", "dwconv_gelu", "explain", "msca_strips", "nmf"]
+
+
+def build_info() -> dict[str, object]:
+    """What was built, what of it is in use here, and why the rest is not.
+
+    Returns:
+        version: of this package. torch_running: of the torch in use. torch_built, compiler: of the build, None without one.
+        isa: the instruction set in use ("avx512_bf16", "avx512", "avx2", "baseline") or None. cuda_architectures: a list,
+        empty without CUDA kernels. missing: for every absent backend one sentence that says why.
+    """
+    missing = {"cuda": "this version has no CUDA kernels", "triton": "this version has no Triton kernels"}
+    if _load.failure is not None:
+        missing["cpu"] = _load.failure
+    return {
+        "version": __version__,
+        "isa": _load.facts.get("isa"),
+        "torch_built": _load.facts.get("torch"),
+        "torch_running": torch.__version__,
+        "compiler": _load.facts.get("compiler"),
+        "cuda_architectures": [],
+        "missing": missing,
+    }

@@ -1,0 +1,79 @@
+"""The one place where operators are registered with PyTorch: schema, fake, autograd and autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils._pytree import tree_map
+
+NAMESPACE = "segnext_kernels"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def register(
+    schema: str,
+    backward_schema: str,
+    *,
+    fake: Callable,
+    backward_fake: Callable,
+    setup_context: Callable,
+    backward: Callable,
+    autocast: Callable,
+) -> None:
+    """Registers an operator and its backward operator; the kernels themselves come from the compiled libraries.
+
+    Args:
+        schema: of the forward operator, without the namespace.
+        backward_schema: of the backward operator; it has no derivative of its own and says so.
+        fake, backward_fake: shapes, dtypes and strides of the outputs.
+        setup_context, backward: as in ``torch.library.register_autograd``.
+        autocast: ``(dtype, *args) -> args`` casts the arguments to autocast's dtype.
+    """
+    name, backward_name = (s[: s.index("(")] for s in (schema, backward_schema))
+    for text, operator, meta in ((schema, name, fake), (backward_schema, backward_name, backward_fake)):
+        library.define(text, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{operator}", meta, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{backward_name}", _no_double_backward(name), lib=library)
+    for device in _AUTOCAST_DEVICES:
+        _register_autocast(name, device, autocast)
+
+
+def _no_double_backward(name: str) -> Callable:
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"{name} has no second derivative in the fused kernels; call it with backend='reference' for double backward"
+        )
+
+    return backward
+
+
+def _register_autocast(name: str, device: str, cast: Callable) -> None:
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def autocast_kernel(*args):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return operator(*cast(dtype, *args))
+
+    library.impl(name, autocast_kernel, f"Autocast{device.upper()}")
+
+
+def cast_floating(value, dtype: torch.dtype):
+    """Casts every float32, float16 and bfloat16 tensor in a nest of arguments, as autocast does (float64 is left alone)."""
+
+    def cast(leaf):
+        eligible = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64
+        return leaf.to(dtype) if eligible else leaf
+
+    return tree_map(cast, value)
+
+
+def like_layout(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with the strides of ``model`` (same shape): itself where they agree already, else one copy."""
+    if tensor.stride() == model.stride():
+        return tensor
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)

@@ -1,0 +1,57 @@
+"""Which backend serves a call, and why the others don't. The only place where that is decided."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _load
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+COMPILED_BRANCHES = (7, 11, 21)
+
+
+def why_not(backend: str, operator: str, x: Tensor, branch_sizes: tuple[int, ...] = COMPILED_BRANCHES) -> str | None:
+    """The reason why a backend cannot serve a call of ``operator`` on ``x``, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend not in BACKENDS:
+        return f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}"
+    if backend in ("cuda", "triton"):
+        return f"this version has no {'CUDA' if backend == 'cuda' else 'Triton'} kernels"
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}, the compiled kernels are for the CPU"
+    if _load.failure is not None:
+        return _load.failure
+    if operator == "msca_strips" and branch_sizes != COMPILED_BRANCHES:
+        return f"the compiled kernels have branch sizes {COMPILED_BRANCHES}, got {branch_sizes}"
+    return None
+
+
+def select(operator: str, backend: str | None, x: Tensor, **details) -> str:
+    """The named backend if it can serve the call (else ValueError), or the first that can."""
+    if backend is None:
+        return next(name for name in BACKENDS if why_not(name, operator, x, **details) is None)
+    reason = why_not(backend, operator, x, **details)
+    if reason is not None:
+        raise ValueError(f"{operator}: backend {backend!r} cannot serve this call: {reason}")
+    return backend
+
+
+def explain(operator: str, x: Tensor, **details) -> dict[str, str]:
+    """Says for every backend whether it serves a call of ``operator`` on ``x``: "serves", "could serve", or why not.
+
+    Args:
+        operator: "msca_strips", "dwconv_gelu" or "nmf".
+        x: the operator's first argument.
+        details: ``branch_sizes`` for msca_strips, (7, 11, 21) unless told.
+
+    Returns:
+        One sentence for every backend, in order of preference.
+    """
+    answer, served = {}, False
+    for name in BACKENDS:
+        reason = why_not(name, operator, x, **details)
+        answer[name] = reason or ("could serve" if served else "serves")
+        served = served or reason is None
+    return answer

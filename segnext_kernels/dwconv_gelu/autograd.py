@@ -1,0 +1,47 @@
+"""Schema, fake, autograd and autocast of dwconv_gelu."""
+
+from __future__ import annotations
+
+import torch
+
+from .._register import cast_floating, like_layout, register
+
+
+def _fake(x, weight, bias):
+    return torch.empty_like(x)
+
+
+def _backward_fake(grad_out, x, weight, bias, need_x, need_weights):
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    if not need_weights:
+        return grad_x, x.new_empty(0), x.new_empty(0)
+    return grad_x, torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_out):
+    x, weight, bias = ctx.saved_tensors
+    need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
+    grads = torch.ops.segnext_kernels.dwconv_gelu_backward(
+        like_layout(grad_out, x), x, weight, bias, need_x, need_weights
+    )
+    return tuple(grad if need else None for grad, need in zip(grads, (need_x, need_weights, need_weights)))
+
+
+def _autocast(dtype, x, weight, bias):
+    return cast_floating((x, weight, bias), dtype)
+
+
+register(
+    "dwconv_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    "dwconv_gelu_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, bool need_x, bool need_weights)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_autocast,
+)

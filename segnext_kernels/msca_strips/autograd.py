@@ -1,0 +1,46 @@
+"""Schema, fake, autograd and autocast of msca_strips."""
+
+from __future__ import annotations
+
+import torch
+
+from .._register import cast_floating, like_layout, register
+
+
+def _fake(x, weights):
+    return torch.empty_like(x)
+
+
+def _backward_fake(grad_out, x, weights, need_x, need_weights):
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    return grad_x, [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights] if need_weights else []
+
+
+def _setup_context(ctx, inputs, output):
+    x, weights = inputs
+    ctx.save_for_backward(x, *weights)
+
+
+def _backward(ctx, grad_out):
+    x, *weights = ctx.saved_tensors
+    need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
+    grad_x, grad_weights = torch.ops.segnext_kernels.msca_strips_backward(
+        like_layout(grad_out, x), x, weights, need_x, need_weights
+    )
+    return grad_x if need_x else None, grad_weights if need_weights else [None] * len(weights)
+
+
+def _autocast(dtype, x, weights):
+    return cast_floating((x, weights), dtype)
+
+
+register(
+    "msca_strips(Tensor x, Tensor[] weights) -> Tensor",
+    "msca_strips_backward(Tensor grad_out, Tensor x, Tensor[] weights, bool need_x, bool need_weights)"
+    " -> (Tensor, Tensor[])",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=_autocast,
+)

@@ -1,0 +1,35 @@
+"""The meaning of msca_strips in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def msca_strips(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """a = W5 * x + b5; y = a + sum_k (V_k * (H_k * a + bh_k) + bv_k), depthwise with zero padding. See the public function."""
+    channels = x.shape[1]
+    w5, b5, *strips = weights
+    if x.numel() == 0:  # convolutions refuse empty images; the sum keeps the graph to every input
+        return x.clone() + sum(w.sum() for w in weights) * 0
+    a = F.conv2d(x, w5, b5, padding=w5.shape[-1] // 2, groups=channels)
+    y = a
+    for i in range(0, len(strips), 4):
+        wh, bh, wv, bv = strips[i : i + 4]
+        rows = F.conv2d(a, wh, bh, padding=(0, wh.shape[-1] // 2), groups=channels)
+        y = y + F.conv2d(rows, wv, bv, padding=(wv.shape[-2] // 2, 0), groups=channels)
+    return y
+
+
+def msca_strips_backward(
+    grad_out: Tensor, x: Tensor, weights: Sequence[Tensor], need_x: bool, need_weights: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of :func:`msca_strips` by PyTorch's own autograd; what is not needed comes back empty."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        weights = [w.detach().requires_grad_() for w in weights]
+        grads = torch.autograd.grad(msca_strips(x, weights), [x, *weights], grad_out)
+    return (grads[0] if need_x else x.new_empty(0), list(grads[1:]) if need_weights else [])

@@ -1,0 +1,59 @@
+"""nmf: non-negative matrix factorisation by multiplicative updates, the Hamburger's core, as one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _select, _validate
+from . import autograd as _autograd
+from . import reference as _reference
+
+
+def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", *, backend: str | None = None) -> Tensor:
+    """Approximates each non-negative matrix by a product of two of rank R, found by multiplicative updates.
+
+    ``C = softmax_R(x^T B)``, then ``steps`` times ``C <- C (x^T B) / (C B^T B + 1e-6)`` and
+    ``B <- B (x C) / (B C^T C + 1e-6)`` (products and quotients of same shapes element by element); C is updated once more and
+    ``y = B C^T``. With zero steps only that last update of C is done.
+
+    Equivalent to::
+
+        C = torch.softmax(x.mT @ B, dim=-1)
+        for _ in range(steps):
+            C = C * (x.mT @ B) / (C @ (B.mT @ B) + 1e-6)
+            B = B * (x @ C) / (B @ (C.mT @ C) + 1e-6)
+        C = C * (x.mT @ B) / (C @ (B.mT @ B) + 1e-6)
+        y = B @ C.mT
+
+    The factors are kept in float32 whatever x's dtype is (float64 for float64). Only ``x`` and ``bases`` are kept for backward.
+    Under autocast ``x`` is cast to autocast's dtype. A NaN or infinity in a matrix makes that whole matrix of y non-finite and
+    leaves the rest of the batch alone.
+
+    Args:
+        x: [B, D, N] >= 0 (not checked), float32, float64, bfloat16 or float16; contiguous or transposed (D fastest, as
+            ``flatten(2)`` of a channels_last image gives) are used as they are, any other strides are copied to contiguous.
+            Any dimension may be zero.
+        bases: [B, D, R] >= 0 with R >= 1, the initial bases, in x's dtype or in float32; same device.
+        steps: how often C and B are updated, >= 0. SegNeXt: 6 in training, 7 in evaluation.
+        gradient: "exact" differentiates through all steps (what the official code does), "one_step" only through the last
+            update of C (what the Hamburger paper proposes; the gradient for ``bases`` is then zero).
+        backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
+
+    Returns:
+        y: like ``x`` in shape, dtype and layout.
+
+    Raises:
+        TypeError: an argument is no tensor, dtypes are mixed or unsupported, or ``steps`` is no int.
+        ValueError: shapes or devices do not fit, ``steps`` is negative, ``gradient`` is unknown, or the named backend cannot
+            serve this call.
+
+    Source:
+        "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), section 2.2.2 (the one-step gradient: 2.3); ``NMF2D`` of
+        the official SegNeXt code.
+    """
+    _validate.nmf(x, bases, steps, gradient)
+    bases = bases.to(_validate.accumulator(x.dtype))
+    if _select.select("nmf", backend, x) == "reference":
+        return _reference.nmf(x, bases, steps, gradient)
+    return torch.ops.segnext_kernels.nmf(_validate.dense_matrix(x), bases.contiguous(), steps, gradient)

@@ -1,0 +1,34 @@
+"""The meaning of nmf in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6
+
+
+def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact") -> Tensor:
+    """Multiplicative updates of x ~ bases coefᵀ, then their product. See the public function."""
+    if torch.is_autocast_enabled(x.device.type):  # x takes autocast's dtype, the factors keep theirs
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            return nmf(x if x.dtype == torch.float64 else x.to(dtype), bases, steps, gradient)
+    dtype, x = x.dtype, x.to(bases.dtype)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "exact"):
+        coef = torch.softmax(x.mT @ bases, dim=-1)  # [B, N, R]
+        for _ in range(steps):
+            coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)
+            bases = bases * (x @ coef) / (bases @ (coef.mT @ coef) + EPS)
+    coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)
+    return (bases @ coef.mT).to(dtype)
+
+
+def nmf_backward(
+    grad_out: Tensor, x: Tensor, bases: Tensor, steps: int, gradient: str, need_x: bool, need_bases: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`nmf` by PyTorch's own autograd; what is not needed comes back empty."""
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in (x, bases)]
+        grads = torch.autograd.grad(nmf(*inputs, steps, gradient), inputs, grad_out, materialize_grads=True)
+    return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, (need_x, need_bases)))

@@ -1,0 +1,127 @@
+"""Modules with the official names and parameter names, on the fused operators: drop-ins for SegNeXt's slow parts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dwconv_gelu import dwconv_gelu
+from .msca_strips import msca_strips
+from .nmf import nmf
+
+
+class AttentionModule(nn.Module):
+    """MSCA, the attention of SegNeXt: (1x1 convolution of msca_strips(x)) * x.
+
+    Args:
+        dim: channels.
+
+    Shape: x [N, dim, H, W] -> [N, dim, H, W], in x's layout.
+    Source: ``AttentionModule`` (official) and ``MSCAAttention`` (mmsegmentation); the parameter names are theirs.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        for branch, size in enumerate((7, 11, 21)):
+            rows = nn.Conv2d(dim, dim, (1, size), padding=(0, size // 2), groups=dim)
+            columns = nn.Conv2d(dim, dim, (size, 1), padding=(size // 2, 0), groups=dim)
+            self.add_module(f"conv{branch}_1", rows)
+            self.add_module(f"conv{branch}_2", columns)
+        self.conv3 = nn.Conv2d(dim, dim, 1)
+
+    def strip_weights(self) -> list[Tensor]:
+        """The filters and biases in the order that :func:`segnext_kernels.msca_strips` takes them."""
+        convolutions = [self.conv0]
+        for branch in range(3):
+            convolutions += [getattr(self, f"conv{branch}_1"), getattr(self, f"conv{branch}_2")]
+        return [tensor for convolution in convolutions for tensor in (convolution.weight, convolution.bias)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(msca_strips(x, self.strip_weights())) * x
+
+
+class DWConvGELU(nn.Module):
+    """The middle of SegNeXt's MLP: 3x3 depthwise convolution and GELU.
+
+    Args:
+        dim: channels.
+
+    Shape: x [N, dim, H, W] -> [N, dim, H, W], in x's layout.
+    Source: ``DWConv`` (official; the parameter is ``dwconv`` as there) followed by ``Mlp``'s activation.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dwconv_gelu(x, self.dwconv.weight, self.dwconv.bias)
+
+
+class NMF2D(nn.Module):
+    """The Hamburger's matrix decomposition: replaces an image's features by their low-rank approximation.
+
+    Args:
+        rank: R, the number of bases.
+        train_steps, eval_steps: updates in training and in evaluation.
+        bases: what the decomposition starts from in evaluation: "fixed" draws from ``seed``, so that the same image gives the
+            same answer; "random" draws anew at every call, as the official code does. Training always draws anew.
+        seed: of the fixed bases.
+        gradient: "exact" or "one_step", see :func:`segnext_kernels.nmf`.
+
+    Shape: x [N, C, H, W] >= 0 -> [N, C, H, W], in x's layout; optionally bases [N, C, rank].
+    Source: ``NMF2D`` of the official code.
+    """
+
+    def __init__(
+        self,
+        rank: int = 64,
+        train_steps: int = 6,
+        eval_steps: int = 7,
+        *,
+        bases: str = "fixed",
+        seed: int = 0,
+        gradient: str = "exact",
+    ) -> None:
+        super().__init__()
+        if bases not in ("fixed", "random"):
+            raise ValueError(f"NMF2D: bases must be 'fixed' or 'random', got {bases!r}")
+        self.rank, self.train_steps, self.eval_steps = rank, train_steps, eval_steps
+        self.bases, self.seed, self.gradient = bases, seed, gradient
+
+    def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
+        if bases is None:
+            bases = self.initial_bases(x)
+        steps = self.train_steps if self.training else self.eval_steps
+        return nmf(x.flatten(2), bases, steps, self.gradient).view(x.shape)
+
+    def initial_bases(self, x: Tensor) -> Tensor:
+        """Columns of length one, uniform before that: [N, C, rank] for x [N, C, H, W]."""
+        images, channels = x.shape[:2]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if self.training or self.bases == "random":
+            bases = torch.rand(images, channels, self.rank, device=x.device, dtype=dtype)
+        else:
+            bases = fixed_uniform(channels * self.rank, self.seed, x.device).to(dtype)
+            bases = bases.view(1, channels, self.rank).expand(images, -1, -1)
+        return F.normalize(bases, dim=1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"rank={self.rank}, train_steps={self.train_steps}, eval_steps={self.eval_steps}, bases={self.bases!r}, "
+            f"seed={self.seed}, gradient={self.gradient!r}"
+        )
+
+
+def fixed_uniform(count: int, seed: int, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) that depend on nothing but their index and the seed: the same on every device and under torch.compile.
+
+    Source: the splitmix64 generator (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), which is a
+    function of a counter; int64 products wrap.
+    """
+    z = (torch.arange(1, count + 1, device=device) + seed * 0x632BE5AB) * -0x61C8864680B583EB
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return (z >> 40 & (1 << 24) - 1).to(torch.float32) / (1 << 24)

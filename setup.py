@@ -1,0 +1,64 @@
+"""Builds one CPU library per instruction set, all under torch's stable ABI and Python's abi3, with ninja."""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+COMPILE_VARIABLE = "SEGNEXT_KERNELS_COMPILE"  # 0: install without compiled kernels
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
+PYTHON_TARGET = "-DPy_LIMITED_API=0x030a0000"  # Python 3.10
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+
+
+def check_compiler() -> None:
+    command = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(command) or ("CXX" not in os.environ and shutil.which("g++")):
+        return
+    raise SystemExit(
+        f"segnext-kernels: no C++ compiler found ({command}). Install one (for example g++), name it in CXX, or set "
+        f"{COMPILE_VARIABLE}=0 to install without compiled kernels: everything then runs through plain PyTorch."
+    )
+
+
+def extensions() -> list[Extension]:
+    from torch.utils.cpp_extension import CppExtension
+
+    sources = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+    cpu = Extension(
+        "segnext_kernels._cpu",
+        ["csrc/cpu_features.cpp"],
+        define_macros=[],
+        extra_compile_args=["-O2", "-std=c++17", PYTHON_TARGET],
+        py_limited_api=True,
+    )
+    return [cpu] + [
+        CppExtension(
+            f"segnext_kernels._C_{isa}",
+            sources,
+            include_dirs=[str(Path("csrc").resolve())],
+            extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, PYTHON_TARGET, f"-DSEGNEXT_ISA={isa}"],
+            py_limited_api=True,
+        )
+        for isa, flags in INSTRUCTION_SETS.items()
+    ]
+
+
+if os.environ.get(COMPILE_VARIABLE, "1") == "0":
+    setup()
+else:
+    check_compiler()
+    from torch.utils.cpp_extension import BuildExtension
+
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
