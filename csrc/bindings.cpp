@@ -1,0 +1,185 @@
+// Tensors -> pointers, and the registration of the CPU kernels. The only CPU file that knows torch; the schemas are Python's.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using segnext::Dtype;
+using segnext::Image;
+using segnext::StripFilters;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "segnext_kernels: ", name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// Whether the strides are those of a dense tensor whose dimensions lie in memory in this order (strides of length 1 are free).
+bool dense(const Tensor& t, std::initializer_list<int> order) {
+  int64_t expected = 1;
+  for (auto d = std::rbegin(order); d != std::rend(order); ++d) {
+    if (t.size(*d) != 1 && t.stride(*d) != expected) return false;
+    expected *= t.size(*d);
+  }
+  return true;
+}
+
+Image image(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4, "segnext_kernels: ", name, " must be a CPU tensor [N, C, H, W]");
+  const bool contiguous = t.numel() == 0 || dense(t, {0, 1, 2, 3});
+  STD_TORCH_CHECK(contiguous || dense(t, {0, 2, 3, 1}), "segnext_kernels: ", name, " must be contiguous or channels_last");
+  return {t.data_ptr(), dtype_of(t, name), !contiguous, t.size(0), t.size(1), t.size(2), t.size(3)};
+}
+
+Image image_like(const Tensor& t, const Image& x, const char* name) {
+  Image other = image(t, name);
+  STD_TORCH_CHECK(other.dtype == x.dtype && other.images == x.images && other.channels == x.channels &&
+                      other.height == x.height && other.width == x.width,
+                  "segnext_kernels: ", name, " must have x's shape and dtype");
+  return other;
+}
+
+// A filter's or bias' memory; `count` elements of x's dtype. The caller keeps the returned tensor alive.
+Tensor filter(const Tensor& t, const Image& x, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && dtype_of(t, name) == x.dtype && t.numel() == x.channels * count, "segnext_kernels: ", name,
+                  " must hold ", x.channels * count, " elements of x's dtype on the CPU");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+struct Filters {
+  std::vector<Tensor> kept;
+  StripFilters pointers;
+};
+
+Filters strip_filters(const std::vector<Tensor>& weights, const Image& x) {
+  constexpr int64_t kCounts[segnext::kStripTensors] = {25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1};
+  STD_TORCH_CHECK(weights.size() == segnext::kStripTensors,
+                  "segnext_kernels: msca_strips on the CPU takes the 5x5 filter and branches of 7, 11 and 21 taps: 14 tensors");
+  Filters filters;
+  for (int i = 0; i < segnext::kStripTensors; ++i) {
+    filters.kept.push_back(filter(weights[i], x, kCounts[i], "each of weights"));
+    filters.pointers.tensors[i] = filters.kept.back().data_ptr();
+  }
+  return filters;
+}
+
+Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+Tensor nothing(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+
+// Scratch memory for the partial sums of the parameters' gradients.
+Tensor partial_sums(const Tensor& x, bool needed, int64_t size) {
+  const auto dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(x, {needed ? size : 0}, dtype);
+}
+
+Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
+  const Image in = image(x, "x");
+  const Filters filters = strip_filters(weights, in);
+  Tensor y = torch::stable::empty_like(x);
+  const Image out = image_like(y, in, "y");
+  torch::stable::parallel_for(0, segnext::msca_strips_items(in), 1, [&](int64_t begin, int64_t end) {
+    segnext::msca_strips_forward(in, filters.pointers, out, begin, end);
+  });
+  return y;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_out, const Tensor& x,
+                                                             const std::vector<Tensor>& weights, bool need_x,
+                                                             bool need_weights) {
+  const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
+  const Filters filters = strip_filters(weights, in);
+  Tensor grad_x = need_x ? torch::stable::empty_like(x) : nothing(x);
+  Tensor partial = partial_sums(x, need_weights, segnext::msca_strips_partial_size(in));
+  const Image out = need_x ? image_like(grad_x, in, "grad_x") : Image{};
+  torch::stable::parallel_for(0, segnext::msca_strips_items(in), 1, [&](int64_t begin, int64_t end) {
+    segnext::msca_strips_backward(grad, in, filters.pointers, out, need_weights ? partial.data_ptr() : nullptr, begin, end);
+  });
+  std::vector<Tensor> grads;
+  if (need_weights) {
+    StripFilters pointers;
+    for (int i = 0; i < segnext::kStripTensors; ++i) {
+      grads.push_back(contiguous_like(weights[i]));
+      pointers.tensors[i] = grads.back().data_ptr();
+    }
+    segnext::msca_strips_reduce(in, partial.data_ptr(), pointers);
+  }
+  return {grad_x, grads};
+}
+
+Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const Image in = image(x, "x");
+  const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
+  Tensor y = torch::stable::empty_like(x);
+  const Image out = image_like(y, in, "y");
+  torch::stable::parallel_for(0, segnext::dwconv_gelu_items(in), 1, [&](int64_t begin, int64_t end) {
+    segnext::dwconv_gelu_forward(in, w.data_ptr(), b.data_ptr(), out, begin, end);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                                                        const Tensor& bias, bool need_x, bool need_weights) {
+  const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
+  const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
+  Tensor grad_x = need_x ? torch::stable::empty_like(x) : nothing(x);
+  Tensor partial = partial_sums(x, need_weights, segnext::dwconv_gelu_partial_size(in));
+  const Image out = need_x ? image_like(grad_x, in, "grad_x") : Image{};
+  torch::stable::parallel_for(0, segnext::dwconv_gelu_items(in), 1, [&](int64_t begin, int64_t end) {
+    segnext::dwconv_gelu_backward(grad, in, w.data_ptr(), b.data_ptr(), out, need_weights ? partial.data_ptr() : nullptr, begin,
+                                  end);
+  });
+  Tensor grad_weight = need_weights ? contiguous_like(weight) : nothing(x), grad_bias = need_weights ? contiguous_like(bias) : nothing(x);
+  if (need_weights) segnext::dwconv_gelu_reduce(in, partial.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr());
+  return {grad_x, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
+  m.impl("msca_strips", TORCH_BOX(&msca_strips));
+  m.impl("msca_strips_backward", TORCH_BOX(&msca_strips_backward));
+  m.impl("dwconv_gelu", TORCH_BOX(&dwconv_gelu));
+  m.impl("dwconv_gelu_backward", TORCH_BOX(&dwconv_gelu_backward));
+}
+
+#define SEGNEXT_TEXT_(x) #x
+#define SEGNEXT_TEXT(x) SEGNEXT_TEXT_(x)
+#define SEGNEXT_JOIN_(a, b) a##b
+#define SEGNEXT_JOIN(a, b) SEGNEXT_JOIN_(a, b)
+
+namespace {
+
+PyObject* facts(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:s,s:s}", "isa", SEGNEXT_TEXT(SEGNEXT_ISA), "torch", TORCH_VERSION, "compiler", __VERSION__);
+}
+
+PyMethodDef methods[] = {
+    {"facts", facts, METH_NOARGS, "What this library was built for and with."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC SEGNEXT_JOIN(PyInit__C_, SEGNEXT_ISA)() { return PyModule_Create(&module); }

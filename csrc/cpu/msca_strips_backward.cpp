@@ -1,0 +1,245 @@
+// msca_strips backward: one pass over x and the output's gradient g, row by row.
+//
+//   u_k = V_k^T g,  da = g + sum_k H_k^T u_k,  dx = W5^T da,  q_k = H_k^T g
+//   dH_k[t] = sum u_k[r, w] a[r, w + t - k/2],   dV_k[t] = sum q_k[r, w] a[r + t - k/2, w] + bh_k (sum of g over valid rows)
+//   dW5 = sum da x (shifted),  db5 = sum da,  dbh_k = sum u_k,  dbv_k = sum g
+//
+// Sums are kept per row in registers, then added to the item's totals: fixed order, and less rounding than one long sum.
+#include <optional>
+
+#include "cpu/strips.h"
+
+namespace segnext {
+namespace {
+
+// Taps of the transposed filters, in one block like the filters' own.
+constexpr int kTransposedColumns[kBranches] = {25, 32, 43};
+constexpr int kTransposedRows[kBranches] = {64, 71, 82};
+constexpr int kTransposedTaps = 103;
+constexpr int kChunk = kRegisters == 32 ? 21 : 7;  // taps whose sums fit in registers together
+
+// Calls f(first, count) for runs of at most kChunk taps that cover K taps.
+template <int K, class F>
+SEGNEXT_INLINE void for_chunks(const F& f) {
+  constexpr int kFull = K < kChunk ? K : kChunk;
+  int first = 0;
+  for (; first + kFull <= K; first += kFull) f(first, std::integral_constant<int, kFull>{});
+  if constexpr (K % kFull != 0) f(first, std::integral_constant<int, K % kFull>{});
+}
+
+template <class A, int N>
+SEGNEXT_INLINE void add_to(A* total, const Vector<A> (&sums)[N]) {
+  SEGNEXT_UNROLL
+  for (int i = 0; i < N; ++i) store<A>(total + i * kLanes<A>, load<A>(total + i * kLanes<A>) + sums[i]);
+}
+
+// grad[t] += sum over w of u[w] * a[w + t - K / 2]
+template <class A, int K>
+void row_grad(const A* u, const A* a, int64_t width, A* grad) {
+  constexpr int L = kLanes<A>;
+  for_chunks<K>([&](int first, auto count) {
+    Vector<A> acc[count] = {};
+    for (int64_t w = 0; w < width; ++w) {
+      const Vector<A> v = load<A>(u + w * L);
+      const A* row = a + (w + first - K / 2) * L;
+      SEGNEXT_UNROLL
+      for (int t = 0; t < count; ++t) acc[t] += v * load<A>(row + t * L);
+    }
+    add_to<A>(grad + first * L, acc);
+  });
+}
+
+// grad[t] += sum over rows j < kStripRows and w of q_j[w] * a[j + t - K / 2][w]; a's rows outside the image are null
+template <class A, int K>
+void column_grad(const A* const (&q)[kStripRows], const Window<A>& a, int64_t width, A* grad) {
+  constexpr int L = kLanes<A>;
+  for_chunks<K>([&](int first, auto count) {
+    const A* const* rows = a.rows + kReach - K / 2 + first;
+    Vector<A> acc[count] = {};
+    for (int64_t w = 0; w < width; ++w) {
+      Vector<A> v[kStripRows];
+      SEGNEXT_UNROLL
+      for (int j = 0; j < kStripRows; ++j) v[j] = load<A>(q[j] + w * L);
+      SEGNEXT_UNROLL
+      for (int i = 0; i < count + kStripRows - 1; ++i) {
+        if (rows[i] == nullptr) continue;
+        const Vector<A> row = load<A>(rows[i] + w * L);
+        SEGNEXT_UNROLL
+        for (int j = 0; j < kStripRows; ++j) {
+          if (i - j >= 0 && i - j < count) acc[i - j] += v[j] * row;
+        }
+      }
+    }
+    add_to<A>(grad + first * L, acc);
+  });
+}
+
+// out[w] = sum over t of taps[t] * row[w + t - K / 2]
+template <class A, int K>
+void strip(const A* row, const A* taps, int64_t width, A* out) {
+  for_tiles<kTile>(width, [&](int64_t w, auto tile) {
+    Vector<A> acc[tile] = {};
+    strip_tile<A, K, tile>(row, taps, w, acc);
+    SEGNEXT_UNROLL
+    for (int i = 0; i < tile; ++i) store<A>(out + (w + i) * kLanes<A>, acc[i]);
+  });
+}
+
+template <class A>
+void transpose_taps(const A* taps, A* transposed) {
+  constexpr int L = kLanes<A>;
+  reverse_taps<A>(taps + kW5 * L, 25, transposed);
+  for (int b = 0; b < kBranches; ++b) {
+    reverse_taps<A>(taps + column_taps(b) * L, kBranchTaps[b], transposed + kTransposedColumns[b] * L);
+    reverse_taps<A>(taps + row_taps(b) * L, kBranchTaps[b], transposed + kTransposedRows[b] * L);
+  }
+}
+
+// The gradients of one group's taps, collected row by row.
+template <class A>
+class TapGrads {
+ public:
+  TapGrads(const Image& x, int64_t n, int64_t c, const A* taps, A* total)
+      : taps_(taps),
+        total_(total),
+        height_(x.height),
+        width_(x.width),
+        stem_(x, n, c, taps, kWindow - 1),
+        strips_(x.width),
+        zero_(x.width * kLanes<A>),
+        g_sums_(x.height * kLanes<A>) {
+    std::memset(total, 0, sizeof(A) * kTaps * kLanes<A>);
+    std::memset(zero_, 0, sizeof(A) * x.width * kLanes<A>);
+    std::memset(g_sums_, 0, sizeof(A) * x.height * kLanes<A>);
+  }
+
+  void advance(int64_t last_row) { stem_.advance(last_row); }
+
+  void add_row(int64_t row, int64_t in_block, const A* g, const StripRows<A>& u, const A* da, const A* transposed) {
+    for_branches([&](auto b) {
+      strip<A, kBranchTaps[b]>(g, transposed + kTransposedRows[b] * L, width_, strips_(b, in_block));
+      row_grad<A, kBranchTaps[b]>(u(b, in_block), stem_.a()[row], width_, total_ + row_taps(b) * L);
+      add_row_sum<A>(u(b, in_block), width_, total_ + row_bias(b) * L);
+    });
+    const A* x_rows[5];
+    stem_.x_window(row, x_rows);
+    square_grad<A, 5>(da, x_rows, width_, total_ + kW5 * L);
+    add_row_sum<A>(da, width_, total_ + kB5 * L);
+    add_row_sum<A>(g, width_, g_sums_ + row * L);
+  }
+
+  void add_block(int64_t row) {
+    const Window<A> window(stem_.a(), row, height_);
+    for_branches([&](auto b) {
+      const A* q[kStripRows];
+      for (int j = 0; j < kStripRows; ++j) q[j] = row + j < height_ ? strips_(b, j) : zero_;
+      column_grad<A, kBranchTaps[b]>(q, window, width_, total_ + column_taps(b) * L);
+    });
+  }
+
+  // The row filters' biases lie under the column filters: they multiply the sums of g over the rows that a tap reaches.
+  void finish() {
+    for (int b = 0; b < kBranches; ++b) {
+      const Vector<A> bias = load<A>(taps_ + row_bias(b) * L);
+      for (int t = 0; t < kBranchTaps[b]; ++t) {
+        const int64_t shift = t - kBranchTaps[b] / 2;
+        Vector<A> sum = {};
+        for (int64_t r = 0; r < height_; ++r) {
+          if (r + shift >= 0 && r + shift < height_) sum += load<A>(g_sums_ + r * L);
+        }
+        A* total = total_ + (column_taps(b) + t) * L;
+        store<A>(total, load<A>(total) + bias * sum);
+      }
+      add_row_sum<A>(g_sums_, height_, total_ + column_bias(b) * L);
+    }
+  }
+
+ private:
+  static constexpr int L = kLanes<A>;
+  const A* taps_;
+  A* total_;
+  int64_t height_, width_;
+  StemRows<A> stem_;
+  StripRows<A> strips_;
+  Buffer<A> zero_, g_sums_;
+};
+
+template <class A>
+void backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x, A* partial, int64_t begin,
+              int64_t end) {
+  constexpr int L = kLanes<A>;
+  const Groups<A> groups(x);
+  const int64_t width = x.width, height = x.height;
+  Buffer<A> taps(kTaps * L), transposed(kTransposedTaps * L), out(width * L);
+  RowRing<A> g_rows(kWindow, width, kReach), da_rows(5, width, 2), zero(1, width, 2);
+  std::memset(zero[0], 0, sizeof(A) * width * L);
+  StripRows<A> u(width);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = groups.image(item), c = groups.channel(item);
+    load_strip_taps<A>(filters, x, c, taps);
+    transpose_taps<A>(taps, transposed);
+    std::optional<TapGrads<A>> grads;
+    if (partial != nullptr) grads.emplace(x, n, c, taps, partial + item * kTaps * L);
+
+    auto write_grad_x = [&](int64_t row) {
+      const A* rows[5];
+      for (int s = 0; s < 5; ++s) rows[s] = row + s - 2 >= 0 && row + s - 2 < height ? da_rows[row + s - 2] : zero[0];
+      square<A, 5>(rows, transposed, Vector<A>{}, width, out);
+      store_row<A>(grad_x, n, c, row, out);
+    };
+    int64_t next_g = 0;
+    for (int64_t row = 0; row < height; row += kStripRows) {
+      const int64_t last = row + kStripRows - 1 + kReach;
+      for (; next_g <= last && next_g < height; ++next_g) load_row<A>(grad_out, n, c, next_g, g_rows[next_g]);
+      if (grads) grads->advance(last);
+      column_pass<A>(Window<A>(g_rows, row, height), transposed, kTransposedColumns, width, u);
+      for (int64_t r = row; r < row + kStripRows && r < height; ++r) {
+        row_pass<A>(u, r - row, transposed, kTransposedRows, g_rows[r], Vector<A>{}, width, da_rows[r]);
+        if (grads) grads->add_row(r, r - row, g_rows[r], u, da_rows[r], transposed);
+        if (grad_x.data != nullptr && r >= 2) write_grad_x(r - 2);
+      }
+      if (grads) grads->add_block(row);
+    }
+    if (grad_x.data != nullptr) {
+      for (int64_t row = height > 2 ? height - 2 : 0; row < height; ++row) write_grad_x(row);
+    }
+    if (grads) grads->finish();
+  }
+}
+
+template <class A>
+void reduce(const Image& x, const A* partial, const StripFilters& grads) {
+  constexpr int L = kLanes<A>;
+  const Groups<A> groups(x);
+  Buffer<A> total(kTaps * L);
+  for (int64_t group = 0; group < groups.per_image; ++group) {
+    std::memset(total, 0, sizeof(A) * kTaps * L);
+    for (int64_t n = 0; n < x.images; ++n) {
+      const A* part = partial + (n * groups.per_image + group) * kTaps * L;
+      for (int t = 0; t < kTaps; ++t) store<A>(total + t * L, load<A>(total + t * L) + load<A>(part + t * L));
+    }
+    for (int i = 0; i < kStripTensors; ++i) {
+      store_row<A>(filter_row(grads.tensors[i], x.dtype, x.channels, kTensorTaps[i]), 0, group * L, 0,
+                   total + tensor_offset(i) * L);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t msca_strips_partial_size(const Image& x) {
+  return msca_strips_items(x) * kTaps * (x.dtype == Dtype::kFloat64 ? kLanes<double> : kLanes<float>);
+}
+
+void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x, void* partial,
+                          int64_t begin, int64_t end) {
+  x.dtype == Dtype::kFloat64 ? backward(grad_out, x, filters, grad_x, static_cast<double*>(partial), begin, end)
+                             : backward(grad_out, x, filters, grad_x, static_cast<float*>(partial), begin, end);
+}
+
+void msca_strips_reduce(const Image& x, const void* partial, const StripFilters& grads) {
+  x.dtype == Dtype::kFloat64 ? reduce(x, static_cast<const double*>(partial), grads)
+                             : reduce(x, static_cast<const float*>(partial), grads);
+}
+
+}  // namespace segnext
