@@ -3,14 +3,14 @@
 import os
 import platform
 import shutil
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 COMPILE_VARIABLE = "SEGNEXT_KERNELS_COMPILE"  # 0: install without compiled kernels
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
-PYTHON_TARGET = "-DPy_LIMITED_API=0x030a0000"  # Python 3.10
-FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"]
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-ffp-contract=fast"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"baseline": []}
@@ -18,13 +18,18 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 
-def check_compiler() -> None:
+def check_toolchain() -> None:
     command = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(command) or ("CXX" not in os.environ and shutil.which("g++")):
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not shutil.which(command):
+        missing = f"no C++ compiler found ({command}). Install one (for example g++), name it in CXX"
+    elif not header.exists():
+        missing = f"Python's own headers are missing ({header}). Install them (for example python3-dev)"
+    else:
         return
     raise SystemExit(
-        f"segnext-kernels: no C++ compiler found ({command}). Install one (for example g++), name it in CXX, or set "
-        f"{COMPILE_VARIABLE}=0 to install without compiled kernels: everything then runs through plain PyTorch."
+        f"segnext-kernels: {missing}, or set {COMPILE_VARIABLE}=0 to install without compiled kernels: everything then runs"
+        " through plain PyTorch."
     )
 
 
@@ -36,7 +41,7 @@ def extensions() -> list[Extension]:
         "segnext_kernels._cpu",
         ["csrc/cpu_features.cpp"],
         define_macros=[],
-        extra_compile_args=["-O2", "-std=c++17", PYTHON_TARGET],
+        extra_compile_args=["-O2", "-std=c++17"],
         py_limited_api=True,
     )
     return [cpu] + [
@@ -44,7 +49,7 @@ def extensions() -> list[Extension]:
             f"segnext_kernels._C_{isa}",
             sources,
             include_dirs=[str(Path("csrc").resolve())],
-            extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, PYTHON_TARGET, f"-DSEGNEXT_ISA={isa}"],
+            extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, f"-DSEGNEXT_ISA={isa}"],
             py_limited_api=True,
         )
         for isa, flags in INSTRUCTION_SETS.items()
@@ -54,7 +59,7 @@ def extensions() -> list[Extension]:
 if os.environ.get(COMPILE_VARIABLE, "1") == "0":
     setup()
 else:
-    check_compiler()
+    check_toolchain()
     from torch.utils.cpp_extension import BuildExtension
 
     setup(

@@ -1,4 +1,6 @@
 // Tensors -> pointers, and the registration of the CPU kernels. The only CPU file that knows torch; the schemas are Python's.
+#undef Py_LIMITED_API  // torch's build adds its own
+#define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,8 +16,10 @@
 
 namespace {
 
+using segnext::DepthwiseFilter;
 using segnext::Dtype;
 using segnext::Image;
+using segnext::Matrices;
 using segnext::StripFilters;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -87,20 +91,15 @@ Filters strip_filters(const std::vector<Tensor>& weights, const Image& x) {
 Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
 Tensor nothing(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
 
-// Scratch memory for the partial sums of the parameters' gradients.
-Tensor partial_sums(const Tensor& x, bool needed, int64_t size) {
-  const auto dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::new_empty(x, {needed ? size : 0}, dtype);
+void parallel(int64_t items, const segnext::Range& body) {
+  if (items > 0) torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
 }
 
 Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
   const Image in = image(x, "x");
   const Filters filters = strip_filters(weights, in);
   Tensor y = torch::stable::empty_like(x);
-  const Image out = image_like(y, in, "y");
-  torch::stable::parallel_for(0, segnext::msca_strips_items(in), 1, [&](int64_t begin, int64_t end) {
-    segnext::msca_strips_forward(in, filters.pointers, out, begin, end);
-  });
+  segnext::msca_strips_forward(in, filters.pointers, image_like(y, in, "y"), parallel);
   return y;
 }
 
@@ -110,20 +109,14 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
   const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
   const Filters filters = strip_filters(weights, in);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : nothing(x);
-  Tensor partial = partial_sums(x, need_weights, segnext::msca_strips_partial_size(in));
   const Image out = need_x ? image_like(grad_x, in, "grad_x") : Image{};
-  torch::stable::parallel_for(0, segnext::msca_strips_items(in), 1, [&](int64_t begin, int64_t end) {
-    segnext::msca_strips_backward(grad, in, filters.pointers, out, need_weights ? partial.data_ptr() : nullptr, begin, end);
-  });
   std::vector<Tensor> grads;
-  if (need_weights) {
-    StripFilters pointers;
-    for (int i = 0; i < segnext::kStripTensors; ++i) {
-      grads.push_back(contiguous_like(weights[i]));
-      pointers.tensors[i] = grads.back().data_ptr();
-    }
-    segnext::msca_strips_reduce(in, partial.data_ptr(), pointers);
+  StripFilters pointers;
+  for (size_t i = 0; need_weights && i < weights.size(); ++i) {
+    grads.push_back(contiguous_like(weights[i]));
+    pointers.tensors[i] = grads.back().data_ptr();
   }
+  segnext::msca_strips_backward(grad, in, filters.pointers, out, need_weights ? &pointers : nullptr, parallel);
   return {grad_x, grads};
 }
 
@@ -131,10 +124,7 @@ Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Image in = image(x, "x");
   const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
   Tensor y = torch::stable::empty_like(x);
-  const Image out = image_like(y, in, "y");
-  torch::stable::parallel_for(0, segnext::dwconv_gelu_items(in), 1, [&](int64_t begin, int64_t end) {
-    segnext::dwconv_gelu_forward(in, w.data_ptr(), b.data_ptr(), out, begin, end);
-  });
+  segnext::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr()}, image_like(y, in, "y"), parallel);
   return y;
 }
 
@@ -143,15 +133,55 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
   const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : nothing(x);
-  Tensor partial = partial_sums(x, need_weights, segnext::dwconv_gelu_partial_size(in));
-  const Image out = need_x ? image_like(grad_x, in, "grad_x") : Image{};
-  torch::stable::parallel_for(0, segnext::dwconv_gelu_items(in), 1, [&](int64_t begin, int64_t end) {
-    segnext::dwconv_gelu_backward(grad, in, w.data_ptr(), b.data_ptr(), out, need_weights ? partial.data_ptr() : nullptr, begin,
-                                  end);
-  });
-  Tensor grad_weight = need_weights ? contiguous_like(weight) : nothing(x), grad_bias = need_weights ? contiguous_like(bias) : nothing(x);
-  if (need_weights) segnext::dwconv_gelu_reduce(in, partial.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr());
+  Tensor grad_weight = need_weights ? contiguous_like(weight) : nothing(x);
+  Tensor grad_bias = need_weights ? contiguous_like(bias) : nothing(x);
+  const DepthwiseFilter grads{grad_weight.data_ptr(), grad_bias.data_ptr()};
+  segnext::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr()}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
+                                need_weights ? &grads : nullptr, parallel);
   return {grad_x, grad_weight, grad_bias};
+}
+
+Matrices matrices(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 3, "segnext_kernels: ", name, " must be a CPU tensor [B, D, N]");
+  const bool contiguous = t.numel() == 0 || dense(t, {0, 1, 2});
+  STD_TORCH_CHECK(contiguous || dense(t, {0, 2, 1}), "segnext_kernels: ", name, " must be contiguous or transposed");
+  return {t.data_ptr(), dtype_of(t, name), !contiguous, t.size(0), t.size(1), t.size(2)};
+}
+
+Matrices matrices_like(const Tensor& t, const Matrices& x, const char* name) {
+  Matrices other = matrices(t, name);
+  STD_TORCH_CHECK(other.dtype == x.dtype && other.batch == x.batch && other.rows == x.rows && other.columns == x.columns,
+                  "segnext_kernels: ", name, " must have x's shape and dtype");
+  return other;
+}
+
+void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps) {
+  const Dtype accumulator = x.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  STD_TORCH_CHECK(bases.is_cpu() && bases.dim() == 3 && bases.size(0) == x.batch && bases.size(1) == x.rows &&
+                      bases.size(2) > 0 && dtype_of(bases, "bases") == accumulator && bases.is_contiguous(),
+                  "segnext_kernels: bases must be contiguous [B, D, R] on the CPU in the accumulator's dtype");
+  STD_TORCH_CHECK(steps >= 0, "segnext_kernels: steps must be at least 0");
+}
+
+Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
+  const Matrices in = matrices(x, "x");
+  check_nmf(bases, in, steps);
+  Tensor y = torch::stable::empty_like(x);
+  if (x.numel() > 0) segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, matrices_like(y, in, "y"), parallel);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> nmf_backward(const Tensor& grad_out, const Tensor& x, const Tensor& bases, int64_t steps,
+                                        const std::string& gradient, bool need_x, bool need_bases) {
+  const Matrices in = matrices(x, "x"), grad = matrices_like(grad_out, in, "grad_out");
+  check_nmf(bases, in, steps);
+  Tensor grad_x = need_x ? torch::stable::empty_like(x) : nothing(x);
+  Tensor grad_bases = need_bases ? contiguous_like(bases) : nothing(bases);
+  if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_bases)};
+  segnext::nmf_backward(grad, in, bases.data_ptr(), bases.size(2), steps, gradient == "one_step",
+                        need_x ? matrices_like(grad_x, in, "grad_x") : Matrices{}, need_bases ? grad_bases.data_ptr() : nullptr,
+                        parallel);
+  return {grad_x, grad_bases};
 }
 
 }  // namespace
@@ -161,6 +191,8 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
   m.impl("msca_strips_backward", TORCH_BOX(&msca_strips_backward));
   m.impl("dwconv_gelu", TORCH_BOX(&dwconv_gelu));
   m.impl("dwconv_gelu_backward", TORCH_BOX(&dwconv_gelu_backward));
+  m.impl("nmf", TORCH_BOX(&nmf));
+  m.impl("nmf_backward", TORCH_BOX(&nmf_backward));
 }
 
 #define SEGNEXT_TEXT_(x) #x

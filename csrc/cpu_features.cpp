@@ -1,4 +1,6 @@
 // _cpu: what this processor can do, asked before a library compiled for it is loaded. Plain limited API, no torch.
+#undef Py_LIMITED_API  // torch's build adds its own
+#define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
 namespace {

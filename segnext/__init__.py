@@ -1,0 +1,8 @@
+"""SegNeXt: semantic segmentation with convolutional attention, on the fused operators of segnext_kernels."""
+
+from __future__ import annotations
+
+from .model import Config, SegNeXt, create, encoder
+from .weights import WeightsError, load, load_encoder, save
+
+__all__ = ["Config", "SegNeXt", "WeightsError", "create", "encoder", "load", "load_encoder", "save"]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_map
 
+from ._validate import autocasts
+
 NAMESPACE = "segnext_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -60,6 +62,16 @@ def _register_autocast(name: str, device: str, cast: Callable) -> None:
             return operator(*cast(dtype, *args))
 
     library.impl(name, autocast_kernel, f"Autocast{device.upper()}")
+
+
+def run_reference(reference: Callable, autocast: Callable, x: torch.Tensor, *args) -> torch.Tensor:
+    """Calls a reference as the operator would be: arguments cast once under autocast, the result in x's layout."""
+    if autocasts(x):
+        device = x.device.type
+        x, *args = autocast(torch.get_autocast_dtype(device), x, *args)
+        with torch.autocast(device, enabled=False):
+            return like_layout(reference(x, *args), x)
+    return like_layout(reference(x, *args), x)
 
 
 def cast_floating(value, dtype: torch.dtype):

@@ -16,6 +16,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device (some devices, meta among them, have none)."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def dense_image(x: Tensor) -> Tensor:
     """x itself where it is contiguous or channels_last, else a contiguous copy."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
@@ -102,10 +108,11 @@ def _tensor(op: str, name: str, tensor: Tensor, layout: str) -> None:
 
 
 def _companion(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    """What comes along with x has its dtype and device; under autocast the operator casts mixed dtypes itself."""
+    """What comes along with x has its dtype and device; under autocast the operator casts mixed dtypes but float64 itself."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    mended = autocasts(x) and torch.float64 not in (x.dtype, tensor.dtype)
+    if tensor.dtype != x.dtype and not mended:
         raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
     _same_device(op, name, tensor, x)
 

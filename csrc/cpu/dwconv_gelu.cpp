@@ -18,7 +18,8 @@ SEGNEXT_INLINE Vector<A> gelu_slope(Vector<A> z) {
 template <class A>
 class ImageRows {
  public:
-  ImageRows(const Image& x, int64_t n, int64_t c, int count) : x_(x), n_(n), c_(c), rows_(count, x.width, 1), zero_(1, x.width, 1) {
+  ImageRows(const Image& x, int64_t n, int64_t c, int count)
+      : x_(x), n_(n), c_(c), rows_(count, x.width, 1), zero_(1, x.width, 1) {
     std::memset(zero_[0], 0, sizeof(A) * x.width * kLanes<A>);
   }
   void advance(int64_t last) {
@@ -35,25 +36,26 @@ class ImageRows {
 };
 
 template <class A>
-void load_group_taps(const Image& x, void* weight, void* bias, int64_t c, A* taps) {
-  load_row<A>(filter_row(weight, x.dtype, x.channels, kTaps - 1), 0, c, 0, taps);
-  load_row<A>(filter_row(bias, x.dtype, x.channels, 1), 0, c, 0, taps + (kTaps - 1) * kLanes<A>);
+void load_group_taps(const Image& x, const DepthwiseFilter& filter, int64_t c, A* taps) {
+  load_row<A>(filter_row(filter.weight, x.dtype, x.channels, kTaps - 1), 0, c, 0, taps);
+  load_row<A>(filter_row(filter.bias, x.dtype, x.channels, 1), 0, c, 0, taps + (kTaps - 1) * kLanes<A>);
 }
 
 template <class A>
-void forward(const Image& x, void* weight, void* bias, const Image& y, int64_t begin, int64_t end) {
+void forward(const Image& x, const DepthwiseFilter& filter, const Image& y, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
   const Groups<A> groups(x);
   Buffer<A> taps(kTaps * L), out(x.width * L);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = groups.image(item), c = groups.channel(item);
-    load_group_taps<A>(x, weight, bias, c, taps);
+    load_group_taps<A>(x, filter, c, taps);
     ImageRows<A> x_rows(x, n, c, kK);
     for (int64_t row = 0; row < x.height; ++row) {
       x_rows.advance(row + 1);
       const A* rows[kK];
       x_rows.window(row, rows);
-      for_tiles<kTile>(x.width, [&](int64_t w, auto tile) {
+      for_tiles<kTile>(x.width, [&](int64_t w, auto size) {
+        constexpr int tile = size;
         Vector<A> z[tile];
         square_tile<A, kK, tile>(rows, taps, load<A>(taps + (kTaps - 1) * L), w, z);
         SEGNEXT_UNROLL
@@ -65,8 +67,8 @@ void forward(const Image& x, void* weight, void* bias, const Image& y, int64_t b
 }
 
 template <class A>
-void backward(const Image& grad_out, const Image& x, void* weight, void* bias, const Image& grad_x, A* partial, int64_t begin,
-              int64_t end) {
+void backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x, A* partial,
+              int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
   const Groups<A> groups(x);
   const int64_t width = x.width, height = x.height;
@@ -75,7 +77,7 @@ void backward(const Image& grad_out, const Image& x, void* weight, void* bias, c
   std::memset(zero[0], 0, sizeof(A) * width * L);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = groups.image(item), c = groups.channel(item);
-    load_group_taps<A>(x, weight, bias, c, taps);
+    load_group_taps<A>(x, filter, c, taps);
     reverse_taps<A>(taps, kTaps - 1, transposed);
     A* grad = partial == nullptr ? nullptr : partial + item * kTaps * L;
     if (grad != nullptr) std::memset(grad, 0, sizeof(A) * kTaps * L);
@@ -93,7 +95,8 @@ void backward(const Image& grad_out, const Image& x, void* weight, void* bias, c
       const A* rows[kK];
       x_rows.window(row, rows);
       A* dz = dz_rows[row];
-      for_tiles<kTile>(width, [&](int64_t w, auto tile) {
+      for_tiles<kTile>(width, [&](int64_t w, auto size) {
+        constexpr int tile = size;
         Vector<A> z[tile];
         square_tile<A, kK, tile>(rows, taps, load<A>(taps + (kTaps - 1) * L), w, z);
         SEGNEXT_UNROLL
@@ -109,43 +112,39 @@ void backward(const Image& grad_out, const Image& x, void* weight, void* bias, c
   }
 }
 
+// Sums the items' gradients over the images, in order.
 template <class A>
-void reduce(const Image& x, const A* partial, void* grad_weight, void* grad_bias) {
+void reduce(const Image& x, const A* partial, const DepthwiseFilter& grads, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
-  const Groups<A> groups(x);
   Buffer<A> total(kTaps * L);
-  for (int64_t group = 0; group < groups.per_image; ++group) {
-    std::memset(total, 0, sizeof(A) * kTaps * L);
-    for (int64_t n = 0; n < x.images; ++n) {
-      const A* part = partial + (n * groups.per_image + group) * kTaps * L;
-      for (int t = 0; t < kTaps; ++t) store<A>(total + t * L, load<A>(total + t * L) + load<A>(part + t * L));
-    }
-    store_row<A>(filter_row(grad_weight, x.dtype, x.channels, kTaps - 1), 0, group * L, 0, total);
-    store_row<A>(filter_row(grad_bias, x.dtype, x.channels, 1), 0, group * L, 0, total + (kTaps - 1) * L);
+  for (int64_t group = begin; group < end; ++group) {
+    sum_over_images<A>(x, partial, kTaps, group, total);
+    store_row<A>(filter_row(grads.weight, x.dtype, x.channels, kTaps - 1), 0, group * L, 0, total);
+    store_row<A>(filter_row(grads.bias, x.dtype, x.channels, 1), 0, group * L, 0, total + (kTaps - 1) * L);
   }
 }
 
 }  // namespace
 
-int64_t dwconv_gelu_items(const Image& x) { return msca_strips_items(x); }
-
-int64_t dwconv_gelu_partial_size(const Image& x) {
-  return dwconv_gelu_items(x) * kTaps * (x.dtype == Dtype::kFloat64 ? kLanes<double> : kLanes<float>);
+void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Image& y, const Parallel& parallel) {
+  with_accumulator(x.dtype, [&](auto* type) {
+    using A = std::remove_pointer_t<decltype(type)>;
+    parallel(Groups<A>(x).items, [&](int64_t begin, int64_t end) { forward<A>(x, filter, y, begin, end); });
+  });
 }
 
-void dwconv_gelu_forward(const Image& x, void* weight, void* bias, const Image& y, int64_t begin, int64_t end) {
-  x.dtype == Dtype::kFloat64 ? forward<double>(x, weight, bias, y, begin, end) : forward<float>(x, weight, bias, y, begin, end);
-}
-
-void dwconv_gelu_backward(const Image& grad_out, const Image& x, void* weight, void* bias, const Image& grad_x, void* partial,
-                          int64_t begin, int64_t end) {
-  x.dtype == Dtype::kFloat64 ? backward(grad_out, x, weight, bias, grad_x, static_cast<double*>(partial), begin, end)
-                             : backward(grad_out, x, weight, bias, grad_x, static_cast<float*>(partial), begin, end);
-}
-
-void dwconv_gelu_reduce(const Image& x, const void* partial, void* grad_weight, void* grad_bias) {
-  x.dtype == Dtype::kFloat64 ? reduce(x, static_cast<const double*>(partial), grad_weight, grad_bias)
-                             : reduce(x, static_cast<const float*>(partial), grad_weight, grad_bias);
+void dwconv_gelu_backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x,
+                          const DepthwiseFilter* grads, const Parallel& parallel) {
+  with_accumulator(x.dtype, [&](auto* type) {
+    using A = std::remove_pointer_t<decltype(type)>;
+    const Groups<A> groups(x);
+    Buffer<A> partial(grads == nullptr ? 0 : groups.items * kTaps * kLanes<A>);
+    parallel(groups.items, [&](int64_t begin, int64_t end) {
+      backward<A>(grad_out, x, filter, grad_x, grads == nullptr ? nullptr : static_cast<A*>(partial), begin, end);
+    });
+    if (grads == nullptr) return;
+    parallel(groups.per_image, [&](int64_t begin, int64_t end) { reduce<A>(x, partial, *grads, begin, end); });
+  });
 }
 
 }  // namespace segnext

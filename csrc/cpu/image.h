@@ -20,8 +20,8 @@ struct Image {
 // How work is cut into items: one group of kLanes channels of one image each.
 template <class A>
 struct Groups {
-  int64_t per_image;
-  explicit Groups(const Image& x) : per_image((x.channels + kLanes<A> - 1) / kLanes<A>) {}
+  int64_t per_image, items;
+  explicit Groups(const Image& x) : per_image((x.channels + kLanes<A> - 1) / kLanes<A>), items(x.images * per_image) {}
   int64_t image(int64_t item) const { return item / per_image; }
   int64_t channel(int64_t item) const { return item % per_image * kLanes<A>; }
 };
@@ -78,14 +78,13 @@ class RowRing {
   Buffer<A> rows_;
 };
 
-// What load_row and store_row share: walks a row, full blocks through `block` (kLanes pixels by kLanes channels, planes),
-// the rest through `pixel`.
+// Where one row of a group of channels lies.
 template <class A, class T>
 struct RowAccess {
-  T* first;         // of the first channel's first pixel
-  int64_t plane;    // elements between channels of a pixel, contiguous layout
+  T* first;       // pixel of the first channel
+  int64_t plane;  // elements between channels, contiguous layout
   int64_t width;
-  int64_t channels;  // of the image: the elements between pixels, channels_last
+  int64_t channels;  // of the image, which are the elements between pixels in channels_last
   int lanes;         // channels in this group
   bool channels_last;
 
@@ -96,7 +95,8 @@ struct RowAccess {
         lanes(static_cast<int>(x.channels - c < kLanes<A> ? x.channels - c : kLanes<A>)),
         channels_last(x.channels_last) {
     T* data = static_cast<T*>(x.data);
-    first = channels_last ? data + ((n * x.height + row) * width) * channels + c : data + (n * channels + c) * plane + row * width;
+    first =
+        channels_last ? data + ((n * x.height + row) * width) * channels + c : data + (n * channels + c) * plane + row * width;
   }
 };
 

@@ -1,32 +1,51 @@
-// The CPU kernels: plain functions over pointers and sizes. A kernel works on the items [begin, end) that it is given; which
-// thread runs which items does not change any result.
+// The CPU kernels: plain functions over pointers and sizes that know nothing of torch. Work is cut into items by the shapes
+// alone, so that no result depends on the number of threads.
 #pragma once
+#include <functional>
+
 #include "cpu/image.h"
 
 namespace segnext {
+
+// Runs body(begin, end) over ranges that cover [0, items), possibly at the same time.
+using Range = std::function<void(int64_t begin, int64_t end)>;
+using Parallel = std::function<void(int64_t items, const Range& body)>;
+
+// Calls f with a null pointer of the accumulator's type.
+template <class F>
+void with_accumulator(Dtype dtype, const F& f) {
+  dtype == Dtype::kFloat64 ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
+}
 
 // msca_strips: w5, b5, then row filter, bias, column filter, bias for the branches 7, 11, 21.
 inline constexpr int kStripTensors = 14;
 struct StripFilters {
   void* tensors[kStripTensors];
 };
+void msca_strips_forward(const Image& x, const StripFilters& filters, const Image& y, const Parallel& parallel);
+// grad_x.data may be null, and so may grads.
+void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x,
+                          const StripFilters* grads, const Parallel& parallel);
 
-// Items: groups of channels of images.
-int64_t msca_strips_items(const Image& x);
-void msca_strips_forward(const Image& x, const StripFilters& filters, const Image& y, int64_t begin, int64_t end);
+struct DepthwiseFilter {
+  void *weight, *bias;
+};
+void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Image& y, const Parallel& parallel);
+void dwconv_gelu_backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x,
+                          const DepthwiseFilter* grads, const Parallel& parallel);
 
-// grad_x.data may be null; partial may be null, else it takes msca_strips_partial_size(x) accumulators (x's items first).
-int64_t msca_strips_partial_size(const Image& x);
-void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x, void* partial,
-                          int64_t begin, int64_t end);
-// Sums the partial gradients over the images, in order.
-void msca_strips_reduce(const Image& x, const void* partial, const StripFilters& grads);
-
-int64_t dwconv_gelu_items(const Image& x);
-void dwconv_gelu_forward(const Image& x, void* weight, void* bias, const Image& y, int64_t begin, int64_t end);
-int64_t dwconv_gelu_partial_size(const Image& x);
-void dwconv_gelu_backward(const Image& grad_out, const Image& x, void* weight, void* bias, const Image& grad_x, void* partial,
-                          int64_t begin, int64_t end);
-void dwconv_gelu_reduce(const Image& x, const void* partial, void* grad_weight, void* grad_bias);
+// A batch of matrices [B, D, N], N fastest in memory or (transposed) D fastest.
+struct Matrices {
+  void* data;
+  Dtype dtype;
+  bool transposed;
+  int64_t batch, rows, columns;
+};
+// bases [B, D, rank] are accumulators.
+void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, const Matrices& y,
+                 const Parallel& parallel);
+// grad_x.data and grad_bases may be null. one_step: differentiates the last update of the coefficients alone.
+void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool one_step,
+                  const Matrices& grad_x, void* grad_bases, const Parallel& parallel);
 
 }  // namespace segnext

@@ -37,7 +37,8 @@ SEGNEXT_INLINE void add_to(A* total, const Vector<A> (&sums)[N]) {
 template <class A, int K>
 void row_grad(const A* u, const A* a, int64_t width, A* grad) {
   constexpr int L = kLanes<A>;
-  for_chunks<K>([&](int first, auto count) {
+  for_chunks<K>([&](int first, auto size) {
+    constexpr int count = size;
     Vector<A> acc[count] = {};
     for (int64_t w = 0; w < width; ++w) {
       const Vector<A> v = load<A>(u + w * L);
@@ -53,7 +54,8 @@ void row_grad(const A* u, const A* a, int64_t width, A* grad) {
 template <class A, int K>
 void column_grad(const A* const (&q)[kStripRows], const Window<A>& a, int64_t width, A* grad) {
   constexpr int L = kLanes<A>;
-  for_chunks<K>([&](int first, auto count) {
+  for_chunks<K>([&](int first, auto size) {
+    constexpr int count = size;
     const A* const* rows = a.rows + kReach - K / 2 + first;
     Vector<A> acc[count] = {};
     for (int64_t w = 0; w < width; ++w) {
@@ -77,7 +79,8 @@ void column_grad(const A* const (&q)[kStripRows], const Window<A>& a, int64_t wi
 // out[w] = sum over t of taps[t] * row[w + t - K / 2]
 template <class A, int K>
 void strip(const A* row, const A* taps, int64_t width, A* out) {
-  for_tiles<kTile>(width, [&](int64_t w, auto tile) {
+  for_tiles<kTile>(width, [&](int64_t w, auto size) {
+    constexpr int tile = size;
     Vector<A> acc[tile] = {};
     strip_tile<A, K, tile>(row, taps, w, acc);
     SEGNEXT_UNROLL
@@ -99,18 +102,23 @@ void transpose_taps(const A* taps, A* transposed) {
 template <class A>
 class TapGrads {
  public:
-  TapGrads(const Image& x, int64_t n, int64_t c, const A* taps, A* total)
+  TapGrads(const Image& x, const A* taps)
       : taps_(taps),
-        total_(total),
         height_(x.height),
         width_(x.width),
-        stem_(x, n, c, taps, kWindow - 1),
+        stem_(x, taps, kWindow - 1),
         strips_(x.width),
         zero_(x.width * kLanes<A>),
         g_sums_(x.height * kLanes<A>) {
-    std::memset(total, 0, sizeof(A) * kTaps * kLanes<A>);
     std::memset(zero_, 0, sizeof(A) * x.width * kLanes<A>);
-    std::memset(g_sums_, 0, sizeof(A) * x.height * kLanes<A>);
+  }
+
+  // Begins with another group of channels, whose gradients go to `total`.
+  void restart(int64_t n, int64_t c, A* total) {
+    total_ = total;
+    stem_.restart(n, c);
+    std::memset(total, 0, sizeof(A) * kTaps * kLanes<A>);
+    std::memset(g_sums_, 0, sizeof(A) * height_ * kLanes<A>);
   }
 
   void advance(int64_t last_row) { stem_.advance(last_row); }
@@ -157,7 +165,7 @@ class TapGrads {
  private:
   static constexpr int L = kLanes<A>;
   const A* taps_;
-  A* total_;
+  A* total_ = nullptr;
   int64_t height_, width_;
   StemRows<A> stem_;
   StripRows<A> strips_;
@@ -165,8 +173,8 @@ class TapGrads {
 };
 
 template <class A>
-void backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x, A* partial, int64_t begin,
-              int64_t end) {
+void backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x, A* partial,
+              int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
   const Groups<A> groups(x);
   const int64_t width = x.width, height = x.height;
@@ -174,12 +182,13 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
   RowRing<A> g_rows(kWindow, width, kReach), da_rows(5, width, 2), zero(1, width, 2);
   std::memset(zero[0], 0, sizeof(A) * width * L);
   StripRows<A> u(width);
+  std::optional<TapGrads<A>> grads;
+  if (partial != nullptr) grads.emplace(x, taps);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = groups.image(item), c = groups.channel(item);
     load_strip_taps<A>(filters, x, c, taps);
     transpose_taps<A>(taps, transposed);
-    std::optional<TapGrads<A>> grads;
-    if (partial != nullptr) grads.emplace(x, n, c, taps, partial + item * kTaps * L);
+    if (grads) grads->restart(n, c, partial + item * kTaps * L);
 
     auto write_grad_x = [&](int64_t row) {
       const A* rows[5];
@@ -207,39 +216,33 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
   }
 }
 
+// Sums the items' gradients over the images, in order.
 template <class A>
-void reduce(const Image& x, const A* partial, const StripFilters& grads) {
-  constexpr int L = kLanes<A>;
-  const Groups<A> groups(x);
-  Buffer<A> total(kTaps * L);
-  for (int64_t group = 0; group < groups.per_image; ++group) {
-    std::memset(total, 0, sizeof(A) * kTaps * L);
-    for (int64_t n = 0; n < x.images; ++n) {
-      const A* part = partial + (n * groups.per_image + group) * kTaps * L;
-      for (int t = 0; t < kTaps; ++t) store<A>(total + t * L, load<A>(total + t * L) + load<A>(part + t * L));
-    }
+void reduce(const Image& x, const A* partial, const StripFilters& grads, int64_t begin, int64_t end) {
+  Buffer<A> total(kTaps * kLanes<A>);
+  for (int64_t group = begin; group < end; ++group) {
+    sum_over_images<A>(x, partial, kTaps, group, total);
     for (int i = 0; i < kStripTensors; ++i) {
-      store_row<A>(filter_row(grads.tensors[i], x.dtype, x.channels, kTensorTaps[i]), 0, group * L, 0,
-                   total + tensor_offset(i) * L);
+      store_row<A>(filter_row(grads.tensors[i], x.dtype, x.channels, kTensorTaps[i]), 0, group * kLanes<A>, 0,
+                   total + tensor_offset(i) * kLanes<A>);
     }
   }
 }
 
 }  // namespace
 
-int64_t msca_strips_partial_size(const Image& x) {
-  return msca_strips_items(x) * kTaps * (x.dtype == Dtype::kFloat64 ? kLanes<double> : kLanes<float>);
-}
-
-void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x, void* partial,
-                          int64_t begin, int64_t end) {
-  x.dtype == Dtype::kFloat64 ? backward(grad_out, x, filters, grad_x, static_cast<double*>(partial), begin, end)
-                             : backward(grad_out, x, filters, grad_x, static_cast<float*>(partial), begin, end);
-}
-
-void msca_strips_reduce(const Image& x, const void* partial, const StripFilters& grads) {
-  x.dtype == Dtype::kFloat64 ? reduce(x, static_cast<const double*>(partial), grads)
-                             : reduce(x, static_cast<const float*>(partial), grads);
+void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x,
+                          const StripFilters* grads, const Parallel& parallel) {
+  with_accumulator(x.dtype, [&](auto* type) {
+    using A = std::remove_pointer_t<decltype(type)>;
+    const Groups<A> groups(x);
+    Buffer<A> partial(grads == nullptr ? 0 : groups.items * kTaps * kLanes<A>);
+    parallel(groups.items, [&](int64_t begin, int64_t end) {
+      backward<A>(grad_out, x, filters, grad_x, grads == nullptr ? nullptr : static_cast<A*>(partial), begin, end);
+    });
+    if (grads == nullptr) return;
+    parallel(groups.per_image, [&](int64_t begin, int64_t end) { reduce<A>(x, partial, *grads, begin, end); });
+  });
 }
 
 }  // namespace segnext

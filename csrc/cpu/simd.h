@@ -216,16 +216,19 @@ SEGNEXT_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
   }
 }
 
-// exp(x) for x <= 0, to 2 units in the last place; below -87 it is taken as exp(-87) ~ 1.6e-38.
+// exp(x) for x <= 0, to 2 units in the last place, through the subnormals down to 0.
 SEGNEXT_INLINE Vector<float> exp_negative(Vector<float> x) {
   typedef Vector<float> V;
-  x = x < -87.0f ? broadcast(-87.0f) : x;
-  V shifted = x * 1.44269504f + 0x1.8p23f;  // the integer nearest to x / ln 2 lands in the low bits
-  V n = shifted - 0x1.8p23f;
-  V r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
-  V p = 1.0f + r * (1.0f + r * (0.5f + r * (0x1.555556p-3f + r * (0x1.555556p-5f + r * (0x1.111112p-7f + r * 0x1.6c16c2p-10f)))));
-  auto scale = (bit_cast<BitsVector<float>>(shifted) << 23) + 0x3f800000;
-  return p * bit_cast<V>(scale);
+  typedef BitsVector<float> I;
+  x = x < -104.0f ? broadcast(-104.0f) : x;
+  const V shifted = x * 1.44269504f + 0x1.8p23f;  // the integer nearest to x / ln 2 lands in the low bits
+  const V n = shifted - 0x1.8p23f;
+  const V r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  V p =
+      1.0f + r * (1.0f + r * (0.5f + r * (0x1.555556p-3f + r * (0x1.555556p-5f + r * (0x1.111112p-7f + r * 0x1.6c16c2p-10f)))));
+  const I exponent = bit_cast<I>(shifted) - 0x4b400000;
+  const I half = exponent >> 1;  // 2^exponent in two factors, as the whole may be subnormal
+  return p * bit_cast<V>((half + 127) << 23) * bit_cast<V>((exponent - half + 127) << 23);
 }
 
 SEGNEXT_INLINE Vector<double> exp_negative(Vector<double> x) {

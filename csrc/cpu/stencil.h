@@ -43,7 +43,8 @@ SEGNEXT_INLINE void square_tile(const A* const (&rows)[K], const A* taps, Vector
 // out [width] = start + the stencil of rows
 template <class A, int K>
 void square(const A* const (&rows)[K], const A* taps, Vector<A> start, int64_t width, A* out) {
-  for_tiles<kTile>(width, [&](int64_t w, auto tile) {
+  for_tiles<kTile>(width, [&](int64_t w, auto size) {
+    constexpr int tile = size;
     Vector<A> acc[tile];
     square_tile<A, K, tile>(rows, taps, start, w, acc);
     SEGNEXT_UNROLL
@@ -56,7 +57,8 @@ template <class A, int K>
 void square_grad(const A* out, const A* const (&rows)[K], int64_t width, A* grad) {
   constexpr int L = kLanes<A>;
   constexpr int kRows = kRegisters == 32 ? K : 12 / K;  // filter rows whose taps fit in registers together
-  auto some_rows = [&](int first, auto count) {
+  auto some_rows = [&](int first, auto size) {
+    constexpr int count = size;
     Vector<A> acc[count][K] = {};
     for (int64_t w = 0; w < width; ++w) {
       const Vector<A> g = load<A>(out + w * L);
@@ -85,6 +87,18 @@ void add_row_sum(const A* row, int64_t width, A* total) {
   Vector<A> sum = {};
   for (int64_t w = 0; w < width; ++w) sum += load<A>(row + w * kLanes<A>);
   store<A>(total, load<A>(total) + sum);
+}
+
+// total [taps][kLanes] = the sum over the images, in order, of a group's partial sums
+template <class A>
+void sum_over_images(const Image& x, const A* partial, int taps, int64_t group, A* total) {
+  const Groups<A> groups(x);
+  const int64_t size = taps * kLanes<A>;
+  std::memset(total, 0, sizeof(A) * size);
+  for (int64_t n = 0; n < x.images; ++n) {
+    const A* part = partial + (n * groups.per_image + group) * size;
+    for (int64_t i = 0; i < size; i += kLanes<A>) store<A>(total + i, load<A>(total + i) + load<A>(part + i));
+  }
 }
 
 // The taps turned by 180 degrees, for the transposed convolution.

@@ -10,8 +10,8 @@ namespace segnext {
 
 inline constexpr int kBranches = 3;
 inline constexpr int kBranchTaps[kBranches] = {7, 11, 21};
-inline constexpr int kReach = 10;      // of the longest branch
-inline constexpr int kStripRows = 4;   // output rows computed together, so that a row read from the ring serves several
+inline constexpr int kReach = 10;     // of the longest branch
+inline constexpr int kStripRows = 4;  // output rows computed together, so that a row read from the ring serves several
 inline constexpr int kWindow = kStripRows + 2 * kReach;
 
 // Where each tensor's taps lie in one group's [kTaps][kLanes].
@@ -31,7 +31,8 @@ constexpr int column_bias(int branch) { return tensor_offset(5 + 4 * branch); }
 template <class A>
 void load_strip_taps(const StripFilters& filters, const Image& x, int64_t c, A* taps) {
   for (int i = 0; i < kStripTensors; ++i) {
-    load_row<A>(filter_row(filters.tensors[i], x.dtype, x.channels, kTensorTaps[i]), 0, c, 0, taps + tensor_offset(i) * kLanes<A>);
+    load_row<A>(filter_row(filters.tensors[i], x.dtype, x.channels, kTensorTaps[i]), 0, c, 0,
+                taps + tensor_offset(i) * kLanes<A>);
   }
 }
 
@@ -68,10 +69,12 @@ class StripRows {
 
 // out(b, j)[w] = sum over t of taps_b[t] * row (j + t - k_b / 2)[w], for kStripRows rows j and all branches
 template <class A>
-void column_pass(const Window<A>& window, const A* taps, const int (&offsets)[kBranches], int64_t width, const StripRows<A>& out) {
+void column_pass(const Window<A>& window, const A* taps, const int (&offsets)[kBranches], int64_t width,
+                 const StripRows<A>& out) {
   constexpr int L = kLanes<A>;
   constexpr int kPixels = kRegisters == 32 ? 2 : 1;
-  for_tiles<kPixels>(width, [&](int64_t w, auto tile) {
+  for_tiles<kPixels>(width, [&](int64_t w, auto size) {
+    constexpr int tile = size;
     Vector<A> acc[kBranches][kStripRows][tile] = {};
     SEGNEXT_UNROLL
     for (int i = 0; i < kWindow; ++i) {
@@ -119,16 +122,15 @@ SEGNEXT_INLINE void strip_tile(const A* row, const A* taps, int64_t w, Vector<A>
 
 // out[w] = start + base[w] + sum over branches of (taps_b * strips(b, row))[w]
 template <class A>
-void row_pass(const StripRows<A>& strips, int row, const A* taps, const int (&offsets)[kBranches], const A* base, Vector<A> start,
-              int64_t width, A* out) {
+void row_pass(const StripRows<A>& strips, int row, const A* taps, const int (&offsets)[kBranches], const A* base,
+              Vector<A> start, int64_t width, A* out) {
   constexpr int L = kLanes<A>;
-  for_tiles<kTile>(width, [&](int64_t w, auto tile) {
+  for_tiles<kTile>(width, [&](int64_t w, auto size) {
+    constexpr int tile = size;
     Vector<A> acc[tile];
     SEGNEXT_UNROLL
     for (int i = 0; i < tile; ++i) acc[i] = start + load<A>(base + (w + i) * L);
-    for_branches([&](auto b) {
-      strip_tile<A, kBranchTaps[b], tile>(strips(b, row), taps + offsets[b] * L, w, acc);
-    });
+    for_branches([&](auto b) { strip_tile<A, kBranchTaps[b], tile>(strips(b, row), taps + offsets[b] * L, w, acc); });
     SEGNEXT_UNROLL
     for (int i = 0; i < tile; ++i) store<A>(out + (w + i) * L, acc[i]);
   });
@@ -139,9 +141,15 @@ template <class A>
 class StemRows {
  public:
   // `behind`: how many rows before the newest a the caller still reads from x and from a.
-  StemRows(const Image& x, int64_t n, int64_t c, const A* taps, int behind)
-      : x_(x), n_(n), c_(c), taps_(taps), x_rows_(behind + 5, x.width, 2), a_rows_(behind + 1, x.width, kReach), zero_(1, x.width, 2) {
+  StemRows(const Image& x, const A* taps, int behind)
+      : x_(x), taps_(taps), x_rows_(behind + 5, x.width, 2), a_rows_(behind + 1, x.width, kReach), zero_(1, x.width, 2) {
     std::memset(zero_[0], 0, sizeof(A) * x.width * kLanes<A>);
+  }
+  // Begins with another group of channels.
+  void restart(int64_t n, int64_t c) {
+    n_ = n;
+    c_ = c;
+    next_ = next_x_ = 0;
   }
   // Makes all rows up to `last` (clipped to the image) available.
   void advance(int64_t last) {
@@ -157,17 +165,11 @@ class StemRows {
     for (int s = 0; s < 5; ++s) rows[s] = row + s - 2 >= 0 && row + s - 2 < x_.height ? x_rows_[row + s - 2] : zero_[0];
   }
   const RowRing<A>& a() const { return a_rows_; }
-  const A* zero_row() const { return zero_[0]; }
-  // Begins with row `first` of a instead of row 0.
-  void start(int64_t first) {
-    next_ = first > 0 ? first : 0;
-    next_x_ = next_ > 2 ? next_ - 2 : 0;
-  }
 
  private:
   const Image& x_;
-  int64_t n_, c_, next_ = 0, next_x_ = 0;
   const A* taps_;
+  int64_t n_ = 0, c_ = 0, next_ = 0, next_x_ = 0;
   RowRing<A> x_rows_, a_rows_, zero_;
 };
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _register, _select, _validate
 from . import autograd as _autograd
 from . import reference as _reference
 
@@ -40,6 +40,7 @@ def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
         SegNeXt (NeurIPS 2022), section 3.1; ``Mlp`` and ``DWConv`` of the official code.
     """
     _validate.dwconv_gelu(x, weight, bias)
+    x = _validate.dense_image(x)
     if _select.select("dwconv_gelu", backend, x) == "reference":
-        return _reference.dwconv_gelu(x, weight, bias)
-    return torch.ops.segnext_kernels.dwconv_gelu(_validate.dense_image(x), weight, bias)
+        return _register.run_reference(_reference.dwconv_gelu, _autograd.autocast, x, weight, bias)
+    return torch.ops.segnext_kernels.dwconv_gelu(x, weight, bias)

@@ -31,7 +31,7 @@ def _backward(ctx, grad_out):
     return tuple(grad if need else None for grad, need in zip(grads, (need_x, need_weights, need_weights)))
 
 
-def _autocast(dtype, x, weight, bias):
+def autocast(dtype, x, weight, bias):
     return cast_floating((x, weight, bias), dtype)
 
 
@@ -43,5 +43,5 @@ register(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=_autocast,
+    autocast=autocast,
 )

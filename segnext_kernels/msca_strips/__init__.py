@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _register, _select, _validate
 from . import autograd as _autograd
 from . import reference as _reference
 
@@ -49,6 +49,7 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor], *, backend: str | None = N
         SegNeXt (NeurIPS 2022), figure 2 and equation 1; ``AttentionModule`` of the official code.
     """
     sizes = _validate.msca_strips(x, weights)
+    x = _validate.dense_image(x)
     if _select.select("msca_strips", backend, x, branch_sizes=sizes) == "reference":
-        return _reference.msca_strips(x, weights)
-    return torch.ops.segnext_kernels.msca_strips(_validate.dense_image(x), list(weights))
+        return _register.run_reference(_reference.msca_strips, _autograd.autocast, x, list(weights))
+    return torch.ops.segnext_kernels.msca_strips(x, list(weights))

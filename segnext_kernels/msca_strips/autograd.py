@@ -30,7 +30,7 @@ def _backward(ctx, grad_out):
     return grad_x if need_x else None, grad_weights if need_weights else [None] * len(weights)
 
 
-def _autocast(dtype, x, weights):
+def autocast(dtype, x, weights):
     return cast_floating((x, weights), dtype)
 
 
@@ -42,5 +42,5 @@ register(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=_autocast,
+    autocast=autocast,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _register, _select, _validate
 from . import autograd as _autograd
 from . import reference as _reference
 
@@ -53,7 +53,7 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", *, backen
         the official SegNeXt code.
     """
     _validate.nmf(x, bases, steps, gradient)
-    bases = bases.to(_validate.accumulator(x.dtype))
+    x, bases = _validate.dense_matrix(x), bases.to(_validate.accumulator(x.dtype)).contiguous()
     if _select.select("nmf", backend, x) == "reference":
-        return _reference.nmf(x, bases, steps, gradient)
-    return torch.ops.segnext_kernels.nmf(_validate.dense_matrix(x), bases.contiguous(), steps, gradient)
+        return _register.run_reference(_reference.nmf, _autograd.autocast, x, bases, steps, gradient)
+    return torch.ops.segnext_kernels.nmf(x, bases, steps, gradient)

@@ -32,7 +32,7 @@ def _backward(ctx, grad_out):
     return grad_x if need_x else None, grad_bases if need_bases else None, None, None
 
 
-def _autocast(dtype, x, bases, steps, gradient):
+def autocast(dtype, x, bases, steps, gradient):
     return cast_floating(x, dtype), bases, steps, gradient  # the factors stay in float32
 
 
@@ -44,5 +44,5 @@ register(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=_autocast,
+    autocast=autocast,
 )

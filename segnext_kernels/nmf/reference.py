@@ -10,16 +10,14 @@ EPS = 1e-6
 
 def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact") -> Tensor:
     """Multiplicative updates of x ~ bases coefᵀ, then their product. See the public function."""
-    if torch.is_autocast_enabled(x.device.type):  # x takes autocast's dtype, the factors keep theirs
-        dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            return nmf(x if x.dtype == torch.float64 else x.to(dtype), bases, steps, gradient)
     dtype, x = x.dtype, x.to(bases.dtype)
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "exact"):
         coef = torch.softmax(x.mT @ bases, dim=-1)  # [B, N, R]
         for _ in range(steps):
             coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)
             bases = bases * (x @ coef) / (bases @ (coef.mT @ coef) + EPS)
+    if gradient == "one_step":
+        bases = bases.detach()  # with no steps it is still the caller's
     coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)
     return (bases @ coef.mT).to(dtype)
 

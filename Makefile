@@ -1,0 +1,54 @@
+# make demo, make test: all that a fresh machine with Python, pip and a C++ compiler needs.
+# PYTHON=python3.12 names another interpreter; pip's own variables (PIP_INDEX_URL, ...) hold.
+
+PYTHON ?= python3
+VENV := .venv
+PIP = $(VENV)/bin/python -m pip
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test bench lint format wheel clean
+
+demo: $(VENV)/.models
+	$(VENV)/bin/segnext demo
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python -m bench report --json bench.json
+	$(VENV)/bin/python -m bench memory
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	find csrc -type f | xargs $(VENV)/bin/clang-format -i
+
+wheel: $(VENV)/.test
+	$(VENV)/bin/python -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info segnext_kernels/*.so .pytest_cache .ruff_cache .benchmarks
+
+# Debian's Python can lack ensurepip; its own pip then puts pip into the environment.
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --clear --without-pip $(VENV)
+	$(PIP) --version || $(PYTHON) -m pip install --target \
+		"$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip
+	touch $@
+
+# Without build isolation, so that torch is fetched once, and compiled against the torch that runs.
+$(VENV)/.built: $(SOURCES) | $(VENV)/.python
+	$(PIP) install "setuptools>=77" "torch>=2.10" ninja
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.models $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
+	$(PIP) install "segnext-kernels[$*]"
+	touch $@

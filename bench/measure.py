@@ -1,0 +1,112 @@
+"""Times contenders in turns within one process and compares their results with float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from .cases import Case, Contender
+
+WARM_UP, TURN = 0.002, 0.005  # seconds of calls in a turn, untimed and timed
+
+
+@dataclass
+class Measurement:
+    """How one contender did in one direction of a case: seconds per call in every round, and its error.
+
+    ``error`` is the largest difference from the float64 result, as a part of that result's largest value; in backward the
+    worst of all gradients.
+    """
+
+    case: Case
+    direction: str
+    contender: Contender
+    error: float
+    rounds: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return median(self.rounds)
+
+    def ratio(self, other: Measurement) -> float:
+        """How many times longer ``other`` takes: the median over rounds, so that the machine's drift cancels."""
+        return median(theirs / mine for mine, theirs in zip(self.rounds, other.rounds, strict=True))
+
+
+class Runner:
+    """One contender with its inputs, ready to be called."""
+
+    def __init__(self, case: Case, contender: Contender) -> None:
+        self.case, self.contender = case, contender
+        self.inputs = case.inputs(contender.layout)
+        self.call = contender.build()
+        self.grad_out: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        """The result, as in inference."""
+        with torch.no_grad():
+            return self.call(*self.inputs)
+
+    def prepare_backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        """Runs forward, as in training, and returns what then computes the gradients of all inputs."""
+        y = self.call(*self.inputs)
+        if self.grad_out is None:
+            self.grad_out = self.case.grad_out(y)
+        return lambda: torch.autograd.grad(y, self.inputs, self.grad_out)
+
+    def prepare(self, direction: str) -> Callable[[], object]:
+        return self.forward if direction == "forward" else self.prepare_backward()
+
+
+def error(case: Case, runner: Runner, direction: str, truth: list[Tensor]) -> float:
+    """See :class:`Measurement`; ``truth`` comes from :func:`exact`."""
+    results = runner.prepare(direction)()
+    results = [results] if direction == "forward" else results
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truth, strict=True))
+
+
+def exact(case: Case, direction: str) -> list[Tensor]:
+    """The float64 result (forward) or gradients (backward) of the case's reference."""
+    inputs = case.inputs(dtype=torch.float64)
+    y = case.reference(*inputs)
+    return [y.detach()] if direction == "forward" else list(torch.autograd.grad(y, inputs, case.grad_out(y)))
+
+
+def measure(case: Case, direction: str, seconds: float = 3.0, contenders: tuple[Contender, ...] = ()) -> list[Measurement]:
+    """Times every contender once a round, in an order that changes, until the time is over and five rounds are done.
+
+    Args:
+        seconds: for all rounds; building the contenders and finding their errors comes before.
+        contenders: the case's own unless told.
+    """
+    torch.compiler.reset()  # what was compiled for other shapes counts against the limit of recompilations
+    contenders = contenders or case.contenders
+    truth = exact(case, direction)
+    runners = [Runner(case, contender) for contender in contenders]
+    turns = [(Measurement(case, direction, r.contender, error(case, r, direction, truth)), r) for r in runners]
+    results, order = [result for result, _ in turns], random.Random(0)
+    end = perf_counter() + seconds
+    while perf_counter() < end or len(results[0].rounds) < 5:
+        order.shuffle(turns)
+        for result, runner in turns:
+            _time_calls(runner, direction, WARM_UP)  # the previous contender's threads may still spin
+            result.rounds.append(_time_calls(runner, direction, TURN))
+    return results
+
+
+def _time_calls(runner: Runner, direction: str, seconds: float) -> float:
+    spent, calls = 0.0, 0
+    while spent < seconds:
+        call = runner.prepare(direction)
+        start = perf_counter()
+        result = call()
+        spent += perf_counter() - start
+        calls += 1
+        del call, result
+    return spent / calls

@@ -1,0 +1,282 @@
+// What nmf's forward and backward share: the matrices cut into chunks of columns and tiles within them, and the updates.
+//
+// Factors are rows of vectors: C [N][padded rank], B [D][padded rank], zero beyond the rank. A step reads each tile of x once:
+// it updates the tile's rows of C and adds the tile's share to x C and C^T C. Sums over N are kept per chunk and then added in
+// order.
+#pragma once
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+
+namespace segnext {
+
+inline constexpr int64_t kRowBlock = 64;  // rows of B that are one item
+
+// One matrix' share of the work, by its shape alone.
+template <class A>
+struct NmfShape {
+  int64_t D, N, rank, vectors, padded;  // padded: the rank in whole vectors
+  int64_t chunk, chunks, tile, row_blocks;
+
+  NmfShape(const Matrices& x, int64_t rank_) : D(x.rows), N(x.columns), rank(rank_) {
+    constexpr int L = kLanes<A>;
+    vectors = (rank + L - 1) / L;
+    padded = vectors * L;
+    chunk = N / 16 > 128 ? (N + 15) / 16 : 128;
+    chunks = (N + chunk - 1) / chunk;
+    const int64_t fits = 49152 / (D > 0 ? D : 1);  // a tile of x takes about 200 KB
+    const int64_t most = fits < 32 ? 32 : fits;
+    const int64_t tiles = (chunk + most - 1) / most;
+    tile = ((chunk + tiles - 1) / tiles + L - 1) / L * L;
+    row_blocks = (D + kRowBlock - 1) / kRowBlock;
+  }
+};
+
+// A tile of a matrix as accumulators, [D][tile] or [tile][D] as in memory.
+template <class A>
+class Tile {
+ public:
+  Tile(const NmfShape<A>& shape, bool transposed)
+      : transposed_(transposed),
+        row_(((transposed ? shape.D : shape.tile) + 2 * kLanes<A> - 1) / kLanes<A> *
+             kLanes<A>),  // an odd stride for the caches
+        data_((transposed ? shape.tile : shape.D) * row_) {}
+
+  void load_from(const Matrices& x, int64_t image, int64_t first, int64_t columns) {
+    move(x, image, first, columns, [](auto* outer, A* inner, int count) {
+      store<A>(inner, count == kLanes<A> ? load_as<A>(outer) : load_some<A>(outer, count));
+    });
+  }
+  void store_to(const Matrices& x, int64_t image, int64_t first, int64_t columns) {
+    move(x, image, first, columns, [](auto* outer, A* inner, int count) {
+      count == kLanes<A> ? store_as<A>(outer, load<A>(inner)) : store_some<A>(outer, load<A>(inner), count);
+    });
+  }
+  Strided<A> by_row() const { return transposed_ ? Strided<A>{data_, 1, row_} : Strided<A>{data_, row_, 1}; }
+  Strided<A> by_column() const { return transposed_ ? Strided<A>{data_, row_, 1} : Strided<A>{data_, 1, row_}; }
+
+  // this (+)= left [D][padded] * right [columns][padded]^T
+  void product(const NmfShape<A>& s, const A* left, const A* right, int64_t columns, bool add, Buffer<A>& scratch) {
+    constexpr int L = kLanes<A>;
+    const A *inner = transposed_ ? left : right, *outer = transposed_ ? right : left;
+    const int64_t inner_rows = transposed_ ? s.D : columns, outer_rows = transposed_ ? columns : s.D;
+    transpose_rows<A>(inner, s.padded, inner_rows, s.rank, scratch, row_);
+    gemm<A>({outer, s.padded, 1}, outer_rows, s.rank, scratch, row_, (inner_rows + L - 1) / L, data_, row_, add);
+  }
+  int64_t scratch_size(const NmfShape<A>& s) const { return s.rank * row_; }
+
+ private:
+  template <class F>
+  void move(const Matrices& x, int64_t image, int64_t first, int64_t columns, const F& f) {
+    constexpr int L = kLanes<A>;
+    with_storage<A>(x.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      T* matrix = static_cast<T*>(x.data) + image * x.rows * x.columns;
+      const int64_t outer = transposed_ ? columns : x.rows, length = transposed_ ? x.rows : columns;
+      for (int64_t i = 0; i < outer; ++i) {
+        T* row = matrix + (transposed_ ? (first + i) * x.rows : i * x.columns + first);
+        for (int64_t j = 0; j < length; j += L)
+          f(row + j, data_ + i * row_ + j, static_cast<int>(length - j < L ? length - j : L));
+      }
+    });
+  }
+
+  bool transposed_;
+  int64_t row_;
+  Buffer<A> data_;
+};
+
+template <class A>
+SEGNEXT_INLINE Vector<A> epsilon() {
+  return broadcast(static_cast<A>(1e-6));
+}
+
+// rows [count][padded] <- softmax over the rank
+template <class A>
+void softmax_rows(const NmfShape<A>& s, A* rows, int64_t count) {
+  for (int64_t n = 0; n < count; ++n) {
+    A* row = rows + n * s.padded;
+    A most = row[0];
+    for (int64_t r = 1; r < s.rank; ++r) most = row[r] > most ? row[r] : most;
+    for (int64_t v = 0; v < s.padded; v += kLanes<A>) store<A>(row + v, exp_negative(load<A>(row + v) - most));
+    A sum = 0;
+    for (int64_t r = 0; r < s.rank; ++r) sum += row[r];
+    for (int64_t r = 0; r < s.padded; ++r) row[r] = r < s.rank ? row[r] / sum : 0;
+  }
+}
+
+// What follows an update of C: sum x C and C^T C for the update of B, write y = B C^T, or nothing.
+enum class Then { kSum, kMultiply, kNothing };
+
+// The factors and the sums of a whole batch, and the two halves of a step.
+template <class A>
+class Nmf {
+ public:
+  // keep: holds the factors of every step, for backward.
+  Nmf(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool keep, const Parallel& parallel)
+      : x_(x),
+        s_(x, rank),
+        parallel_(parallel),
+        steps_(steps),
+        keep_(keep),
+        c_size_(x.batch * s_.N * s_.padded),
+        b_size_(x.batch * s_.D * s_.padded),
+        c_((keep ? steps + 2 : 1) * c_size_),
+        c_ratio_(keep ? (steps + 2) * c_size_ : 0),
+        b_((keep ? steps + 1 : 1) * b_size_),
+        b_ratio_(keep ? (steps + 1) * b_size_ : 0),
+        xc_(x.batch * s_.chunks * s_.D * s_.padded),
+        cc_(x.batch * s_.chunks * rank * s_.padded),
+        bb_(x.batch * s_.row_blocks * rank * s_.padded) {
+    const A* given = static_cast<const A*>(bases);
+    for (int64_t i = 0; i < x.batch * s_.D; ++i) {
+      for (int64_t r = 0; r < s_.padded; ++r) b_[i * s_.padded + r] = r < rank ? given[i * rank + r] : 0;
+    }
+    sum_bb(0);
+  }
+
+  void run() {
+    for (int64_t step = 0; step < steps_; ++step) {
+      update_coefficients(step, Then::kSum);
+      update_bases(step);
+    }
+  }
+
+  // C of step + 1 from C and B of step.
+  void update_coefficients(int64_t step, Then then, const Matrices* y = nullptr) {
+    parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
+      Tile<A> x(s_, x_.transposed);
+      Buffer<A> num(s_.tile * s_.padded), den(s_.tile * s_.padded), scratch(x.scratch_size(s_));
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t image = item / s_.chunks;
+        for_tiles_of(item, [&](int64_t first, int64_t columns, bool add) {
+          x.load_from(x_, image, first, columns);
+          const A* b = bases(step, image);
+          A *before = coefficients(step, image, first), *after = coefficients(step + 1, image, first);
+          gemm<A>(x.by_column(), columns, s_.D, b, s_.padded, s_.vectors, num, s_.padded, false);
+          if (step == 0) {
+            std::memcpy(before, num, sizeof(A) * columns * s_.padded);
+            softmax_rows<A>(s_, before, columns);
+          }
+          gemm<A>({before, s_.padded, 1}, columns, s_.rank, bb(image), s_.padded, s_.vectors, den, s_.padded, false);
+          A* ratio = keep_ ? c_ratio_ + (after - c_) : nullptr;
+          scale(before, num, den, columns * s_.padded, after, ratio);
+          if (then == Then::kMultiply) {
+            x.product(s_, b, after, columns, false, scratch);
+            x.store_to(*y, image, first, columns);
+          } else if (then == Then::kSum) {
+            add_to_xc(x, after, columns, item, add);
+            add_to_cc(after, after, columns, item, add);
+          }
+        });
+      }
+    });
+  }
+
+  // B of step + 1 from B of step and the sums over C of step + 1.
+  void update_bases(int64_t step) {
+    sum_chunks();
+    parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
+      Buffer<A> den(kRowBlock * s_.padded);
+      for (int64_t item = begin; item < end; ++item) {
+        const auto [image, first, rows] = row_block(item);
+        const A* before = bases(step, image) + first * s_.padded;
+        A* after = bases(step + 1, image) + first * s_.padded;
+        gemm<A>({before, s_.padded, 1}, rows, s_.rank, cc(image), s_.padded, s_.vectors, den, s_.padded, false);
+        A* ratio = keep_ ? b_ratio_ + (after - b_) : nullptr;
+        scale(before, xc(image, first, rows), den, rows * s_.padded, after, ratio);
+      }
+    });
+    sum_bb(step + 1);
+  }
+
+ protected:
+  static constexpr int L = kLanes<A>;
+
+  // after = before * num / (den + eps)
+  static void scale(const A* before, const A* num, const A* den, int64_t size, A* after, A* ratio) {
+    for (int64_t i = 0; i < size; i += L) {
+      const Vector<A> r = load<A>(num + i) / (load<A>(den + i) + epsilon<A>());
+      if (ratio != nullptr) store<A>(ratio + i, r);
+      store<A>(after + i, load<A>(before + i) * r);
+    }
+  }
+
+  A* coefficients(int64_t step, int64_t image, int64_t row) {
+    return c_ + (keep_ ? step : 0) * c_size_ + (image * s_.N + row) * s_.padded;
+  }
+  A* bases(int64_t step, int64_t image) { return b_ + (keep_ ? step : 0) * b_size_ + image * s_.D * s_.padded; }
+  // B^T B and, after sum_chunks, C^T C (or what stands in their places): [rank][padded].
+  A* bb(int64_t image) { return bb_ + image * s_.row_blocks * s_.rank * s_.padded; }
+  A* cc(int64_t image) { return cc_ + image * s_.chunks * s_.rank * s_.padded; }
+
+  // Calls f(first column, columns, not the chunk's first) for each tile of an item's chunk.
+  template <class F>
+  void for_tiles_of(int64_t item, const F& f) {
+    const int64_t begin = item % s_.chunks * s_.chunk, end = begin + s_.chunk < s_.N ? begin + s_.chunk : s_.N;
+    for (int64_t n = begin; n < end; n += s_.tile) f(n, n + s_.tile < end ? s_.tile : end - n, n > begin);
+  }
+
+  // The chunk's share of x right.
+  void add_to_xc(const Tile<A>& x, const A* right, int64_t columns, int64_t item, bool add) {
+    gemm<A>(x.by_row(), s_.D, columns, right, s_.padded, s_.vectors, xc_ + item * s_.D * s_.padded, s_.padded, add);
+  }
+  // The chunk's share of left^T right.
+  void add_to_cc(const A* left, const A* right, int64_t columns, int64_t item, bool add) {
+    gemm<A>({left, 1, s_.padded}, s_.rank, columns, right, s_.padded, s_.vectors, cc_ + item * s_.rank * s_.padded, s_.padded,
+            add);
+  }
+
+  struct RowBlock {
+    int64_t image, first, rows;
+  };
+  RowBlock row_block(int64_t item) const {
+    const int64_t first = item % s_.row_blocks * kRowBlock;
+    return {item / s_.row_blocks, first, s_.D - first < kRowBlock ? s_.D - first : kRowBlock};
+  }
+
+  // The first part becomes the sum of all, in order.
+  static void sum_parts(A* parts, int64_t count, int64_t part_size, int64_t size) {
+    for (int64_t part = 1; part < count; ++part) {
+      for (int64_t i = 0; i < size; i += L) store<A>(parts + i, load<A>(parts + i) + load<A>(parts + part * part_size + i));
+    }
+  }
+  void sum_chunks() {
+    parallel_(x_.batch, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image)
+        sum_parts(cc(image), s_.chunks, s_.rank * s_.padded, s_.rank * s_.padded);
+    });
+  }
+  A* xc(int64_t image, int64_t first, int64_t rows) {
+    A* sum = xc_ + (image * s_.chunks * s_.D + first) * s_.padded;
+    sum_parts(sum, s_.chunks, s_.D * s_.padded, rows * s_.padded);
+    return sum;
+  }
+  // bb <- left^T right, over the rows of two matrices like B
+  void sum_rows(const A* left, const A* right) {
+    parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const auto [image, first, rows] = row_block(item);
+        const int64_t at = (image * s_.D + first) * s_.padded;
+        gemm<A>({left + at, 1, s_.padded}, s_.rank, rows, right + at, s_.padded, s_.vectors, bb_ + item * s_.rank * s_.padded,
+                s_.padded, false);
+      }
+    });
+    parallel_(x_.batch, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image)
+        sum_parts(bb(image), s_.row_blocks, s_.rank * s_.padded, s_.rank * s_.padded);
+    });
+  }
+  void sum_bb(int64_t step) { sum_rows(bases(step, 0), bases(step, 0)); }
+
+  const Matrices& x_;
+  const NmfShape<A> s_;
+  const Parallel& parallel_;
+  const int64_t steps_;
+  const bool keep_;
+  const int64_t c_size_, b_size_;
+  Buffer<A> c_, c_ratio_, b_, b_ratio_, xc_, cc_, bb_;
+};
+
+}  // namespace segnext

@@ -1,0 +1,210 @@
+// nmf backward: runs forward again and keeps the factors and ratios of every step, 2 (steps + 2) N R + 2 (steps + 1) D R
+// accumulators per matrix, then goes back through the steps, one pass over x each.
+//
+// C' = C P / Q with P = x^T B, Q = C B^T B + eps:
+//   dP = dC' C / Q,  dQ = -dC' C' / Q,  dC = dC' P / Q + dQ S,  dB += x dP + B (dS + dS^T) with S = B^T B, dS = C^T dQ
+// B' = B U / W with U = x C, W = B C^T C + eps:
+//   dU = dB' B / W,  dW = -dB' B' / W,  dB = dB' U / W + dW T,  dC += x^T dU + C (dT + dT^T) with T = C^T C, dT = B^T dW
+// dx is the sum over all steps of B dP^T + dU C^T; it is written once, at the end.
+#include "cpu/nmf.h"
+
+namespace segnext {
+namespace {
+
+template <class A>
+class NmfBackward : public Nmf<A> {
+  using Base = Nmf<A>;
+  using Base::L;
+  using Base::s_;
+  using Base::steps_;
+  using Base::x_;
+
+ public:
+  NmfBackward(const Matrices& grad_out, const Matrices& x, const void* bases, int64_t rank, int64_t steps,
+              const Parallel& parallel)
+      : Base(x, bases, rank, steps, true, parallel),
+        grad_out_(grad_out),
+        d_c_(Base::c_size_),
+        d_p_((steps + 2) * Base::c_size_),
+        d_b_(Base::b_size_),
+        d_w_(Base::b_size_),
+        d_u_((steps + 1) * Base::b_size_),
+        gram_(x.batch * s_.rank * s_.padded) {}
+
+  void run(bool one_step, const Matrices& grad_x, void* grad_bases) {
+    Base::run();
+    Base::update_coefficients(steps_, Then::kNothing);
+    for (int64_t step = steps_; step >= 0; --step) {
+      back_through_coefficients(step, one_step);
+      if (one_step) break;
+      add_to_bases_grad(step);
+      if (step > 0) back_through_bases(step);
+    }
+    if (grad_x.data != nullptr) write_grad_x(one_step, grad_x);
+    if (grad_bases != nullptr) write_grad_bases(one_step, static_cast<A*>(grad_bases));
+  }
+
+ private:
+  A* d_p(int64_t step, int64_t image, int64_t row) { return d_p_ + step * Base::c_size_ + (image * s_.N + row) * s_.padded; }
+  A* d_u(int64_t step, int64_t image) { return d_u_ + step * Base::b_size_ + image * s_.D * s_.padded; }
+
+  // C of step + 1 was made from C and B of step. Leaves dC of step in d_c_, dP in d_p_, and x dP and C^T dQ in the chunks'
+  // sums.
+  void back_through_coefficients(int64_t step, bool only_p) {
+    Base::sum_bb(step);
+    Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
+      Tile<A> x(s_, x_.transposed), grad(s_, grad_out_.transposed);
+      Buffer<A> den(s_.tile * s_.padded), d_q(s_.tile * s_.padded);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t image = item / s_.chunks;
+        Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool add) {
+          const int64_t size = columns * s_.padded, at = (image * s_.N + first) * s_.padded;
+          const A *before = Base::coefficients(step, image, first), *after = Base::coefficients(step + 1, image, first);
+          const A* ratio = Base::c_ratio_ + (after - Base::c_);
+          A *d_c = d_c_ + at, *dp = d_p(step, image, first);
+          x.load_from(x_, image, first, columns);
+          if (step == steps_) {
+            grad.load_from(grad_out_, image, first, columns);
+            gemm<A>(grad.by_column(), columns, s_.D, Base::bases(step, image), s_.padded, s_.vectors, d_c, s_.padded, false);
+          } else {  // what B of step + 1 passes on
+            gemm<A>(x.by_column(), columns, s_.D, d_u(step + 1, image), s_.padded, s_.vectors, d_c, s_.padded, true);
+            gemm<A>({after, s_.padded, 1}, columns, s_.rank, gram(image), s_.padded, s_.vectors, d_c, s_.padded, true);
+          }
+          gemm<A>({before, s_.padded, 1}, columns, s_.rank, Base::bb(image), s_.padded, s_.vectors, den, s_.padded, false);
+          for (int64_t i = 0; i < size; i += L) {
+            const Vector<A> q = load<A>(d_c + i) / (load<A>(den + i) + epsilon<A>());
+            store<A>(dp + i, q * load<A>(before + i));
+            store<A>(d_q + i, -q * load<A>(after + i));
+            store<A>(d_c + i, load<A>(d_c + i) * load<A>(ratio + i));
+          }
+          if (only_p) return;
+          gemm<A>({d_q, s_.padded, 1}, columns, s_.rank, Base::bb(image), s_.padded, s_.vectors, d_c, s_.padded, true);
+          if (step == 0) back_through_softmax(before, d_c, columns, dp);
+          Base::add_to_xc(x, dp, columns, item, add);
+          if (step == steps_) Base::add_to_xc(grad, after, columns, item, true);
+          Base::add_to_cc(before, d_q, columns, item, add);
+        });
+      }
+    });
+  }
+
+  // The first coefficients are a softmax of x^T B, the same product as P.
+  void back_through_softmax(const A* c, const A* d_c, int64_t columns, A* dp) {
+    for (int64_t n = 0; n < columns; ++n) {
+      const int64_t row = n * s_.padded;
+      A dot = 0;
+      for (int64_t r = 0; r < s_.rank; ++r) dot += c[row + r] * d_c[row + r];
+      for (int64_t r = 0; r < s_.rank; ++r) dp[row + r] += c[row + r] * (d_c[row + r] - dot);
+    }
+  }
+
+  // d_b_ += x dP + B (dS + dS^T)
+  void add_to_bases_grad(int64_t step) {
+    Base::sum_chunks();
+    symmetrise([&](int64_t image) { return Base::cc(image); });
+    Base::parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const auto [image, first, rows] = Base::row_block(item);
+        const A* sums = Base::xc(image, first, rows);
+        A* d_b = d_b_ + (image * s_.D + first) * s_.padded;
+        for (int64_t i = 0; i < rows * s_.padded; i += L) {
+          store<A>(d_b + i, load<A>(sums + i) + (step == steps_ ? Vector<A>{} : load<A>(d_b + i)));
+        }
+        gemm<A>({Base::bases(step, image) + first * s_.padded, s_.padded, 1}, rows, s_.rank, gram(image), s_.padded, s_.vectors,
+                d_b, s_.padded, true);
+      }
+    });
+  }
+
+  // B of step was made from B of step - 1 and C of step. Leaves dB of step - 1 in d_b_, dU in d_u_ and dT + dT^T in gram_.
+  void back_through_bases(int64_t step) {
+    sum_cc(step);
+    Base::parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
+      Buffer<A> den(kRowBlock * s_.padded);
+      for (int64_t item = begin; item < end; ++item) {
+        const auto [image, first, rows] = Base::row_block(item);
+        const int64_t at = first * s_.padded, all = image * s_.D * s_.padded + at;
+        const A *before = Base::bases(step - 1, image) + at, *after = Base::bases(step, image) + at;
+        const A* ratio = Base::b_ratio_ + (after - Base::b_);
+        A *d_b = d_b_ + all, *d_w = d_w_ + all, *du = d_u(step, image) + at;
+        gemm<A>({before, s_.padded, 1}, rows, s_.rank, Base::cc(image), s_.padded, s_.vectors, den, s_.padded, false);
+        for (int64_t i = 0; i < rows * s_.padded; i += L) {
+          const Vector<A> q = load<A>(d_b + i) / (load<A>(den + i) + epsilon<A>());
+          store<A>(du + i, q * load<A>(before + i));
+          store<A>(d_w + i, -q * load<A>(after + i));
+          store<A>(d_b + i, load<A>(d_b + i) * load<A>(ratio + i));
+        }
+        gemm<A>({d_w, s_.padded, 1}, rows, s_.rank, Base::cc(image), s_.padded, s_.vectors, d_b, s_.padded, true);
+      }
+    });
+    Base::sum_rows(Base::bases(step - 1, 0), d_w_);
+    symmetrise([&](int64_t image) { return Base::bb(image); });
+  }
+
+  // cc <- C^T C of a step
+  void sum_cc(int64_t step) {
+    Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool add) {
+          const A* c = Base::coefficients(step, item / s_.chunks, first);
+          Base::add_to_cc(c, c, columns, item, add);
+        });
+      }
+    });
+    Base::sum_chunks();
+  }
+
+  A* gram(int64_t image) { return gram_ + image * s_.rank * s_.padded; }
+  // gram_ <- M + M^T for each image's [rank][padded]
+  template <class F>
+  void symmetrise(const F& of) {
+    for (int64_t image = 0; image < x_.batch; ++image) {
+      const A* m = of(image);
+      A* sum = gram(image);
+      for (int64_t i = 0; i < s_.rank; ++i) {
+        for (int64_t j = 0; j < s_.padded; ++j) {
+          sum[i * s_.padded + j] = j < s_.rank ? m[i * s_.padded + j] + m[j * s_.padded + i] : 0;
+        }
+      }
+    }
+  }
+
+  void write_grad_x(bool one_step, const Matrices& grad_x) {
+    Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
+      Tile<A> out(s_, grad_x.transposed);
+      Buffer<A> scratch(out.scratch_size(s_));
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t image = item / s_.chunks;
+        Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool) {
+          out.product(s_, Base::bases(steps_, image), d_p(steps_, image, first), columns, false, scratch);
+          for (int64_t step = one_step ? 0 : steps_; step > 0; --step) {
+            out.product(s_, d_u(step, image), Base::coefficients(step, image, first), columns, true, scratch);
+            out.product(s_, Base::bases(step - 1, image), d_p(step - 1, image, first), columns, true, scratch);
+          }
+          out.store_to(grad_x, image, first, columns);
+        });
+      }
+    });
+  }
+
+  void write_grad_bases(bool one_step, A* grad_bases) {
+    for (int64_t i = 0; i < x_.batch * s_.D; ++i) {
+      for (int64_t r = 0; r < s_.rank; ++r) grad_bases[i * s_.rank + r] = one_step ? 0 : d_b_[i * s_.padded + r];
+    }
+  }
+
+  const Matrices& grad_out_;
+  Buffer<A> d_c_, d_p_, d_b_, d_w_, d_u_, gram_;
+};
+
+}  // namespace
+
+void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool one_step,
+                  const Matrices& grad_x, void* grad_bases, const Parallel& parallel) {
+  with_accumulator(x.dtype, [&](auto* type) {
+    NmfBackward<std::remove_pointer_t<decltype(type)>> backward(grad_out, x, bases, rank, steps, parallel);
+    backward.run(one_step, grad_x, grad_bases);
+  });
+}
+
+}  // namespace segnext

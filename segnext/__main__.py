@@ -1,0 +1,7 @@
+"""``python -m segnext`` is the ``segnext`` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

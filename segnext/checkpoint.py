@@ -1,0 +1,107 @@
+"""Checkpoint files: what is read from them, in one layout whatever theirs is, and how files are replaced whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+TORCH_SUFFIXES, SAFETENSORS_SUFFIX = (".pth", ".pt"), ".safetensors"
+
+
+class WeightsError(RuntimeError):
+    """Weights cannot be had, read, written, or do not fit; the message says why in one sentence."""
+
+
+def suffix(path: Path) -> str:
+    """The path's ending, if it is one that checkpoints have."""
+    if path.suffix not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
+        raise WeightsError(f"{path} must end in {', '.join(TORCH_SUFFIXES)} or {SAFETENSORS_SUFFIX}")
+    return path.suffix
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint under the official names of a whole model, and what the checkpoint says of itself.
+
+    Raises:
+        WeightsError: the file cannot be read or holds no named tensors.
+    """
+    reader = _read_safetensors if suffix(path) == SAFETENSORS_SUFFIX else _read_torch
+    try:
+        checkpoint = reader(path)
+    except Exception as error:  # a damaged file can make the readers raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{path} cannot be read, it may be cut short or no checkpoint at all: {reason}") from error
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not state or not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise WeightsError(f"{path} holds no state_dict of named tensors")
+    meta = checkpoint.get("meta")
+    return official(state), meta if isinstance(meta, dict) else {}
+
+
+def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state under the official names of a whole model.
+
+    mmsegmentation's depthwise convolutions sit one level higher; an encoder's checkpoint may lack the prefix and carry a
+    classifier ``head.*``, which is left out.
+    """
+    state = {re.sub(r"\.mlp\.dwconv\.(weight|bias)$", r".mlp.dwconv.dwconv.\1", key): value for key, value in state.items()}
+    if any(key.startswith("decode_head.") for key in state):
+        return state
+    encoder = {key.removeprefix("backbone."): value for key, value in state.items()}
+    return {f"backbone.{key}": value for key, value in encoder.items() if not key.startswith("head.")}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the path's place once it is complete; if the block fails, nothing is left of it."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        meta = (file.metadata() or {}).get("meta", "{}")
+        return {"state_dict": {key: file.get_tensor(key) for key in file.keys()}, "meta": json.loads(meta)}  # noqa: SIM118
+
+
+class _Inert:
+    """Stands in for every class and function of a checkpoint that torch does not know to be safe: takes all, does nothing.
+
+    mmengine stores its training history beside the weights, as objects of its own and NumPy's; nobody here needs them.
+    """
+
+    def __init__(self, *args) -> None: ...
+
+    def __setstate__(self, state) -> None: ...
+
+
+def _read_torch(path: Path) -> Any:
+    with torch.serialization.safe_globals([(_Inert, name) for name in _unsafe_globals(path)]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """The classes and functions that the checkpoint's pickle names, found without running it."""
+    if zipfile.is_zipfile(path):
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with path.open("rb") as file:  # the format before torch 1.6: four pickles (magic, version, system, checkpoint)
+        opcodes = [opcode for _ in range(4) for opcode in pickletools.genops(file)]
+    return [argument.replace(" ", ".") for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"]

@@ -1,0 +1,202 @@
+"""The ``segnext`` command. What a sub-command needs is imported when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SIZES, HEADS = ("t", "s", "b", "l"), ("ham", "msca")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a sub-command.
+
+    Returns:
+        0 if all went well, 1 if files were skipped, 2 for an error, which is one line on stderr; 130 when interrupted.
+    """
+    arguments = vars(_parser().parse_args(argv))
+    try:
+        return arguments.pop("run")(**arguments)
+    except KeyboardInterrupt:
+        print("segnext: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            raise
+        print(f"segnext: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("segnext", description="Semantic segmentation with SegNeXt.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    predict = _command(commands, "predict", _predict, "segment photographs with a checkpoint")
+    predict.description = (
+        "Segments photographs. For each, writes NAME_overlay.png (the photograph under the classes' colours) and NAME_mask.png"
+        " (index-colour, the pixel value is the class) at the photograph's full size, and one legend.png for them all. A broken"
+        " file is named and skipped; the exit code is then 1."
+    )
+    predict.add_argument(
+        "inputs", nargs="+", type=Path, metavar="PHOTO", help="image file, or folder with image files directly inside"
+    )
+    predict.add_argument(
+        "--weights", required=True, help="checkpoint file (.pth, .safetensors) or the name of a hosted one, as ade20k-t"
+    )
+    predict.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    predict.add_argument("--rank", type=_positive, help="rank of the decomposition, where the checkpoint doesn't say it")
+    predict.add_argument(
+        "--alpha", type=_share, default=0.5, help="weight of the colours in the overlay, 0 to 1 (default: %(default)s)"
+    )
+    predict.add_argument(
+        "--short-side",
+        type=_count,
+        default=512,
+        metavar="PIXELS",
+        help="larger photographs are shown to the network shrunk to this on the shorter side, which bounds time and memory;"
+        " 0 for never (default: %(default)s)",
+    )
+    _add_device(predict)
+
+    demo = _command(commands, "demo", _demo, "train from scratch on drawn scenes or on your photographs, and look at it")
+    demo.description = (
+        "Trains SegNeXt from random weights and shows what it learned on pictures that it was not trained on. Without --data"
+        " the pictures are scenes that the program draws; nothing is downloaded."
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for pictures and checkpoint (default: demo)"
+    )
+    demo.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="photographs: images/ and masks/ under train/ and val/, classes in classes.txt",
+    )
+    demo.add_argument("--seconds", type=_seconds, help="length of the training (default: 120, with --data 180)")
+    demo.add_argument("--size", choices=SIZES, default="t", help="of the model (default: %(default)s)")
+    demo.add_argument("--head", choices=HEADS, default="ham", help="of the model (default: %(default)s)")
+    demo.add_argument(
+        "--image",
+        type=_demo_size,
+        metavar="HxW",
+        help="size of the scenes (default: 128x160); photographs keep their shape and are resized to the smaller of the two on"
+        " the shorter side (default: 180x240)",
+    )
+    demo.add_argument(
+        "--seed", type=_count, default=0, help="of the weights and of the order of the pictures (default: %(default)s)"
+    )
+    _add_device(demo)
+
+    info = _command(commands, "info", _info, "parameters and multiply-accumulates of a model")
+    info.add_argument("--size", choices=SIZES, default="t", help="of the model (default: %(default)s)")
+    info.add_argument("--head", choices=HEADS, default="ham", help="of the model (default: %(default)s)")
+    info.add_argument("--classes", type=_positive, default=150, help="number of classes (default: %(default)s)")
+    info.add_argument(
+        "--image", type=_image_size, default=(512, 512), metavar="HxW", help="size of the image (default: 512x512)"
+    )
+
+    _command(commands, "table2", _table2, "parameters and GFLOPs of all models, with the paper's figures beside them")
+    return parser
+
+
+def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", type=_device, default="cpu", help="as PyTorch names it: cpu, cuda, cuda:1 (default: %(default)s)"
+    )
+
+
+def _predict(inputs: list[Path], **options) -> int:
+    from .predict import predict
+
+    broken = predict(inputs, **options)
+    if broken:
+        print(f"segnext: {len(broken)} of the files could not be read and were skipped", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _demo(**options) -> int:
+    from .demo import demo
+
+    demo(**options)
+    return 0
+
+
+def _info(size: str, head: str, classes: int, image: tuple[int, int]) -> int:
+    from .complexity import info
+
+    print(info(size, head, num_classes=classes, image=image))
+    return 0
+
+
+def _table2() -> int:
+    from .complexity import table2
+
+    print(table2())
+    return 0
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What is the input's fault, not the program's."""
+    from .data import DataError
+    from .images import ImageError
+    from .predict import InputError
+    from .weights import WeightsError
+
+    return DataError, ImageError, InputError, WeightsError, FloatingPointError, OSError
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no length of time")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
+def _image_size(text: str, least: int = 1) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, as 128x160, of at least {least} pixels each")
+    return int(height), int(width)
+
+
+def _demo_size(text: str) -> tuple[int, int]:
+    return _image_size(text, least=32)
+
+
+def _device(text: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return text

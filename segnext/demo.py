@@ -1,0 +1,167 @@
+"""The ``segnext demo`` command: trains a SegNeXt from scratch, on drawn scenes or on a folder of photographs, and shows it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torch.utils.data import Dataset
+
+import segnext_kernels
+
+from .data import Folder, Scenes
+from .evaluate import Scores, evaluate, table
+from .images import write_png
+from .model import create
+from .palette import Colour, generated_palette, legend, mask_image, photo_image, side_by_side
+from .predict import segment
+from .train import Recipe, fit, photo_augmentation
+from .weights import save
+
+SCENES_RECIPE = Recipe(seconds=120, lr=1e-3, batch=8)
+PHOTOS_RECIPE = Recipe(seconds=180, lr=1e-3, batch=8)
+SCENE_SIZE, PHOTO_SIZE = (128, 160), (180, 240)
+TRAINING_SCENES, HELD_OUT_SCENES = 4000, 100
+CROP = 0.8  # of the photographs' height and width, down to a multiple of 32
+PICTURES = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the demo trains on, and where the pictures are that one can try the result on."""
+
+    description: str
+    classes: list[str]
+    palette: list[Colour]
+    train: Dataset
+    held_out: Dataset
+    names: Sequence[str]
+    augment: Callable | None
+    recipe: Recipe
+    examples: Path
+    short_side: int
+
+
+def demo(
+    out: str | Path = "demo",
+    *,
+    data: str | Path | None = None,
+    size: str = "t",
+    head: str = "ham",
+    image: tuple[int, int] | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> tuple[Scores, Scores]:
+    """Trains from random weights, prints how good the model is on held-out pictures before and after, and writes into ``out``:
+    pictures/ (picture, truth and prediction side by side), the checkpoint segnext-SIZE.pth and, of drawn scenes, scenes/.
+
+    Args:
+        data: a folder as :class:`segnext.data.Folder` takes it, with the splits train and val; None draws scenes.
+        size, head: as in :func:`segnext.create`.
+        image: (height, width) of the scenes; photographs keep their shape and are resized to the smaller of the two.
+        seconds: of training; None for 120 with scenes and 180 with photographs.
+        seed: of the weights, the order of the pictures and the augmentation.
+
+    Returns:
+        The scores on the held-out pictures before and after training.
+    """
+    out = Path(out)
+    torch.manual_seed(seed)
+    task = _photographs(Path(data), image or PHOTO_SIZE) if data else _scenes(out, image or SCENE_SIZE)
+    recipe = replace(task.recipe, seed=seed, seconds=task.recipe.seconds if seconds is None else seconds)
+    model = create(size, len(task.classes), head, drop_path=0.0).to(device)
+    model.classes, model.palette = task.classes, task.palette
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+
+    print(task.description)
+    print(_machine(model, f"SegNeXt-{size.upper()}", recipe.seconds), flush=True)
+    before = evaluate(model, task.held_out, len(task.classes))
+    print(f"before training: {before} on {len(task.held_out)} held-out pictures", flush=True)
+    losses = fit(model, task.train, recipe, augment=task.augment)
+    after = evaluate(model, task.held_out, len(task.classes))
+    print(f"after {len(losses)} steps: {after} on {len(task.held_out)} held-out pictures")
+    print(table(task.classes, {"IoU before": before, "after": after}))
+
+    checkpoint = out / f"segnext-{size}.pth"
+    save(model, checkpoint)
+    _write_pictures(model, task, out / "pictures")
+    print(f"wrote {checkpoint} and, with picture, truth and prediction side by side, {out / 'pictures'}{os.sep}")
+    print("try next: " + _predict_command(task, checkpoint, out / "predicted"))
+    return before, after
+
+
+def _scenes(out: Path, size: tuple[int, int]) -> Task:
+    held_out, folder = Scenes(HELD_OUT_SCENES, size, seed=1), out / "scenes"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"scene_{i}" for i in range(HELD_OUT_SCENES)]
+    for i in _shown(held_out):
+        write_png(photo_image(held_out[i][0]), folder / f"{names[i]}.png")
+    return Task(
+        description=f"The scenes are drawn by this program, they are no photographs: {len(Scenes.classes)} classes,"
+        f" {size[1]}x{size[0]} pixels.",
+        classes=Scenes.classes,
+        palette=Scenes.palette,
+        train=Scenes(TRAINING_SCENES, size),
+        held_out=held_out,
+        names=names,
+        augment=None,
+        recipe=SCENES_RECIPE,
+        examples=folder,
+        short_side=min(size),
+    )
+
+
+def _photographs(folder: Path, size: tuple[int, int]) -> Task:
+    train, held_out = (Folder(folder, split, min(size)) for split in ("train", "val"))
+    crop = tuple(max(32, int(n * CROP) // 32 * 32) for n in size)
+    return Task(
+        description=f"Photographs in {folder}: {len(train)} for training, {len(held_out)} held out,"
+        f" {len(train.classes)} classes, {min(size)} pixels on the short side.",
+        classes=train.classes,
+        palette=generated_palette(len(train.classes)),
+        train=train,
+        held_out=held_out,
+        names=held_out.names,
+        augment=photo_augmentation(min(size), crop),
+        recipe=PHOTOS_RECIPE,
+        examples=folder / "val" / "images",
+        short_side=min(size),
+    )
+
+
+def _machine(model: nn.Module, name: str, seconds: float) -> str:
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    isa = segnext_kernels.build_info()["isa"]
+    return (
+        f"{name}, {millions:.1f} M parameters, random weights; {seconds:g} s of training on {next(model.parameters()).device},"
+        f" {torch.get_num_threads()} threads, " + (f"fused kernels for {isa}." if isa else "no compiled kernels.")
+    )
+
+
+def _write_pictures(model: nn.Module, task: Task, folder: Path) -> None:
+    key = legend(task.classes, task.palette, columns=5)
+    for i in _shown(task.held_out):
+        image, truth = task.held_out[i]
+        masks = (mask_image(labels, task.palette).convert("RGB") for labels in (truth, segment(model, image, 0)))
+        pictures = [ImageOps.scale(picture, 2, Image.Resampling.NEAREST) for picture in (photo_image(image), *masks)]
+        write_png(side_by_side(pictures, ("picture", "truth", "prediction"), key), folder / f"{task.names[i]}.png")
+
+
+def _shown(held_out: Dataset) -> range:
+    """The numbers of the held-out pictures that are written, evenly spaced."""
+    return range(0, len(held_out), -(-len(held_out) // PICTURES))
+
+
+def _predict_command(task: Task, checkpoint: Path, out: Path) -> str:
+    program = ["segnext"] if shutil.which("segnext") else [os.path.relpath(sys.executable), "-m", "segnext"]
+    arguments = ["predict", task.examples, "--weights", checkpoint, "--out", out, "--short-side", task.short_side]
+    return shlex.join(map(str, program + arguments))

@@ -1,0 +1,110 @@
+"""The decode heads of SegNeXt: stages 2-4 to class logits at stage 2's size. Parameter names are the official ones."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segnext_kernels.nn import NMF2D
+
+from .mscan import SpatialAttention, init_convolution
+
+GROUPS = 32
+
+
+def conv_norm(in_channels: int, channels: int) -> nn.Sequential:
+    """1x1 convolution and group norm."""
+    conv = nn.Conv2d(in_channels, channels, 1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, gn=nn.GroupNorm(GROUPS, channels)))
+
+
+class Hamburger(nn.Module):
+    """relu(x + ham_out(NMF(relu(ham_in(x))))) on [B, dim, H, W].
+
+    Args:
+        dim: channels.
+        ham: the matrix decomposition.
+
+    Source: "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), figure 2; ``Hamburger`` of the official code.
+    """
+
+    def __init__(self, dim: int, ham: NMF2D) -> None:
+        super().__init__()
+        self.ham_in = nn.Sequential(OrderedDict(conv=nn.Conv2d(dim, dim, 1)))
+        self.ham = ham
+        self.ham_out = conv_norm(dim, dim)
+
+    def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
+        return F.relu(x + self.ham_out(self.ham(F.relu(self.ham_in(x)), bases)))
+
+
+class Head(nn.Module):
+    """What both heads share; a subclass says with ``mix`` how pixels learn of each other.
+
+    Args:
+        in_channels: of stages 2-4.
+        channels: of the decoder, a multiple of 32.
+        num_classes: channels of the logits.
+        dropout: probability that a channel is dropped before the classifier, in training.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.squeeze = conv_norm(sum(in_channels), channels)
+        self.align = conv_norm(channels, channels)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def init_weights(self) -> None:
+        self.apply(init_convolution)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+
+    def mix(self, x: Tensor, bases: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, features: Sequence[Tensor], bases: Tensor | None = None) -> Tensor:
+        """The encoder's four maps -> logits [B, num_classes, H, W] of the second map's size."""
+        fine, *coarse = features[1:]
+        size = fine.shape[-2:]
+        resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in coarse]
+        x = F.relu(self.squeeze(torch.cat([fine, *resized], dim=1)))
+        x = F.relu(self.align(self.mix(x, bases)))
+        return self.conv_seg(self.dropout(x))
+
+
+class HamHead(Head):
+    """The published head: pixels meet in the Hamburger's matrix decomposition, which starts from ``ham``'s bases or given ones.
+
+    Source: ``LightHamHead`` of the official code.
+    """
+
+    def __init__(
+        self, in_channels: Sequence[int], channels: int, num_classes: int, dropout: float = 0.1, *, ham: NMF2D
+    ) -> None:
+        super().__init__(in_channels, channels, num_classes, dropout)
+        self.hamburger = Hamburger(channels, ham)
+        self.init_weights()
+
+    def mix(self, x: Tensor, bases: Tensor | None) -> Tensor:
+        return self.hamburger(x, bases)
+
+
+class MSCAHead(Head):
+    """The head of the paper's comparison: pixels meet in one MSCA attention instead of the Hamburger.
+
+    Source: SegNeXt (NeurIPS 2022), the table that compares the decoders.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__(in_channels, channels, num_classes, dropout)
+        self.attention = SpatialAttention(channels)
+        self.init_weights()
+
+    def mix(self, x: Tensor, bases: Tensor | None) -> Tensor:
+        if bases is not None:
+            raise ValueError("the MSCA head has no matrix decomposition, so it takes no bases")
+        return self.attention(x)

@@ -1,0 +1,91 @@
+"""Reading any image file as people see it, and writing PNG files."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from .checkpoint import replacing
+from .model import MEAN, STD
+
+
+class ImageError(RuntimeError):
+    """A file that is not a whole image; the message names it."""
+
+
+def read_image(path: str | Path) -> Tensor:
+    """An image file of any format that PIL reads, as it is shown: uint8 [3, H, W], RGB.
+
+    The EXIF orientation is applied, transparent pixels are composited on white, 16-bit values are scaled to 8 bits. Of an
+    animation it is the first picture.
+
+    Raises:
+        ImageError: no such file, no image, a truncated one, or more pixels than PIL's limit against decompression bombs.
+    """
+    return torch.from_numpy(np.array(_open(path, _shown))).permute(2, 0, 1).contiguous()
+
+
+def read_labels(path: str | Path) -> Tensor:
+    """The label of every pixel of a greyscale or index-colour image file, its colours not applied: int32 [H, W].
+
+    Raises:
+        ImageError: as :func:`read_image`, or an image of several channels.
+    """
+    image = _open(path, lambda opened: opened.copy())
+    if len(image.getbands()) > 1:
+        raise ImageError(f"{path}: a mask must be greyscale or index-colour, one label per pixel; this one is {image.mode}")
+    return torch.from_numpy(np.array(image).astype(np.int32))
+
+
+def _open(path, convert) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of large pictures and odd metadata, which do no harm
+            with Image.open(path) as image:
+                image.load()
+                return convert(image)
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise ImageError(f"{path}: the image has more than {limit} million pixels; make it smaller first") from None
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{path}: not an image, or of an unknown format") from None
+    except Exception as error:  # what a decoder raises on a broken file depends on where it breaks
+        raise ImageError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, in PIL's names I;16, I;16B or I
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    elif image.mode == "F":
+        raise ValueError("its values are floating-point numbers of unknown range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    values = values.astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its values do not fit in 16 bits")
+    return ((values * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """What the models take: uint8 [..., 3, H, W] to float32, minus ImageNet's mean and over its standard deviation."""
+    return functional.normalize(functional.to_dtype(images, torch.float32, scale=True), list(MEAN), list(STD))
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG file that is either whole or not there."""
+    with replacing(path) as file:
+        image.save(file, format="PNG")

@@ -1,0 +1,72 @@
+"""Label maps as pictures: palettes, index-colour masks, overlays, legends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Colour = tuple[int, int, int]
+IGNORED = 255  # the label of pixels without a class
+
+
+def generated_palette(classes: int) -> list[Colour]:
+    """Distinct colours for any number of classes: the bits of the class number, from the lowest, are dealt to the highest free
+    bits of red, green and blue in turn. Black is left to ignored pixels.
+
+    Source: the colour map of the PASCAL VOC development kit (``VOCcolormap.m``), from its second colour on.
+    """
+    return [
+        tuple(sum((number >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
+        for number in range(1, classes + 1)
+    ]
+
+
+def mask_image(labels: Tensor, palette: Sequence[Colour]) -> Image.Image:
+    """An index-colour ("P") image of labels [H, W] in 0..255; labels beyond the palette are black."""
+    image = Image.fromarray(labels.cpu().numpy().astype(np.uint8))
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(palette)] = palette
+    image.putpalette(colours.tobytes())
+    return image
+
+
+def photo_image(image: Tensor) -> Image.Image:
+    """A PIL image of uint8 [3, H, W]."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def overlay(image: Tensor, labels: Tensor, palette: Sequence[Colour], alpha: float) -> Image.Image:
+    """The picture uint8 [3, H, W] under its labels' colours [H, W]; alpha 0 shows only the picture, 1 only the colours."""
+    return Image.blend(photo_image(image), mask_image(labels, palette).convert("RGB"), alpha)
+
+
+def legend(classes: Sequence[str], palette: Sequence[Colour], columns: int = 0) -> Image.Image:
+    """A table of coloured squares with the classes' names, in ``columns`` columns (0: one for every 25 classes)."""
+    font, line, margin = ImageFont.load_default(14), 22, 6
+    columns = min(columns or -(-len(classes) // 25), len(classes))
+    rows = -(-len(classes) // columns)
+    width = line + 2 * margin + max(int(font.getlength(name)) for name in classes)
+    image = Image.new("RGB", (columns * width + margin, rows * line + 2 * margin), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (name, colour) in enumerate(zip(classes, palette, strict=True)):
+        x, y = margin + i // rows * width, margin + i % rows * line
+        draw.rectangle((x, y + 3, x + 16, y + 18), fill=colour, outline="grey")
+        draw.text((x + line, y + 3), name, fill="black", font=font)
+    return image
+
+
+def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str], below: Image.Image) -> Image.Image:
+    """Pictures of one size in a row, a title above each, and one picture (a legend) below them all."""
+    gap, top = 8, 24
+    width, height = pictures[0].size
+    row = len(pictures) * (width + gap) - gap
+    sheet = Image.new("RGB", (max(row, below.width), top + height + gap + below.height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        draw.text((i * (width + gap) + 4, 3), title, fill="black", font=ImageFont.load_default(14))
+        sheet.paste(picture, (i * (width + gap), top))
+    sheet.paste(below, (0, top + height + gap))
+    return sheet

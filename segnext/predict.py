@@ -1,0 +1,162 @@
+"""From photographs to label maps, and the ``segnext predict`` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
+from tqdm import tqdm
+
+from .images import ImageError, normalise, read_image, write_png
+from .palette import generated_palette, legend, mask_image, overlay
+from .weights import load
+
+STRIP_ELEMENTS = 1 << 24  # upsampled logits held at a time: 64 MB in float32
+
+
+class InputError(RuntimeError):
+    """Inputs that cannot be predicted on at all; the message says which and why."""
+
+
+def predict(
+    inputs: Sequence[str | Path],
+    weights: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    alpha: float = 0.5,
+    short_side: int = 512,
+    device: str | torch.device = "cpu",
+) -> list[Path]:
+    """Segments image files and the images in folders; for each writes NAME_overlay.png and NAME_mask.png, once legend.png.
+
+    Args:
+        inputs: files, and folders of which every image directly inside is taken in order of its name.
+        weights: what :func:`segnext.load` takes, with at most 256 classes.
+        out: folder, made if it isn't there.
+        rank: of the decomposition, where the checkpoint doesn't say it.
+        alpha: how much of the overlay is the classes' colour, 0..1.
+        short_side, device: see :func:`segment`.
+
+    Returns:
+        The files that could not be read. Each was named on stderr and skipped.
+
+    Raises:
+        InputError: no inputs, results that would overwrite them, or a model that is not for photographs.
+        WeightsError: from :func:`segnext.load`.
+    """
+    photos, out = find_images(inputs), Path(out)
+    names = unique_names(photos)
+    results = {"legend.png"}.union(*({f"{name}_overlay.png", f"{name}_mask.png"} for name in names))
+    for photo in photos:
+        if photo.name in results and photo.resolve().parent == out.resolve():
+            raise InputError(f"{photo} would be overwritten by a result; choose another folder than {out}")
+    model = load(weights, rank=rank).to(device, memory_format=torch.channels_last)
+    if model.config.in_channels != 3 or model.config.num_classes > 256:
+        raise InputError(
+            f"{weights} takes {model.config.in_channels} channels and tells {model.config.num_classes} classes apart;"
+            " photographs have 3, and an index-colour PNG holds at most 256"
+        )
+    classes = model.classes or [f"class {i}" for i in range(model.config.num_classes)]
+    palette = model.palette or generated_palette(len(classes))
+    out.mkdir(parents=True, exist_ok=True)
+    write_png(legend(classes, palette), out / "legend.png")
+    broken = []
+    with tqdm(total=len(photos), unit="photo", disable=None) as bar:
+        for photo, name in zip(photos, names, strict=True):
+            try:
+                image = read_image(photo)
+            except ImageError as error:
+                broken.append(photo)
+                bar.write(f"skipped: {error}", file=sys.stderr)
+            else:
+                labels = segment(model, image, short_side)
+                write_png(overlay(image, labels, palette, alpha), out / f"{name}_overlay.png")
+                write_png(mask_image(labels, palette), out / f"{name}_mask.png")
+            bar.update()
+    return broken
+
+
+def segment(model: nn.Module, image: Tensor, short_side: int = 512) -> Tensor:
+    """The label map of one picture of any size.
+
+    Args:
+        model: in eval mode; its device is used.
+        image: uint8 [3, H, W].
+        short_side: the model sees the picture shrunk to this many pixels on its shorter side, which bounds time and memory;
+            smaller pictures are never enlarged, 0 leaves every size as it is.
+
+    Returns:
+        Labels uint8 [H, W], at the full size of the picture.
+    """
+    size = image.shape[-2:]
+    seen = image[None].to(next(model.parameters()).device)
+    if 0 < short_side < min(size):
+        seen = functional.resize(seen, [max(1, round(n * short_side / min(size))) for n in size], antialias=True)
+    with torch.inference_mode():
+        return label_map(model(normalise(seen).contiguous(memory_format=torch.channels_last)), size)[0]
+
+
+def label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The highest class at every pixel of bilinearly upsampled logits, which are held a few rows at a time.
+
+    Equivalent to: ``F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)``.
+
+    Args:
+        logits: [B, C, h, w], at most 256 classes.
+
+    Returns:
+        uint8 [B, *size].
+    """
+    logits = logits.float()
+    batch, classes, height, _ = logits.shape
+    rows = max(1, STRIP_ELEMENTS // (batch * classes * size[1]))
+    y = (torch.arange(size[0], device=logits.device) + 0.5) * (height / size[0]) - 0.5
+    y = y.clamp(0, height - 1)
+    above = y.long()
+    below, weight = (above + 1).clamp(max=height - 1), (y - above)[:, None]
+    labels = torch.empty(batch, *size, device=logits.device, dtype=torch.uint8)
+    for start in range(0, size[0], rows):
+        strip = slice(start, start + rows)
+        tall = torch.lerp(logits[:, :, above[strip]], logits[:, :, below[strip]], weight[strip])
+        labels[:, strip] = F.interpolate(tall, (tall.shape[2], size[1]), mode="bilinear", align_corners=False).argmax(1)
+    return labels
+
+
+def find_images(inputs: Sequence[str | Path]) -> list[Path]:
+    """Files as they are, and in place of a folder the images directly inside, by name; each file once."""
+    Image.init()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in endings and p.is_file())
+            if not inside:
+                raise InputError(f"{path}: there is no image in this folder")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise InputError(f"{path}: no such file or folder")
+    if not found:
+        raise InputError("no photographs given")
+    return list({path.absolute(): path for path in found}.values())
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """The files' names without their endings; where two are the same, later ones get _2, _3 ... that no other file has."""
+    stems = {path.stem for path in paths}
+    names: dict[str, None] = {}
+    for path in paths:
+        name, number = path.stem, 1
+        while name in names or (number > 1 and name in stems):
+            number += 1
+            name = f"{path.stem}_{number}"
+        names[name] = None
+    return list(names)

@@ -1,0 +1,175 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from .images import normalise
+from .palette import IGNORED
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; the length is given in seconds, so that it is the same on every machine, or in steps.
+
+    Args:
+        seconds, steps: one of them; training ends, and the learning rate reaches zero, after that.
+        batch: pictures in a step.
+        lr, weight_decay, betas: of AdamW; norms, biases and layer scales are not decayed.
+        head_lr: the decode head's learning rate as a multiple of ``lr``.
+        warmup: the share (0 < warmup < 1) of the training in which the learning rate rises linearly; then it falls linearly.
+        clip: largest gradient norm, None for any.
+        ema: decay of the moving average of the weights that the model ends with, None for the last weights.
+        bfloat16: forward and backward under autocast.
+        seed: of the order of the pictures; what the model and the augmentation draw is torch's global generator's.
+    """
+
+    seconds: float | None = None
+    steps: int | None = None
+    batch: int = 8
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    head_lr: float = 1.0
+    warmup: float = 0.05
+    clip: float | None = None
+    ema: float | None = None
+    bfloat16: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.steps is None):
+            raise ValueError(f"give seconds or steps of training, one of them: got {self.seconds} and {self.steps}")
+
+    def lr_factor(self, progress: float) -> float:
+        """The learning rate's share of its peak at ``progress`` 0..1 of the training."""
+        return max(0.0, min(progress / self.warmup, (1 - progress) / (1 - self.warmup)))
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    augment: Callable | None = None,
+    class_weights: Tensor | None = None,
+) -> list[float]:
+    """Trains a model in place, on the device it is on, and leaves it in eval mode.
+
+    Args:
+        model: takes normalised images [B, 3, H, W] and gives logits [B, C, h, w].
+        dataset: of (uint8 [3, H, W], labels [H, W]) pairs, label 255 ignored; of one size after augmentation.
+        augment: takes and returns such a pair, as ``tv_tensors.Image`` and ``tv_tensors.Mask``.
+        class_weights: of the classes in the loss [C], None for equal ones.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    device = next(model.parameters()).device
+    model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    average = recipe.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+    losses: list[float] = []
+    for progress, (images, labels) in zip(_progress(recipe, losses), batches(dataset, recipe, augment), strict=False):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * recipe.lr_factor(progress)
+        images = normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            logits = model(images)
+        loss = segmentation_loss(logits.float(), labels.to(device), class_weights)
+        optimizer.zero_grad()
+        loss.backward()
+        if recipe.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        if average:
+            average.update_parameters(model)
+        losses.append(loss.item())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss became {losses[-1]} in step {len(losses)}; try a smaller learning rate")
+    if average and losses:
+        model.load_state_dict(average.module.state_dict())
+    model.eval()
+    return losses
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of upsampled logits [B, C, h, w] over the labels [B, H, W] that are not 255; 0 where all are."""
+    upsampled = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    labels = labels.long()
+    total = F.cross_entropy(upsampled, labels, class_weights, ignore_index=IGNORED, reduction="sum")
+    known = labels[labels != IGNORED]
+    weight = known.numel() if class_weights is None else class_weights[known].sum()
+    return total / max(weight, 1)
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    """Parameters by learning rate (decode head or not) and weight decay (filters and matrices, or vectors)."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((name.startswith("decode_head."), parameter.dim() > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": recipe.lr * (recipe.head_lr if head else 1.0),
+            "weight_decay": recipe.weight_decay if decayed else 0.0,
+        }
+        for (head, decayed), parameters in groups.items()
+    ]
+
+
+def batches(dataset: Dataset, recipe: Recipe, augment: Callable | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end, (uint8 [B, 3, H, W], labels [B, H, W]), every picture once before any comes again."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    sampler = RandomSampler(dataset, num_samples=1 << 40, generator=generator)
+
+    def collate(pairs):
+        if augment is not None:
+            pairs = [augment(tv_tensors.Image(image), tv_tensors.Mask(labels)) for image, labels in pairs]
+        return tuple(torch.stack([torch.as_tensor(item) for item in column]) for column in zip(*pairs, strict=True))
+
+    return iter(DataLoader(dataset, recipe.batch, sampler=sampler, collate_fn=collate))
+
+
+def photo_augmentation(short_side: int, crop: tuple[int, int]) -> v2.Transform:
+    """Random size, crop, flip, brightness, contrast and saturation; what a crop has beyond the photo is ignored."""
+    return v2.Compose(
+        [
+            v2.RandomResize(round(0.75 * short_side), round(1.5 * short_side)),
+            v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
+        ]
+    )
+
+
+def _progress(recipe: Recipe, losses: list[float]) -> Iterator[float]:
+    """The share 0..1 of the training that is over, before every step, until all of it is; shown with the loss in a bar."""
+    total, unit = (recipe.steps, "steps") if recipe.steps is not None else (recipe.seconds, "s")
+    start = time.perf_counter()
+    layout = f"training {{percentage:3.0f}}% |{{bar}}| {{n:.0f}}/{{total:.0f}} {unit}{{postfix}}"
+    with tqdm(total=total, bar_format=layout) as bar:
+        while True:
+            done = len(losses) if recipe.steps is not None else min(time.perf_counter() - start, total)
+            recent = losses[-20:]
+            if recent:
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", step=len(losses), refresh=False)
+            bar.update(done - bar.n)
+            if done >= total:
+                return
+            yield done / total

@@ -1,0 +1,174 @@
+"""Loading and saving models: files in the official or mmsegmentation's layout, .pth or .safetensors, and hosted names."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import hosted
+from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, read, replacing, suffix
+from .model import SIZES, Config, SegNeXt
+from .mscan import MSCAN
+
+__all__ = ["WeightsError", "load", "load_encoder", "save"]
+
+NOT_IN_TENSORS = ("rank", "drop_path", "dropout", "bases", "gradient")  # the part of a Config that no tensor shows
+
+
+def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> SegNeXt:
+    """Builds the whole model from a checkpoint alone, on the CPU, in float32 and in evaluation mode.
+
+    Args:
+        path_or_name: a .pth, .pt or .safetensors file in the official or mmsegmentation's layout, or the name of hosted weights
+            such as "ade20k-t" (see :data:`segnext.hosted.HOSTED`), fetched once and kept in torch.hub's folder.
+        rank: of the Ham head's matrix decomposition. No tensor shows it: unless given, it comes from the checkpoint's own
+            description where there is one, else it is the paper's.
+
+    Returns:
+        The model, with ``classes`` and ``palette`` where the checkpoint names them.
+
+    Raises:
+        WeightsError: the checkpoint cannot be had or read, or its keys or shapes do not make a SegNeXt.
+        ValueError: ``rank`` is below 1.
+    """
+    path = _locate(path_or_name)
+    state, meta = read(path)
+    if not any(key.startswith("decode_head.") for key in state):
+        raise WeightsError(f"{path} holds no decode_head, only an encoder, which segnext.load_encoder takes")
+    described = _described(meta) | ({} if rank is None else {"rank": rank})
+    config = replace(_config(state, path), **described)
+    with torch.device("meta"):
+        model = SegNeXt(config)
+    _check(state, model, path)
+    model.to_empty(device="cpu").load_state_dict(state)
+    model.classes, model.palette = _legend(meta, config.num_classes)
+    return model.eval()
+
+
+def load_encoder(model: SegNeXt | MSCAN, path_or_name: str | os.PathLike[str]) -> None:
+    """Loads an encoder's weights, such as ImageNet's, into a model or an encoder; a model's head stays as it is.
+
+    Args:
+        model: a whole model or an encoder alone, of the checkpoint's size.
+        path_or_name: as for :func:`load`, or "imagenet-t" and so on: a checkpoint of an encoder (its classifier is left out) or
+            of a whole model (its head is).
+
+    Raises:
+        WeightsError: as for :func:`load`; the model is then unchanged.
+    """
+    path = _locate(path_or_name)
+    state, _ = read(path)
+    prefix = "backbone."
+    state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    encoder = model.backbone if isinstance(model, SegNeXt) else model
+    _check(state, encoder, path)
+    encoder.load_state_dict(state)
+
+
+def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
+    """Writes a checkpoint that :func:`load` takes: the state, and beside it the configuration, classes and palette.
+
+    Args:
+        path: ends in .pth, .pt or .safetensors. A file that was there is replaced only once the new one is complete.
+
+    Raises:
+        WeightsError: the path has another ending, or cannot be written.
+    """
+    path = Path(path)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    meta = {"segnext": asdict(model.config), "classes": model.classes, "palette": model.palette}
+    is_safetensors = suffix(path) == SAFETENSORS_SUFFIX
+    try:
+        with replacing(path) as file:
+            if is_safetensors:
+                from safetensors.torch import save as to_bytes
+
+                file.write(to_bytes(state, {"format": "pt", "meta": json.dumps(meta)}))
+            else:
+                torch.save({"state_dict": state, "meta": meta}, file)
+    except OSError as error:
+        raise WeightsError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _locate(path_or_name: str | os.PathLike[str]) -> Path:
+    if path_or_name in hosted.HOSTED:
+        return hosted.fetch(path_or_name)
+    path = Path(path_or_name)
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}, and hosted weights are called {', '.join(hosted.HOSTED)}")
+    return path
+
+
+def _config(state: Mapping[str, Tensor], path: Path) -> Config:
+    """The configuration that the shapes show; rank and stochastic depth are the paper's for such a size."""
+
+    def size(key: str, dim: int = 0) -> int:
+        if key not in state or state[key].dim() <= dim or state[key].shape[dim] == 0:
+            raise WeightsError(f"{path} does not fit: {key}, which tells the model's size, is missing or misshapen")
+        return state[key].shape[dim]
+
+    stages = range(1, 5)
+    channels = tuple(size(f"backbone.norm{i}.weight") for i in stages)
+    blocks = {match[0] for match in (re.match(r"backbone\.block\d\.\d+\.", key) for key in state) if match}
+    depths = tuple(sum(block.startswith(f"backbone.block{i}.") for block in blocks) for i in stages)
+    hidden = tuple(size(f"backbone.block{i}.0.mlp.fc1.weight") for i in stages)
+    decoder_channels = size("decode_head.squeeze.conv.weight")
+    known = (config for config in SIZES.values() if (config.channels, config.depths) == (channels, depths))
+    return replace(
+        next(known, Config(channels, depths)),
+        mlp_ratios=tuple(h // c for h, c in zip(hidden, channels, strict=True)),
+        decoder_channels=decoder_channels,
+        rank=64 if decoder_channels >= 512 else 16,
+        head="ham" if any(key.startswith("decode_head.hamburger.") for key in state) else "msca",
+        num_classes=size("decode_head.conv_seg.weight"),
+        in_channels=size("backbone.patch_embed1.proj.0.weight", 1),
+    )
+
+
+def _described(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about itself that no tensor shows: our own record, or mmsegmentation's configuration text."""
+    own = meta.get("segnext")
+    if isinstance(own, dict):
+        return {name: own[name] for name in NOT_IN_TENSORS if name in own}
+    found = re.search(r"MD_R['\"]?\s*[=:]\s*(\d+)", f"{meta.get('cfg')}\n{meta.get('config')}")
+    return {"rank": int(found[1])} if found else {}
+
+
+def _legend(meta: Mapping[str, Any], count: int) -> tuple[list[str] | None, list[tuple[int, int, int]] | None]:
+    """Classes and palette: ours, or mmsegmentation's under ``dataset_meta`` (1.x) or in capitals (0.x)."""
+    dataset = meta.get("dataset_meta")
+    places = [meta, {key.lower(): value for key, value in meta.items()}, dataset if isinstance(dataset, dict) else {}]
+
+    def find(name: str) -> list | None:
+        values = (place.get(name) for place in places)
+        return next((list(v) for v in values if isinstance(v, (list, tuple)) and len(v) == count), None)
+
+    palette = find("palette")
+    return find("classes"), palette and [tuple(colour) for colour in palette]
+
+
+def _check(state: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
+    """Raises one WeightsError that names what is missing, too much or of another shape."""
+    expected = module.state_dict()
+    shapes = {key: (list(state[key].shape), list(value.shape)) for key, value in expected.items() if key in state}
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "misshapen": [f"{key} {is_} instead of {ought}" for key, (is_, ought) in shapes.items() if is_ != ought],
+    }
+    found = "; ".join(f"{kind} {_first_few(names)}" for kind, names in problems.items() if names)
+    if found:
+        raise WeightsError(f"{path} does not fit: {found}")
+
+
+def _first_few(names: list[str], count: int = 3) -> str:
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest

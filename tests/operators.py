@@ -1,0 +1,214 @@
+"""What the operators' tests share: sample inputs, float64 answers, memory layouts and tolerances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import segnext_kernels
+from segnext_kernels.dwconv_gelu.reference import dwconv_gelu as dwconv_gelu_reference
+from segnext_kernels.msca_strips.reference import msca_strips as msca_strips_reference
+from segnext_kernels.nmf.reference import nmf as nmf_reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+GRADIENTS = ("exact", "one_step")
+BRANCH_SIZES = (7, 11, 21)
+
+FUNCTIONS = {
+    "msca_strips": lambda x, *weights, **options: segnext_kernels.msca_strips(x, list(weights), **options),
+    "dwconv_gelu": segnext_kernels.dwconv_gelu,
+    "nmf": segnext_kernels.nmf,
+}
+REFERENCES = {
+    "msca_strips": lambda x, *weights: msca_strips_reference(x, list(weights)),
+    "dwconv_gelu": dwconv_gelu_reference,
+    "nmf": nmf_reference,
+}
+
+# [N, C, H, W]: one pixel, one row, one column, smaller than the filters, odd, longer than any block, empty
+IMAGES = [(1, 1, 1, 1), (2, 3, 1, 40), (2, 16, 37, 1), (1, 33, 2, 2), (2, 17, 5, 37), (3, 33, 33, 13), (1, 40, 40, 64)]
+IMAGES += [(2, 16, 4, 9), (2, 1, 21, 11), (2, 3, 11, 12), (1, 2, 3, 300), (1, 2, 300, 3), (1, 129, 7, 6), (1, 64, 12, 24)]
+EMPTY_IMAGES = [(0, 3, 5, 5), (2, 3, 0, 5), (2, 17, 5, 0), (2, 0, 5, 5)]
+# [B, D, N, R] and steps: R above D and N, nothing a multiple of anything, empty
+MATRICES = [
+    (1, 1, 1, 1, 6),
+    (2, 5, 45, 3, 1),
+    (1, 45, 300, 16, 6),
+    (2, 33, 5, 17, 6),
+    (1, 70, 513, 64, 6),
+    (1, 120, 45, 100, 2),
+]
+MATRICES += [
+    (3, 1, 45, 16, 6),
+    (2, 300, 1, 3, 6),
+    (1, 513, 300, 16, 1),
+    (2, 5, 513, 1, 6),
+    (2, 45, 64, 17, 0),
+    (1, 5, 1, 100, 0),
+]
+EMPTY_MATRICES = [(0, 5, 45, 3, 6), (2, 0, 45, 3, 6), (2, 5, 0, 16, 6)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an operator: the tensors it takes (x first) and its other arguments."""
+
+    operator: str
+    leaves: tuple[Tensor, ...]
+    options: dict[str, object] = field(default_factory=dict)
+
+    def __call__(self, backend: str | None = None) -> Tensor:
+        return FUNCTIONS[self.operator](*self.leaves, **self.options, backend=backend)
+
+    def exact(self, grad_out: Tensor | None = None) -> list[Tensor]:
+        """What :func:`results` should be, computed by the reference in float64 on the same, already rounded, inputs."""
+        double = replace(self, leaves=tuple(leaf.detach().double().contiguous().requires_grad_() for leaf in self.leaves))
+        y = REFERENCES[self.operator](*double.leaves, **self.options)
+        grad_out = torch.ones_like(y) if grad_out is None else grad_out.double()
+        return [y.detach(), *torch.autograd.grad(y, double.leaves, grad_out, materialize_grads=True)]
+
+    def to(self, dtype: torch.dtype) -> Sample:
+        """Everything in ``dtype``; the bases of nmf in the dtype that its factors are kept in."""
+        others = torch.float32 if self.operator == "nmf" and dtype in HALVES else dtype
+        x, *rest = self.leaves
+        return replace(self, leaves=(x.to(dtype), *(leaf.to(others) for leaf in rest)))
+
+    def with_x(self, x: Tensor) -> Sample:
+        return replace(self, leaves=(x, *self.leaves[1:]))
+
+    @property
+    def x(self) -> Tensor:
+        return self.leaves[0]
+
+
+def msca_strips_sample(shape: Sequence[int], branch_sizes: Iterable[int] = BRANCH_SIZES) -> Sample:
+    """x [N, C, H, W] and filters whose output has a magnitude of about one, in float64."""
+    draw, channels = generator(), shape[1]
+    weights = [filters(channels, 5, 5, draw), normal((channels,), draw)]
+    for size in branch_sizes:
+        weights += [filters(channels, 1, size, draw), normal((channels,), draw)]
+        weights += [filters(channels, size, 1, draw), normal((channels,), draw)]
+    return Sample("msca_strips", (normal(shape, draw), *weights))
+
+
+def dwconv_gelu_sample(shape: Sequence[int]) -> Sample:
+    """x [N, C, H, W] and filters whose output has a magnitude of about one, in float64."""
+    draw = generator()
+    return Sample("dwconv_gelu", (normal(shape, draw), filters(shape[1], 3, 3, draw), normal(shape[1:2], draw)))
+
+
+def nmf_sample(batch: int, rows: int, columns: int, rank: int, steps: int, gradient: str = "exact") -> Sample:
+    """x [B, D, N] with the exact zeros of a ReLU and bases [B, D, R] with columns of length one, in float64."""
+    draw = generator()
+    x = normal((batch, rows, columns), draw).relu_()
+    bases = torch.rand((batch, rows, rank), generator=draw, dtype=torch.float64)
+    return Sample("nmf", (x, torch.nn.functional.normalize(bases, dim=1)), {"steps": steps, "gradient": gradient})
+
+
+def sample_inputs(operator: str) -> list:
+    """The samples that feed the tests of values, gradients and registration, as pytest parameters with readable ids."""
+    if operator == "nmf":
+        cases = [(*shape, gradient) for shape in MATRICES + EMPTY_MATRICES for gradient in GRADIENTS]
+        return [pytest.param(nmf_sample(*case), id="B{}-D{}-N{}-R{}-steps{}-{}".format(*case)) for case in cases]
+    make = msca_strips_sample if operator == "msca_strips" else dwconv_gelu_sample
+    return [pytest.param(make(shape), id="x".join(map(str, shape))) for shape in IMAGES + EMPTY_IMAGES]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def normal(shape: Sequence[int], draw: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=draw, dtype=torch.float64)
+
+
+def filters(channels: int, height: int, width: int, draw: torch.Generator) -> Tensor:
+    return normal((channels, 1, height, width), draw) / (height * width) ** 0.5
+
+
+def arrange(tensor: Tensor, layout: str) -> Tensor:
+    """A tensor of the same shape in another memory layout; the values are kept, but "expanded" repeats the first of the batch."""
+    if layout == "contiguous":
+        return tensor.contiguous()
+    if layout == "channels_last":
+        return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
+    if layout == "transposed":
+        return tensor.mT.contiguous().mT
+    if layout == "sliced":
+        return tensor.repeat_interleave(2, -1)[..., ::2]
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    raise ValueError(layout)
+
+
+def grad_like(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y.dtype)
+
+
+def results(sample: Sample, backend: str | None = None, grad_out: Tensor | None = None) -> list[Tensor]:
+    """y and the gradient of every tensor argument, zero where there is none; ``grad_out`` is one everywhere unless told."""
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in sample.leaves)
+    y = replace(sample, leaves=leaves)(backend)
+    grad_out = torch.ones_like(y) if grad_out is None else grad_out
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_out, materialize_grads=True)]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest accepted error of a result stored in ``dtype``, relative to the largest magnitude that enters it.
+
+    A sum of n products in float32 is off by about sqrt(n) 2^-24, here at most 5e-6. Half precision is only for storing: what is
+    computed in float32 and rounded once is off by half a unit in the last place more.
+    """
+    if dtype in HALVES:
+        return torch.finfo(dtype).eps / 2 + 5e-6
+    return {torch.float32: 5e-6, torch.float64: 1e-13}[dtype]
+
+
+def error(got: Tensor, want: Tensor, floor: float = 1e-30) -> float:
+    """The largest absolute difference, relative to the largest magnitude of ``want``; NaN wherever there is one."""
+    assert got.shape == want.shape, f"shape {list(got.shape)}, expected {list(want.shape)}"
+    if want.numel() == 0:
+        return 0.0
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(floor)).item()
+
+
+def check(sample: Sample, backend: str | None = None, grad_out: Tensor | None = None) -> None:
+    """Compares y and every gradient with the float64 reference, each to the tolerance of its dtype."""
+    got, want, wrong = results(sample, backend, grad_out), sample.exact(grad_out), []
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        expected = sample.leaves[max(i - 1, 0)].dtype
+        assert g.dtype == expected, f"{name(i)} is {g.dtype}, expected {expected}"
+        floor = cancelling(sample, want) if sample.operator == "nmf" and i == 2 and w.any() else 1e-30
+        if not error(g, w, floor) <= tolerance(g.dtype):
+            wrong.append(f"{name(i)} {error(g, w, floor):.2e} (allowed {tolerance(g.dtype):.1e})")
+    assert not wrong, "relative errors: " + ", ".join(wrong)
+
+
+def cancelling(sample: Sample, want: list[Tensor]) -> float:
+    """The magnitude of the terms whose sum is the gradient of nmf's bases: where the fit is exact they cancel to nothing."""
+    x, bases = (leaf.double().abs().max() for leaf in sample.leaves)
+    return (x * want[1].abs().max() / bases).item()
+
+
+def assert_same(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    """Compares bit for bit."""
+    wrong = [name(i) for i, (g, w) in enumerate(zip(got, want, strict=True)) if not torch.equal(g, w)]
+    assert not wrong, f"not bit-identical: {', '.join(wrong)}"
+
+
+def name(index: int) -> str:
+    return ("y", "gradient of x")[index] if index < 2 else f"gradient of tensor {index - 2} after x"
+
+
+def golden(prefix: str) -> dict[str, Tensor]:
+    """The golden values below ``prefix``, in float64."""
+    with np.load(Path(__file__).with_name("data") / "ops.npz") as archive:
+        names = [key for key in archive.files if key.startswith(prefix)]
+        return {key.removeprefix(prefix): torch.from_numpy(archive[key]) for key in names}

@@ -1,0 +1,121 @@
+"""The ``segnext`` command: help, exit codes, and one line for every expected error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import segnext
+from segnext import cli, demo, predict
+
+SMALL = segnext.Config((8, 16, 24, 32), (1, 1, 1, 1), decoder_channels=64, rank=4, num_classes=3)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    segnext.save(segnext.SegNeXt(SMALL), tmp_path / "small.pth")
+    return tmp_path / "small.pth"
+
+
+def run(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", [[], ["predict"], ["demo"], ["info"], ["table2"]], ids=str)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(*command, "--help")
+    assert ended.value.code == 0 and "usage: segnext" in capsys.readouterr().out
+
+
+def test_python_m_segnext():
+    ended = subprocess.run([sys.executable, "-m", "segnext", "table2", "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0 and "usage: segnext table2" in ended.stdout
+
+
+@pytest.mark.parametrize("size, head, figures", [("t", "ham", ("4.3", "6.6")), ("b", "msca", ("28.0", "33.6"))])
+def test_info(size, head, figures, capsys):
+    assert run("info", "--size", size, "--head", head) == 0
+    printed = capsys.readouterr().out
+    assert all(figure in printed for figure in figures)
+
+
+def test_info_of_other_classes_and_sizes(capsys):
+    printed = []
+    for options in ((), ("--classes", 7), ("--image", "64x96")):
+        assert run("info", *options) == 0
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 3
+
+
+def test_table2(capsys):
+    assert run("table2") == 0
+    assert "48.9" in capsys.readouterr().out
+
+
+def test_predict_exit_codes(tmp_path, weights, capsys):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    options = ("--weights", weights, "--out", tmp_path / "out")
+    assert run("predict", tmp_path / "a.png", *options, "--rank", 3, "--alpha", 0.3, "--short-side", 16) == 0
+    assert capsys.readouterr().err == ""
+    assert run("predict", tmp_path / "a.png", tmp_path / "b.png", *options) == 1
+    error = capsys.readouterr().err
+    assert "b.png: not an image" in error and "1 of the files" in error
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["predict", "{}/absent.png", "--weights", "{}/small.pth", "--out", "{}/out"], "absent.png: no such file"),
+        (["predict", "{}/a.png", "--weights", "{}/absent.pth", "--out", "{}/out"], "absent.pth"),
+        (["predict", "{}/a.png", "--weights", "{}/small.pth", "--out", "{}/a.png"], "a.png"),
+        (["predict", "{}/empty", "--weights", "{}/small.pth", "--out", "{}/out"], "empty: there is no image"),
+        (["demo", "--data", "{}/empty", "--out", "{}/out"], "classes.txt: no such file"),
+    ],
+)
+def test_expected_errors_are_one_line(tmp_path, weights, capsys, arguments, message):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
+    assert run(*(argument.format(tmp_path) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("segnext: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "COMMAND"),
+        (["predict", "a.png"], "--weights"),
+        (["predict", "a.png", "--weights", "w", "--out", "o", "--alpha", "1.5"], "not between 0 and 1"),
+        (["predict", "a.png", "--weights", "w", "--out", "o", "--short-side", "-1"], "negative"),
+        (["predict", "a.png", "--weights", "w", "--out", "o", "--rank", "0"], "not positive"),
+        (["predict", "a.png", "--weights", "w", "--out", "o", "--device", "abacus"], "abacus"),
+        (["demo", "--seconds", "nan"], "no length of time"),
+        (["demo", "--size", "xl"], "xl"),
+        (["demo", "--image", "16x64"], "at least 32 pixels"),
+        (["info", "--image", "512"], "HEIGHTxWIDTH"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_interruption(monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "demo", interrupted)
+    assert run("demo") == 130
+    assert capsys.readouterr().err == "segnext: interrupted\n"
+
+
+def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(predict, "predict", lambda *args, **options: {}["bug"])
+    with pytest.raises(KeyError):
+        run("predict", "a.png", "--weights", "w", "--out", tmp_path)

@@ -1,0 +1,212 @@
+"""Training, evaluation, and ``segnext demo`` from nothing to a checkpoint that ``segnext predict`` takes."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import tv_tensors
+
+import segnext
+from segnext import cli
+from segnext import demo as demo_module
+from segnext.data import Scenes
+from segnext.demo import demo
+from segnext.evaluate import Scores, confusion_matrix, evaluate, table
+from segnext.images import normalise
+from segnext.palette import photo_image
+from segnext.train import Recipe, batches, fit, parameter_groups, photo_augmentation, segmentation_loss
+
+SMALL = segnext.Config((8, 16, 24, 32), (1, 1, 1, 1), decoder_channels=32, rank=4, num_classes=10, drop_path=0.0)
+SCENES = Scenes(8, (32, 48))
+
+
+def small_model() -> segnext.SegNeXt:
+    torch.manual_seed(0)
+    return segnext.SegNeXt(SMALL)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.5}, {"bfloat16": True}, {"clip": 1.0}], ids=str)
+def test_fit_lowers_the_loss(changes):
+    model = small_model()
+    before = evaluate(model, SCENES, 10)
+    losses = fit(model, SCENES, Recipe(steps=40, lr=5e-3, batch=4, **changes))
+    assert len(losses) == 40 and not model.training
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert evaluate(model, SCENES, 10).pixel_accuracy > before.pixel_accuracy + 0.2
+
+
+def test_fit_in_steps_is_reproducible():
+    losses = [fit(small_model(), SCENES, Recipe(steps=3, batch=2, seed=seed)) for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_fit_ends_with_its_time():
+    start = time.perf_counter()
+    losses = fit(small_model(), SCENES, Recipe(seconds=1.0, batch=2))
+    assert len(losses) > 1 and 1.0 <= time.perf_counter() - start < 10
+
+
+def test_moving_average_starts_at_the_first_step():
+    model = small_model()  # the first step has learning rate 0, and an average of decay 1 stays there
+    expected = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    fit(model, SCENES, Recipe(steps=3, batch=2, ema=1.0))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=0)
+
+
+def test_fit_stops_where_the_loss_is_lost():
+    with pytest.raises(FloatingPointError, match="smaller learning rate"):
+        fit(small_model(), SCENES, Recipe(steps=20, batch=2, lr=1e30))
+
+
+def test_recipe_takes_seconds_or_steps():
+    for both in ({}, {"seconds": 1.0, "steps": 1}):
+        with pytest.raises(ValueError, match="one of them"):
+            Recipe(**both)
+
+
+@pytest.mark.parametrize("progress, expected", [(0.0, 0.0), (0.1, 0.5), (0.2, 1.0), (0.6, 0.5), (1.0, 0.0)])
+def test_learning_rate_rises_and_falls(progress, expected):
+    assert Recipe(steps=1, warmup=0.2).lr_factor(progress) == pytest.approx(expected)
+
+
+def test_parameter_groups():
+    model = small_model()
+    groups = {id(p): g for g in parameter_groups(model, Recipe(steps=1, lr=1.0, head_lr=10.0)) for p in g["params"]}
+    assert len(groups) == len(list(model.parameters()))
+    for name, lr, decay in (
+        ("backbone.norm1.weight", 1.0, 0.0),
+        ("decode_head.conv_seg.weight", 10.0, 0.01),
+        ("decode_head.conv_seg.bias", 10.0, 0.0),
+    ):
+        group = groups[id(model.get_parameter(name))]
+        assert (group["lr"], group["weight_decay"]) == (lr, decay)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2.0, 0.5])], ids=["equal", "weighted"])
+def test_loss_is_the_mean_over_known_pixels(weights):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, generator=generator)
+    labels = torch.randint(0, 3, (2, 13, 9), generator=generator, dtype=torch.uint8)
+    labels[0, :5] = 255
+    upsampled = F.interpolate(logits, (13, 9), mode="bilinear").permute(0, 2, 3, 1)[labels != 255]
+    expected = F.cross_entropy(upsampled, labels[labels != 255].long(), weights)
+    torch.testing.assert_close(segmentation_loss(logits, labels, weights), expected)
+
+
+def test_loss_without_known_pixels_is_zero():
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = segmentation_loss(logits, torch.full((1, 4, 4), 255, dtype=torch.uint8))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+
+
+def test_batches_show_every_picture_before_any_again():
+    dataset = [(torch.full((3, 1, 1), i), torch.full((1, 1), i)) for i in range(6)]
+    stream = batches(dataset, Recipe(steps=1, batch=4))
+    seen = [label for _ in range(3) for label in next(stream)[1].flatten().tolist()]
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6)) and seen[:6] != seen[6:]
+
+
+@pytest.mark.parametrize("size", [(60, 80), (80, 60), (24, 90)], ids=str)
+def test_augmentation_moves_picture_and_mask_together(size):
+    torch.manual_seed(0)
+    labels = torch.zeros(size, dtype=torch.uint8)
+    labels[:, : size[1] // 2] = 1
+    image = (labels * 200 + 20).expand(3, -1, -1).contiguous()
+    augment, agree, seen = photo_augmentation(min(size), (48, 64)), [], set()
+    for _ in range(30):
+        new_image, new_labels = augment(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        assert new_image.shape == (3, 48, 64) and new_labels.shape == (48, 64)
+        seen |= set(new_labels.unique().tolist())
+        grey, known = new_image.float().mean(0), new_labels != 255
+        if new_labels[known].unique().numel() == 2:
+            middle = (grey[new_labels == 0].median() + grey[new_labels == 1].median()) / 2
+            agree.append(((grey > middle) == (new_labels == 1))[known].float().mean().item())
+    assert len(agree) > 5 and min(agree) > 0.95
+    assert seen <= {0, 1, 255}
+
+
+def test_confusion_matrix_by_hand():
+    truth = torch.tensor([[0, 0, 0, 1], [1, 1, 255, 3]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 0, 1, 1], [1, 0, 2, 3]], dtype=torch.uint8)
+    scores = Scores(confusion_matrix(prediction, truth, 4))
+    assert scores.confusion.tolist() == [[2, 1, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert scores.pixel_accuracy == pytest.approx(5 / 7)
+    assert scores.iou.tolist() == pytest.approx([2 / 4, 2 / 4, math.nan, 1.0], nan_ok=True)
+    assert scores.miou == pytest.approx(2 / 3)
+    assert str(scores) == "mIoU 0.667, pixel accuracy 0.714"
+    assert table(["a", "long name", "c", "d"], {"before": scores}).splitlines()[2].split() == ["long", "name", "0.500"]
+
+
+def test_evaluate_is_what_predict_says():
+    model = small_model().eval()
+    pairs = [SCENES[0], (SCENES[1][0][:, :31], SCENES[1][1][:31])]
+    expected = sum(confusion_matrix(model.predict(normalise(image[None])), labels[None], 10) for image, labels in pairs)
+    assert torch.equal(evaluate(model, pairs, 10).confusion, expected)
+    assert not model.training and not evaluate(model.train(), pairs, 10).confusion.equal(torch.zeros(10, 10)) and model.training
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(demo_module, "HELD_OUT_SCENES", 9)
+    for name in ("SCENES_RECIPE", "PHOTOS_RECIPE"):
+        monkeypatch.setattr(demo_module, name, replace(getattr(demo_module, name), batch=2))
+
+
+def suggested_command(printed: str) -> list[str]:
+    command = shlex.split(
+        next(line for line in printed.splitlines() if line.startswith("try next: ")).removeprefix("try next: ")
+    )
+    return command[command.index("predict") :]
+
+
+def test_demo_on_scenes(tmp_path, quick, capsys):
+    out = tmp_path / "with a space"
+    assert cli.main(["demo", "--out", str(out), "--seconds", "2", "--image", "32x48"]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "drawn by this program",
+        "10 classes",
+        "48x32",
+        "before training: mIoU",
+        "steps: mIoU",
+        "9 held-out",
+        "balloon",
+    ):
+        assert text in printed
+    pictures = sorted(path.name for path in (out / "pictures").iterdir())
+    assert pictures == sorted(path.name for path in (out / "scenes").iterdir()) and len(pictures) == 5
+    assert Image.open(out / "pictures" / pictures[0]).width >= 3 * 2 * 48
+    assert segnext.load(out / "segnext-t.pth").classes == Scenes.classes
+
+    assert cli.main(suggested_command(printed)) == 0
+    masks = sorted((out / "predicted").glob("*_mask.png"))
+    assert len(masks) == 5 and Image.open(masks[0]).size == (48, 32)
+
+
+def test_demo_on_photographs(tmp_path, quick, capsys):
+    scenes = Scenes(5, (40, 56))
+    for i, (image, labels) in enumerate(scenes):
+        folder = tmp_path / "data" / ("train" if i < 3 else "val")
+        for kind, picture in (("images", photo_image(image)), ("masks", Image.fromarray(labels.numpy()))):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            picture.save(folder / kind / f"{i}.png")
+    (tmp_path / "data" / "classes.txt").write_text("\n".join(Scenes.classes))
+
+    before, after = demo(tmp_path / "out", data=tmp_path / "data", image=(36, 48), seconds=2)
+    printed = capsys.readouterr().out
+    assert "3 for training, 2 held out, 10 classes, 36 pixels" in printed and "drawn" not in printed
+    assert before.confusion.sum() == after.confusion.sum() == 2 * 36 * 50
+    assert {path.name for path in (tmp_path / "out" / "pictures").iterdir()} == {"3.png", "4.png"}
+    assert cli.main(suggested_command(printed)) == 0
+    mask = np.asarray(Image.open(tmp_path / "out" / "predicted" / "3_mask.png"))
+    assert mask.shape == (40, 56) and mask.max() < 10

@@ -1,0 +1,236 @@
+"""dwconv_gelu against its float64 reference, the exact GELU, and everything that an operator must do."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import checks
+import pytest
+import torch
+from operators import DTYPES, HALVES, Sample, arrange, assert_same, check, grad_like, results, sample_inputs
+from operators import dwconv_gelu_sample as sample_of
+
+from segnext_kernels import dwconv_gelu
+
+LAYOUTS = ("contiguous", "channels_last")
+compiled = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def arranged(sample: Sample, layout: str) -> Sample:
+    return sample.with_x(arrange(sample.x, layout))
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("sample", sample_inputs("dwconv_gelu"))
+def test_values_and_gradients(sample, dtype, layout, backend):
+    sample = arranged(sample.to(dtype), layout)
+    check(sample, backend, grad_like(sample.x))
+
+
+@dtypes
+@pytest.mark.parametrize("layout", ["sliced", "expanded", "transposed"])
+def test_strides_that_are_copied(layout, dtype, backend):
+    sample = arranged(sample_of((3, 17, 6, 23)).to(dtype), layout)
+    check(sample, backend, grad_like(sample.x))
+
+
+def test_strided_weights(backend):
+    x, weight, bias = sample_of((2, 6, 9, 8)).to(torch.float32).leaves
+    check(Sample("dwconv_gelu", (x, weight.repeat_interleave(2, 0)[::2], bias[:1].expand(6))), backend, grad_like(x))
+    check(Sample("dwconv_gelu", (x, weight.mT.contiguous().mT, arrange(bias, "sliced"))), backend, grad_like(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 37), (2, 17, 1, 1), (2, 17, 1, 9), (1, 17, 9, 1), (2, 33, 7, 9)], ids=str)
+@layouts
+def test_layout_is_kept(shape, layout, backend):
+    checks.check_layout(arranged(sample_of(shape).to(torch.float32), layout), backend)
+
+
+def test_channel_slice_of_one_image(backend):
+    """With a batch of one such a slice is dense, though its batch stride is that of the larger image."""
+    sample = sample_of((1, 17, 9, 11)).to(torch.float32)
+    sample = sample.with_x(torch.full((1, 40, 9, 11), torch.nan)[:, 5:22].copy_(sample.x))
+    check(sample, backend, grad_like(sample.x))
+
+
+@layouts
+@pytest.mark.parametrize("grad_layout", [*LAYOUTS, "sliced", "expanded"])
+@compiled
+def test_grad_out_layouts(grad_layout, layout, backend):
+    sample = arranged(sample_of((3, 17, 13, 9)).to(torch.float32), layout)
+    checks.check_grad_out_layouts(sample, backend, grad_layout)
+    checks.check_expanded_grad_out(sample, backend)
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gelu_all_along_the_line(dtype, layout, backend):
+    """Through a filter that is 1 in the middle: no approximation of erf shows, neither in the tails nor around zero."""
+    z = torch.cat([torch.linspace(-40, 40, 16001), torch.logspace(-30, 4, 500), -torch.logspace(-30, 4, 500)]).to(dtype)
+    x = arrange(torch.zeros(1, 2, 1, z.numel(), dtype=dtype), layout).copy_(z).requires_grad_()
+    weight, bias = torch.zeros(2, 1, 3, 3, dtype=dtype), torch.zeros(2, dtype=dtype)
+    weight[:, 0, 1, 1] = 1
+    y = dwconv_gelu(x, weight, bias, backend=backend)
+    y.sum().backward()
+    wide = z.double()
+    distribution = torch.special.ndtr(wide)
+    density = torch.exp(-wide.square() / 2) / math.sqrt(2 * math.pi)
+    for got, want in ((y.detach(), wide * distribution), (x.grad, distribution + wide * density)):
+        errors = (got[0].double() - want).abs() / wide.abs().clamp_min(1).squeeze()
+        assert errors.max() <= 4 * torch.finfo(dtype).eps
+
+
+def test_gradcheck(backend):
+    leaves = [leaf.requires_grad_() for leaf in sample_of((2, 3, 4, 5)).leaves]
+    assert torch.autograd.gradcheck(lambda *args: dwconv_gelu(*args, backend=backend), leaves)
+
+
+def test_double_backward_of_the_reference():
+    leaves = [leaf.requires_grad_() for leaf in sample_of((1, 2, 3, 3)).leaves]
+    assert torch.autograd.gradgradcheck(lambda *args: dwconv_gelu(*args, backend="reference"), leaves)
+
+
+@compiled
+def test_no_double_backward(backend):
+    checks.check_no_double_backward(sample_of((1, 3, 4, 5)).to(torch.float32))
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(2, 17, 5, 9), (2, 3, 1, 1), (0, 3, 5, 5)], ids=str)
+@compiled
+def test_opcheck(shape, dtype, layout, backend):
+    leaves = arranged(sample_of(shape).to(dtype), layout).leaves
+    arguments = (torch.ones_like(leaves[0]), *leaves)
+    forward = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+    for need in ((True, True), (True, False), (False, True)):
+        checks.check_registration("dwconv_gelu", forward, (*arguments, *need))
+
+
+COMPILE_SHAPES = [(2, 5, 9, 12), (3, 5, 8, 31), (4, 5, 40, 7), (2, 5, 9, 12)]
+
+
+def test_compile(backend):
+    checks.check_compile([sample_of(shape).to(torch.float32) for shape in COMPILE_SHAPES], backend, "aot_eager")
+
+
+@compiled
+def test_compile_inductor(backend):
+    samples = [arranged(sample_of(shape).to(torch.float32), "channels_last") for shape in COMPILE_SHAPES]
+    checks.check_compile(samples, backend, "inductor")
+
+
+@layouts
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_autocast(batch, dtype, layout, backend):
+    checks.check_autocast(arranged(sample_of((batch, 17, 9, 11)).to(torch.float32), layout), backend, dtype)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(3, 33, 45, 41), (1, 3, 120, 130), (1, 130, 19, 17)], ids=str)
+@compiled
+def test_threads(shape, dtype, layout, backend, set_threads):
+    checks.check_threads(arranged(sample_of(shape).to(dtype), layout), set_threads)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 17, 5, 37), (1, 33, 33, 13), (1, 3, 1, 40), (1, 5, 23, 1)], ids=str)
+@compiled
+def test_nothing_is_read_outside(shape, dtype, layout, backend):
+    checks.check_poison(arranged(sample_of(shape).to(dtype), layout), backend)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@compiled
+def test_non_finite_pixel_stays_within_reach(bad, dtype, layout, backend):
+    sample = sample_of((2, 17, 9, 37)).to(dtype)
+    sample = arranged(replace(sample, leaves=(sample.x, sample.leaves[1].abs(), sample.leaves[2])), layout)
+    grad_out = grad_like(sample.x)
+    image, channel, row, column = 1, 3, 4, 20
+    near = torch.zeros(sample.x.shape, dtype=torch.bool)
+    near[image, channel, row - 1 : row + 2, column - 1 : column + 2] = True
+    clean = results(sample, backend, grad_out)
+    x, grad = sample.x.clone(), grad_out.clone()
+    x[image, channel, row, column] = grad[image, channel, row, column] = bad
+    forward, backward = results(sample.with_x(x), backend, grad_out), results(sample, backend, grad)
+    for got, want in ((forward[0], clean[0]), (backward[1], clean[1])):
+        assert torch.equal(got[~near], want[~near])
+        assert not got[image, channel, row, column].isfinite()
+    others = torch.arange(17) != channel
+    for got in (forward, backward):
+        assert_same([g[others] for g in got[2:]], [g[others] for g in clean[2:]])
+
+
+@pytest.mark.parametrize("needed", [{0}, {1, 2}, {1}, {2}, {0, 2}], ids=lambda s: "-".join(map(str, s)))
+@layouts
+def test_only_needed_gradients(needed, layout, backend):
+    checks.check_needed_gradients(arranged(sample_of((2, 17, 13, 9)).to(torch.float32), layout), backend, needed)
+
+
+def test_no_gradient_needed(backend):
+    checks.check_nothing_needed(sample_of((2, 17, 13, 9)).to(torch.float32), backend)
+
+
+@layouts
+@compiled
+def test_keeps_only_its_arguments(layout, backend):
+    checks.check_saved_tensors(arranged(sample_of((2, 17, 13, 9)).to(torch.float32), layout), backend)
+
+
+@layouts
+@pytest.mark.parametrize("shape", [(2, 17, 5, 9), (2, 1, 4, 3), (1, 3, 1, 7)], ids=str)
+def test_fake_tensors(shape, layout, backend):
+    checks.check_fake(arranged(sample_of(shape).to(torch.float32), layout), backend)
+
+
+def test_meta():
+    checks.check_meta(sample_of((2, 3, 4, 5)).to(torch.bfloat16))
+
+
+GOOD = dict(zip(("x", "weight", "bias"), sample_of((2, 4, 9, 8)).to(torch.float32).leaves, strict=True))
+BAD = {
+    "rank 3": ({"x": torch.zeros(4, 9, 8)}, ValueError, "x must be [N, C, H, W], got shape [4, 9, 8]"),
+    "integers": (
+        {"x": torch.zeros(2, 4, 9, 8, dtype=torch.int32)},
+        TypeError,
+        "x must be float32, float64, bfloat16 or float16",
+    ),
+    "no tensor": ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+    "no bias": ({"bias": None}, TypeError, "bias must be a tensor, got NoneType"),
+    "other channel count": ({"weight": torch.zeros(5, 1, 3, 3)}, ValueError, "weight must be [4, 1, 3, 3], got [5, 1, 3, 3]"),
+    "even filter": ({"weight": torch.zeros(4, 1, 2, 2)}, ValueError, "weight must be [4, 1, 3, 3], got [4, 1, 2, 2]"),
+    "dense filter": ({"weight": torch.zeros(4, 4, 3, 3)}, ValueError, "weight must be [4, 1, 3, 3], got [4, 4, 3, 3]"),
+    "bias of 5": ({"bias": torch.zeros(5)}, ValueError, "bias must be [4], got [5]"),
+    "dtype mix": (
+        {"weight": torch.zeros(4, 1, 3, 3).half()},
+        TypeError,
+        "weight must have x's dtype torch.float32, got torch.float16",
+    ),
+    "device mix": ({"bias": torch.zeros(4, device="meta")}, ValueError, "bias must be on x's device cpu, got meta"),
+    "no such backend": ({"backend": "metal"}, ValueError, "backend 'metal' cannot serve this call: there is no backend"),
+    "not on this machine": ({"backend": "cuda"}, ValueError, "backend 'cuda' cannot serve this call"),
+}
+
+
+@pytest.mark.parametrize(("change", "exception", "message"), BAD.values(), ids=BAD)
+def test_bad_input(change, exception, message):
+    with pytest.raises(exception, match=r"^dwconv_gelu: .*" + re.escape(message)):
+        dwconv_gelu(**GOOD | change)
+
+
+@dtypes
+def test_large_values(dtype, backend):
+    """Far out GELU is the identity or zero, and its derivative one or zero: nothing overflows on the way."""
+    x, weight, bias = sample_of((1, 3, 9, 8)).to(dtype).leaves
+    sample = Sample("dwconv_gelu", (x * 2000, weight, bias))
+    check(sample, backend, grad_like(x))

@@ -1,0 +1,276 @@
+"""SegNeXt against mmsegmentation's values, and in every size, head, layout and mode."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import golden
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import segnext
+from segnext.model import HEADS, SIZES, Config, SegNeXt
+from segnext.mscan import MSCAN, DropPath
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+SMALL = replace(golden.CONFIG, dropout=0.1, drop_path=0.1)
+
+
+def relative_error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """The largest difference over the largest expected value (or the floor, if that is larger)."""
+    return (found.double() - expected).abs().max().item() / max(expected.abs().max().item(), floor)
+
+
+def small(seed: int = 0, **changes) -> SegNeXt:
+    torch.manual_seed(seed)
+    return SegNeXt(replace(SMALL, **changes)).eval()
+
+
+@DTYPES
+@LAYOUTS
+def test_golden_evaluation(dtype, layout):
+    model = golden.model(dtype).eval()
+    images, bases = golden.inputs(dtype)
+    images = images.contiguous(memory_format=layout)
+    with torch.no_grad():
+        found = {f"stage{i}": stage for i, stage in enumerate(model.backbone(images), 1)}
+        found["logits"] = model(images, bases)
+    for name, value in found.items():
+        assert relative_error(value, golden.VALUES[f"eval/{name}"]) < TOLERANCE[dtype], name
+
+
+@DTYPES
+@LAYOUTS
+def test_golden_training(dtype, layout):
+    model, tolerance = golden.model(dtype), TOLERANCE[dtype]
+    images, bases = golden.inputs(dtype)
+    logits = model(images.contiguous(memory_format=layout), bases)
+    loss = golden.loss(logits)
+    loss.backward()
+    assert relative_error(logits.detach(), golden.VALUES["train/logits"]) < tolerance
+    assert relative_error(loss.detach(), golden.VALUES["train/loss"]) < tolerance
+    expected = golden.gradients()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    # Biases before a batch norm have no gradient but rounding; in float32 the stem's sums over all pixels cancel.
+    floor = largest * (1e-4 if dtype == torch.float64 else 0.1)
+    for name, gradient in found.items():
+        assert relative_error(gradient, expected[name], floor) < tolerance, name
+
+
+@DTYPES
+def test_golden_adamw(dtype):
+    model = golden.model(dtype)
+    images, bases = golden.inputs(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    losses = []
+    for _ in golden.VALUES["train/adamw_losses"]:
+        loss = golden.loss(model(images, bases))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    assert relative_error(torch.stack(losses), golden.VALUES["train/adamw_losses"]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("size", SIZES)
+def test_create(size, head):
+    with torch.device("meta"):
+        model = segnext.create(size, num_classes=19, head=head, in_channels=4, rank=8)
+    expected = SIZES[size]
+    assert model.training and model.config == replace(expected, num_classes=19, head=head, in_channels=4, rank=8)
+    assert model.backbone.patch_embed1.proj[0].in_channels == 4
+    for i, (dim, depth, ratio) in enumerate(zip(expected.channels, expected.depths, expected.mlp_ratios, strict=True), 1):
+        blocks = getattr(model.backbone, f"block{i}")
+        assert len(blocks) == depth
+        assert all(block.mlp.fc1.out_channels == ratio * dim and block.norm1.num_features == dim for block in blocks)
+    assert model.decode_head.squeeze.conv.in_channels == sum(expected.channels[1:])
+    assert model.decode_head.conv_seg.weight.shape == (19, expected.decoder_channels, 1, 1)
+    if head == "ham":
+        assert model.decode_head.hamburger.ham.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": "xl"}, "no size 'xl'.*t, s, b, l"),
+        ({"size": "t", "head": "fcn"}, "head must be one of ham, msca, got 'fcn'"),
+        ({"size": "t", "num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"size": "t", "in_channels": 0}, "in_channels must be at least 1, got 0"),
+        ({"size": "t", "rank": 0}, "rank must be at least 1, got 0"),
+        ({"size": "t", "drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
+        ({"size": "t", "dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
+        ({"size": "t", "bases": "none"}, "bases must be 'fixed' or 'random', got 'none'"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_create_refuses(arguments, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        segnext.create(**arguments)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("image", [(1, 1), (1, 37), (41, 1), (33, 65), (63, 97)], ids=lambda image: "x".join(map(str, image)))
+def test_image_sizes(image, head):
+    height, width = image
+    model, images = small(head=head), torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        stages, logits = model.backbone(images), model(images)
+    assert [tuple(stage.shape) for stage in stages] == [
+        (2, channels, math.ceil(height / stride), math.ceil(width / stride))
+        for channels, stride in zip(SMALL.channels, (4, 8, 16, 32), strict=True)
+    ]
+    assert logits.shape == (2, 7, math.ceil(height / 8), math.ceil(width / 8))
+    labels = model.predict(images)
+    upsampled = F.interpolate(logits, image, mode="bilinear", align_corners=False)
+    assert labels.shape == (2, height, width) and labels.dtype == torch.int64
+    assert torch.equal(labels, upsampled.argmax(1))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_in_channels(channels):
+    model = small(in_channels=channels)
+    assert model(torch.randn(1, channels, 40, 56)).shape == (1, 7, 5, 7)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_images_of_a_batch_are_independent(head):
+    model, images = small(head=head).double(), torch.randn(3, 3, 45, 50, dtype=torch.float64)
+    with torch.no_grad():
+        together, alone = model(images), torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("head", HEADS)
+def test_layout_is_kept(layout, head):
+    model, images = small(head=head), torch.randn(2, 3, 70, 90).contiguous(memory_format=layout)
+    seen = []
+    for module in model.backbone.modules():
+        if not isinstance(module, (MSCAN, nn.ModuleList)):
+            module.register_forward_hook(lambda module, args, out: seen.append((type(module).__name__, out)))
+    with torch.no_grad():
+        seen.append(("logits", model(images)))
+    assert [name for name, value in seen if not value.is_contiguous(memory_format=layout)] == []
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_evaluation_is_deterministic(head):
+    model, images = small(head=head), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        first = model(images)
+        torch.manual_seed(1)
+        assert torch.equal(first, model(images))
+    assert torch.equal(model.predict(images), model.predict(images))
+
+
+def test_random_bases_differ_from_call_to_call():
+    model, images = small(bases="random"), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert not torch.equal(model(images), model(images))
+
+
+def test_msca_head_takes_no_bases():
+    with pytest.raises(ValueError, match="takes no bases"):
+        small(head="msca")(torch.randn(1, 3, 32, 32), torch.rand(1, 64, 16))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_bfloat16_autocast(head, mode):
+    model, images = small(head=head, dropout=0.0, drop_path=0.0), torch.randn(2, 3, 64, 64)
+    model.train(mode == "train")
+    bases = (torch.rand(2, 64, 16),) if head == "ham" else ()
+    expected = model(images, *bases)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(images, *bases)
+    found.float().square().sum().backward()
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found.detach(), expected.detach().double()) < 0.05
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_whole_model_in_another_dtype(head, dtype):
+    model, images = small(head=head), torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        expected, found = model(images), model.to(dtype)(images.to(dtype))
+    assert found.dtype == dtype
+    assert relative_error(found, expected.double()) < (0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_compile_evaluation_with_dynamic_sizes(head):
+    model = small(head=head, depths=(1, 1, 1, 1))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for size in [(48, 64), (75, 50)]:
+            images = torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-6)
+
+
+def test_compile_training():
+    model = small(depths=(1, 1, 1, 1), drop_path=0.5).train()
+    results = []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)  # of the images, the bases, the dropped paths and channels
+        logits = function(torch.randn(2, 3, 48, 64))
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_stochastic_depth_grows_linearly(size):
+    with torch.device("meta"):
+        model = segnext.create(size)
+    found = [module.p for module in model.modules() if isinstance(module, DropPath)]
+    last = 0.3 if size == "l" else 0.1
+    assert found == pytest.approx(torch.linspace(0, last, sum(SIZES[size].depths)).tolist())
+
+
+def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop, x = DropPath(0.25), torch.ones(4000, 2, 3, 1)
+    y = drop(x)
+    assert torch.equal(y, y[:, :1, :1].expand_as(y))
+    assert torch.equal(y.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert y.mean().item() == pytest.approx(1, abs=0.03)
+    assert drop.eval()(x) is x
+
+
+def test_initialisation_is_the_official_one():
+    torch.manual_seed(0)
+    model = segnext.create("t")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+            expected = 0.01 if name == "decode_head.conv_seg" else math.sqrt(2 / fan_out)
+            noise = 5 / math.sqrt(2 * module.weight.numel())  # five standard errors
+            assert module.weight.std().item() == pytest.approx(expected, rel=noise), name
+            assert module.bias is None or not module.bias.any()
+        if name.endswith(("norm1", "norm2", ".gn")):
+            assert (module.weight == 1).all() and not module.bias.any()
+    assert all((value == 1e-2).all() for name, value in model.named_parameters() if "layer_scale" in name)
+    assert model.decode_head.dropout.p == 0.1 and isinstance(model.decode_head.dropout, nn.Dropout2d)
+
+
+def test_encoder_alone():
+    encoder = segnext.encoder("t", in_channels=1).eval()
+    with torch.no_grad():
+        maps = encoder(torch.randn(1, 1, 50, 70))
+    assert [tuple(m.shape) for m in maps] == [(1, 32, 13, 18), (1, 64, 7, 9), (1, 160, 4, 5), (1, 256, 2, 3)]
+    with pytest.raises(ValueError, match="no size 'tiny'"):
+        segnext.encoder("tiny")
+
+
+def test_config_is_frozen():
+    with pytest.raises(AttributeError):
+        Config((8, 16, 40, 64), (1, 1, 2, 1)).rank = 4

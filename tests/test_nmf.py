@@ -1,0 +1,299 @@
+"""nmf against its float64 reference, the golden values, and everything that an operator must do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import checks
+import pytest
+import torch
+from operators import (
+    DTYPES,
+    GRADIENTS,
+    HALVES,
+    Sample,
+    arrange,
+    assert_same,
+    check,
+    error,
+    golden,
+    grad_like,
+    results,
+    sample_inputs,
+    tolerance,
+)
+from operators import nmf_sample as sample_of
+
+from segnext_kernels import nmf
+
+LAYOUTS = ("contiguous", "transposed")
+compiled = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+gradients = pytest.mark.parametrize("gradient", GRADIENTS)
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def arranged(sample: Sample, layout: str) -> Sample:
+    return sample.with_x(arrange(sample.x, layout))
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("sample", sample_inputs("nmf"))
+def test_values_and_gradients(sample, dtype, layout, backend):
+    sample = arranged(sample.to(dtype), layout)
+    check(sample, backend, grad_like(sample.x))
+
+
+@gradients
+@dtypes
+@pytest.mark.parametrize("layout", ["sliced", "expanded"])
+def test_strides_that_are_copied(layout, dtype, gradient, backend):
+    sample = arranged(sample_of(3, 17, 46, 5, 2, gradient).to(dtype), layout)
+    check(sample, backend, grad_like(sample.x))
+
+
+@pytest.mark.parametrize("layout", ["sliced", "expanded", "transposed"])
+def test_strided_bases(layout, backend):
+    x, bases = sample_of(3, 17, 46, 5, 2).to(torch.float32).leaves
+    check(Sample("nmf", (x, arrange(bases, layout)), {"steps": 2}), backend, grad_like(x))
+
+
+@gradients
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_bases_in_half_precision(dtype, gradient, backend):
+    """They are taken as they are; the factors that come of them stay in float32."""
+    x, bases = sample_of(2, 45, 300, 16, 6, gradient).to(dtype).leaves
+    check(Sample("nmf", (x, bases.to(dtype)), {"steps": 6, "gradient": gradient}), backend, grad_like(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 37, 3), (2, 17, 1, 3), (2, 33, 45, 3), (1, 1, 1, 1), (1, 5, 9, 16)], ids=str)
+@layouts
+def test_layout_is_kept(shape, layout, backend):
+    checks.check_layout(arranged(sample_of(*shape, 2).to(torch.float32), layout), backend)
+
+
+def test_slice_of_one_matrix(backend):
+    """With a batch of one such a slice is dense, though its batch stride is that of the larger tensor."""
+    sample = sample_of(1, 17, 45, 3, 6).to(torch.float32)
+    sample = sample.with_x(torch.full((1, 40, 45), torch.nan)[:, 5:22].copy_(sample.x))
+    check(sample, backend, grad_like(sample.x))
+
+
+@layouts
+@pytest.mark.parametrize("grad_layout", [*LAYOUTS, "sliced", "expanded"])
+@compiled
+def test_grad_out_layouts(grad_layout, layout, backend):
+    sample = arranged(sample_of(3, 17, 46, 5, 6).to(torch.float32), layout)
+    checks.check_grad_out_layouts(sample, backend, grad_layout)
+    checks.check_expanded_grad_out(sample, backend)
+
+
+@pytest.mark.parametrize("case", ["r3", "r16", "r64"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@gradients
+@layouts
+def test_golden(case, dtype, limit, gradient, layout, backend):
+    values = golden(f"nmf/{case}/")
+    steps = int(values["steps"])
+    x, bases = arrange(values["x"].to(dtype), layout), values["bases0"].to(dtype)
+    y, grad_x, _ = results(
+        Sample("nmf", (x, bases), {"steps": steps, "gradient": gradient}), backend, values["grad_out"].to(dtype)
+    )
+    assert error(y, values["y"]) <= limit
+    assert error(grad_x, values[f"grad_x_{gradient}"]) <= limit
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_gradcheck(steps, backend):
+    leaves = [leaf.add(0.1).requires_grad_() for leaf in sample_of(2, 4, 5, 3, steps).leaves]  # away from the corner at zero
+    assert torch.autograd.gradcheck(lambda x, bases: nmf(x, bases, steps, backend=backend), leaves)
+
+
+def test_double_backward_of_the_reference():
+    leaves = [leaf.add(0.1).requires_grad_() for leaf in sample_of(1, 3, 4, 2, 2).leaves]
+    assert torch.autograd.gradgradcheck(lambda x, bases: nmf(x, bases, 2, backend="reference"), leaves)
+
+
+@gradients
+@compiled
+def test_no_double_backward(gradient, backend):
+    checks.check_no_double_backward(sample_of(1, 5, 9, 3, 2, gradient).to(torch.float32))
+
+
+@gradients
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(2, 5, 9, 3, 2), (1, 33, 17, 16, 0), (0, 5, 9, 3, 2), (2, 5, 0, 3, 2)], ids=str)
+@compiled
+def test_opcheck(shape, dtype, layout, gradient, backend):
+    x, bases = arranged(sample_of(*shape).to(dtype), layout).leaves
+    forward = (x.detach().requires_grad_(), bases.detach().requires_grad_(), shape[-1], gradient)
+    for need in ((True, True), (True, False), (False, True)):
+        checks.check_registration("nmf", forward, (torch.ones_like(x), x, bases, shape[-1], gradient, *need))
+
+
+COMPILE_SHAPES = [(2, 9, 12, 3), (3, 9, 31, 3), (4, 7, 40, 5), (2, 9, 12, 3)]
+
+
+@gradients
+def test_compile(gradient, backend):
+    samples = [sample_of(*shape, 2, gradient).to(torch.float32) for shape in COMPILE_SHAPES]
+    checks.check_compile(samples, backend, "aot_eager")
+
+
+@compiled
+def test_compile_inductor(backend):
+    samples = [arranged(sample_of(*shape, 2).to(torch.float32), "transposed") for shape in COMPILE_SHAPES]
+    checks.check_compile(samples, backend, "inductor")
+
+
+@layouts
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 17, 45, 3), (0, 17, 45, 3)], ids=str)
+def test_autocast(shape, dtype, layout, backend):
+    """x is rounded, the factors are not: the float64 answer for the rounded x is met to the precision of storing y."""
+    sample = arranged(sample_of(*shape, 6).to(torch.float32), layout)
+    checks.check_autocast(sample, backend, dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        y = sample(backend)
+    assert error(y, sample.to(dtype).exact()[0]) <= tolerance(dtype)
+
+
+@gradients
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(2, 96, 1030, 16), (1, 130, 515, 64), (5, 45, 70, 17)], ids=str)
+@compiled
+def test_threads(shape, dtype, layout, gradient, backend, set_threads):
+    checks.check_threads(arranged(sample_of(*shape, 2, gradient).to(dtype), layout), set_threads)
+
+
+@gradients
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 45, 3), (1, 33, 13, 17), (1, 70, 130, 100), (3, 1, 37, 16)], ids=str)
+@compiled
+def test_nothing_is_read_outside(shape, dtype, layout, gradient, backend):
+    checks.check_poison(arranged(sample_of(*shape, 2, gradient).to(dtype), layout), backend)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_matrix_leaves_the_rest_alone(bad, dtype, layout, backend):
+    sample = arranged(sample_of(3, 17, 45, 16, 6).to(dtype), layout)
+    clean = results(sample, backend)
+    x = sample.x.clone()
+    x[1, 3, 20] = bad
+    got = results(sample.with_x(x), backend)
+    assert not got[0][1].isfinite().any()
+    assert_same([g[[0, 2]] for g in got], [g[[0, 2]] for g in clean])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_entry_without_steps(bad, backend):
+    """Only its column enters, through the coefficients' one update."""
+    sample = sample_of(1, 17, 45, 16, 0).to(torch.float32)
+    clean, x = sample(backend), sample.x.clone()
+    x[0, 3, 20] = bad
+    got, others = sample.with_x(x)(backend), torch.arange(45) != 20
+    assert not got[0, :, 20].isfinite().any()
+    assert torch.equal(got[..., others], clean[..., others])
+
+
+@gradients
+def test_zeros(gradient, backend):
+    """A matrix of zeros has the approximation zero, and finite gradients, though every quotient is nearly 0 / 0."""
+    sample = sample_of(2, 17, 45, 5, 6, gradient).to(torch.float32)
+    sample = sample.with_x(sample.x * torch.tensor([0.0, 1.0]).view(2, 1, 1))
+    y, *grads = results(sample, backend, grad_like(sample.x))
+    assert not y[0].any()
+    assert all(grad.isfinite().all() for grad in grads)
+    for got, want in zip([y, *grads], sample.exact(grad_like(sample.x)), strict=True):
+        assert error(got[1], want[1]) <= 2e-5
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_values(dtype, layout, backend):
+    """Logits of thousands do not overflow the softmax."""
+    sample = sample_of(2, 17, 45, 5, 6)
+    sample = arranged(sample.with_x(sample.x * 1000).to(dtype), layout)
+    y, want = sample(backend), sample.exact()[0]
+    assert error(y, want) <= tolerance(dtype) + 1e-4
+
+
+@gradients
+@pytest.mark.parametrize("needed", [{0}, {1}], ids=["x", "bases"])
+@layouts
+@compiled
+def test_only_needed_gradients(needed, layout, gradient, backend):
+    checks.check_needed_gradients(arranged(sample_of(2, 17, 45, 5, 6, gradient).to(torch.float32), layout), backend, needed)
+
+
+@pytest.mark.parametrize("steps", [0, 6])
+def test_one_step_gradient_of_bases_is_zero(steps, backend):
+    sample = sample_of(2, 17, 45, 5, steps, "one_step").to(torch.float32)
+    assert not results(sample, backend)[2].any()
+
+
+@gradients
+def test_no_gradient_needed(gradient, backend):
+    checks.check_nothing_needed(sample_of(2, 17, 45, 5, 6, gradient).to(torch.float32), backend)
+
+
+@gradients
+@layouts
+@compiled
+def test_keeps_only_its_arguments(layout, gradient, backend):
+    checks.check_saved_tensors(arranged(sample_of(2, 17, 45, 5, 6, gradient).to(torch.float32), layout), backend)
+
+
+@layouts
+@pytest.mark.parametrize("shape", [(2, 17, 45, 5), (2, 1, 4, 3), (1, 3, 1, 7)], ids=str)
+def test_fake_tensors(shape, layout, backend):
+    checks.check_fake(arranged(sample_of(*shape, 2).to(torch.float32), layout), backend)
+
+
+def test_meta():
+    checks.check_meta(sample_of(2, 3, 4, 5, 2).to(torch.bfloat16))
+
+
+GOOD = {"x": torch.ones(2, 5, 9), "bases": torch.ones(2, 5, 3), "steps": 2}
+BAD = {
+    "rank 4": ({"x": torch.ones(2, 5, 3, 3)}, ValueError, "x must be [B, D, N], got shape [2, 5, 3, 3]"),
+    "bases of rank 2": ({"bases": torch.ones(5, 3)}, ValueError, "bases must be [B, D, R], got shape [5, 3]"),
+    "integers": ({"x": torch.ones(2, 5, 9, dtype=torch.int64)}, TypeError, "x must be float32, float64, bfloat16 or float16"),
+    "boolean bases": ({"bases": torch.ones(2, 5, 3, dtype=torch.bool)}, TypeError, "bases must be float32, float64"),
+    "no tensor": ({"x": 1.0}, TypeError, "x must be a tensor, got float"),
+    "no bases": ({"bases": None}, TypeError, "bases must be a tensor, got NoneType"),
+    "other batch": ({"bases": torch.ones(1, 5, 3)}, ValueError, "[2, 5, >= 1] for x [2, 5, 9], got [1, 5, 3]"),
+    "other rows": ({"bases": torch.ones(2, 6, 3)}, ValueError, "[2, 5, >= 1] for x [2, 5, 9], got [2, 6, 3]"),
+    "no columns": ({"bases": torch.ones(2, 5, 0)}, ValueError, "[2, 5, >= 1] for x [2, 5, 9], got [2, 5, 0]"),
+    "dtype mix": ({"bases": torch.ones(2, 5, 3).double()}, TypeError, "for x of torch.float32, got torch.float64"),
+    "device mix": ({"bases": torch.ones(2, 5, 3, device="meta")}, ValueError, "bases must be on x's device cpu, got meta"),
+    "negative steps": ({"steps": -1}, ValueError, "steps must be at least 0, got -1"),
+    "float steps": ({"steps": 2.0}, TypeError, "steps must be an int, got float"),
+    "bool steps": ({"steps": True}, TypeError, "steps must be an int, got bool"),
+    "unknown gradient": ({"gradient": "last"}, ValueError, "gradient must be one of exact, one_step, got 'last'"),
+    "no such backend": ({"backend": "metal"}, ValueError, "backend 'metal' cannot serve this call: there is no backend"),
+    "not on this machine": ({"backend": "cuda"}, ValueError, "backend 'cuda' cannot serve this call"),
+}
+
+
+@pytest.mark.parametrize(("change", "exception", "message"), BAD.values(), ids=BAD)
+def test_bad_input(change, exception, message):
+    with pytest.raises(exception, match=r"^nmf: .*" + re.escape(message)):
+        nmf(**GOOD | change)
+
+
+@gradients
+def test_batch_does_not_matter(gradient, backend):
+    """Every matrix of a batch is decomposed as if it were alone."""
+    sample = sample_of(3, 17, 45, 5, 6, gradient).to(torch.float32)
+    together = results(sample, backend)
+    for i in range(3):
+        alone = results(replace(sample, leaves=tuple(leaf[i : i + 1] for leaf in sample.leaves)), backend)
+        assert all(error(a, t[i : i + 1]) <= (0 if backend == "cpu" else 1e-5) for a, t in zip(alone, together, strict=True))

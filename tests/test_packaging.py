@@ -1,0 +1,152 @@
+"""What is shipped, and what an installation without compiler or without compiled kernels says. Nothing is compiled here."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from segnext_kernels import _load
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = (
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
+    *("csrc", "segnext", "segnext_kernels", "tests", "bench"),
+)
+VARIABLE = "SEGNEXT_KERNELS_COMPILE"
+LIBRARIES = sorted(Path(_load.__file__).parent.glob("_C_*.abi3.so"))
+
+
+def python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", VARIABLE, "PYTHONPATH")}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment | variables, capture_output=True, text=True)
+
+
+def checked(*arguments: str, cwd: Path, **variables: str) -> str:
+    result = python(*arguments, cwd=cwd, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def modules(package: str) -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the project without anything that was built."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def unpacked_sdist(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    checked("-m", "build", "--sdist", "--no-isolation", "--outdir", out, source, cwd=out)
+    (archive,) = out.iterdir()
+    with tarfile.open(archive) as files:
+        files.extractall(out, filter="data")
+    return next(path for path in out.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(unpacked_sdist, tmp_path_factory) -> Path:
+    """Built from the sdist, so that a file missing there is missed here."""
+    out = tmp_path_factory.mktemp("wheel")
+    flags = ("--no-deps", "--no-build-isolation", "--no-index")
+    checked("-m", "pip", "wheel", *flags, "--wheel-dir", out, unpacked_sdist, cwd=out, **{VARIABLE: "0"})
+    (wheel,) = out.iterdir()
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def installed(pure_wheel, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    checked("-m", "pip", "install", "--no-deps", "--no-index", "--target", target, pure_wheel, cwd=target)
+    return target
+
+
+def test_sdist_has_every_source_and_no_tests(unpacked_sdist):
+    files = {str(path.relative_to(unpacked_sdist)) for path in unpacked_sdist.rglob("*") if path.is_file()}
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert kernels | modules("segnext") | modules("segnext_kernels") | {"setup.py", "pyproject.toml", "LICENSE"} <= files
+    assert not [name for name in files if name.startswith(("tests", "bench"))]
+
+
+def test_pure_wheel_holds_the_two_packages(pure_wheel):
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(pure_wheel).namelist())
+    assert {name for name in names if ".dist-info/" not in name} == modules("segnext") | modules("segnext_kernels")
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_compiled_wheel_is_for_every_python_from_3_10(source):
+    script = (
+        "import setuptools; from distutils.core import run_setup; d = run_setup('setup.py', ['--quiet'], stop_after='init');"
+        "w, b = map(d.get_command_obj, ('bdist_wheel', 'build_ext')); w.ensure_finalized(); b.ensure_finalized();"
+        "print(*w.get_tag()[:2], *(b.get_ext_filename(e.name) for e in d.ext_modules))"
+    )
+    python_tag, abi_tag, *libraries = checked("-c", script, cwd=source).split()
+    assert (python_tag, abi_tag) == ("cp310", "abi3")
+    assert len(libraries) >= 2
+    assert all(name.endswith(".abi3.so") for name in libraries)
+
+
+@pytest.mark.skipif(_load.failure is not None, reason=str(_load.failure))
+def test_this_processor_has_a_compiled_library():
+    assert f"_C_{_load.facts['isa']}.abi3.so" in [library.name for library in LIBRARIES]
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_compiled_library_needs_no_cpp_symbol_of_torch(library):
+    """What makes one library serve every torch from 2.10 on: only C functions of it are linked."""
+    listing = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True).stdout
+    symbols = [line.split()[-1] for line in listing.splitlines()]
+    assert any(symbol.startswith(("torch_", "aoti_torch_")) for symbol in symbols)
+    assert not [symbol for symbol in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)", symbol)]
+
+
+def test_no_compiler_is_one_clear_error(source, tmp_path):
+    flags = ("--no-deps", "--no-build-isolation", "--no-index")
+    result = python("-m", "pip", "wheel", *flags, source, cwd=tmp_path, CXX="no-such-compiler")
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert output.count("no C++ compiler found (no-such-compiler)") == 1
+    assert f"{VARIABLE}=0" in output
+    assert "Traceback" not in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_installation_without_kernels_says_so_and_works(installed):
+    script = """
+import segnext_kernels, torch
+from segnext_kernels.nn import AttentionModule
+info = segnext_kernels.build_info()
+assert segnext_kernels.__file__.startswith({installed!r}), segnext_kernels.__file__
+assert info["isa"] is None and info["torch_built"] is None, info
+assert segnext_kernels.explain("msca_strips", torch.ones(1, 3, 5, 4))["reference"] == "serves"
+y = AttentionModule(3)(torch.ones(1, 3, 5, 4))
+assert y.shape == (1, 3, 5, 4) and y.isfinite().all()
+print(info["missing"]["cpu"])
+"""
+    # Without site, so that an editable installation in this environment cannot lend its compiled libraries.
+    path = os.pathsep.join([str(installed), *(p for p in sys.path if p.endswith("-packages"))])
+    reason = checked("-S", "-c", script.format(installed=str(installed)), cwd=installed, PYTHONPATH=path)
+    assert "not built" in reason
+    assert VARIABLE in reason
+
+
+def test_command_line_is_installed(installed):
+    (entry_points,) = installed.glob("segnext_kernels-*.dist-info/entry_points.txt")
+    assert "segnext = segnext.cli:main" in entry_points.read_text()

@@ -1,0 +1,185 @@
+"""``segnext predict`` from files to files, and its parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from segnext import Config, SegNeXt, WeightsError, load, save
+from segnext import predict as predict_module
+from segnext.images import normalise, read_image
+from segnext.palette import generated_palette
+from segnext.predict import InputError, find_images, label_map, predict, segment, unique_names
+
+SMALL = Config((8, 16, 24, 32), (1, 1, 1, 1), decoder_channels=64, rank=4, num_classes=5)
+RNG = np.random.default_rng(0)
+
+
+def small_model(**attributes) -> SegNeXt:
+    """A model whose random weights are large enough for the label maps to have several classes."""
+    torch.manual_seed(0)
+    model = SegNeXt(SMALL).eval()
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    save(small_model(), path)
+    return path
+
+
+def photo(height: int, width: int) -> Image.Image:
+    """Random patches, so that the network sees something."""
+    patches = RNG.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(np.kron(patches, np.ones((8, 8, 1), np.uint8))[:height, :width])
+
+
+def files(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("size", [(45, 70), (1, 1), (1, 33), (64, 64)], ids=str)
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_writes_overlay_mask_and_legend(tmp_path, weights, size, ending):
+    photo(*size).save(tmp_path / f"street.{ending}")
+    assert predict([tmp_path / f"street.{ending}"], weights, tmp_path / "new" / "out") == []
+    out = tmp_path / "new" / "out"
+    assert files(out) == {"street_overlay.png", "street_mask.png", "legend.png"}
+    mask, shown = Image.open(out / "street_mask.png"), Image.open(out / "street_overlay.png")
+    assert mask.mode == "P" and shown.mode == "RGB" and mask.size == shown.size == size[::-1]
+
+    image = read_image(tmp_path / f"street.{ending}")
+    expected = load(weights).predict(normalise(image[None]))[0]
+    assert (np.asarray(mask) == expected.numpy()).mean() > 0.999
+    colours = np.array(generated_palette(5))[np.asarray(mask)]
+    np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), colours)
+    np.testing.assert_allclose(np.asarray(shown), (image.permute(1, 2, 0).numpy() + colours) / 2, atol=1)
+
+
+def test_the_small_model_tells_pictures_apart(weights):
+    labels = segment(load(weights), torch.from_numpy(np.array(photo(64, 96))).permute(2, 0, 1))
+    assert labels.unique().numel() > 1
+
+
+def test_exif_rotation_ends_in_the_results(tmp_path, weights):
+    shown, exif = photo(60, 40), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    shown.save(tmp_path / "upright.png")
+    shown.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    predict([tmp_path / "upright.png", tmp_path / "turned.png"], weights, tmp_path / "out")
+    for kind in ("mask", "overlay"):
+        upright, turned = (np.asarray(Image.open(tmp_path / "out" / f"{name}_{kind}.png")) for name in ("upright", "turned"))
+        np.testing.assert_array_equal(upright, turned)
+
+
+def test_names_and_colours_of_the_checkpoint(tmp_path):
+    palette = [(10 * i, 200, 7) for i in range(5)]
+    save(small_model(classes=list("abcde"), palette=palette), tmp_path / "w.safetensors")
+    photo(32, 32).save(tmp_path / "a.png")
+    predict([tmp_path / "a.png"], tmp_path / "w.safetensors", tmp_path / "out")
+    found = Image.open(tmp_path / "out" / "a_mask.png").getpalette()[:15]
+    assert found == [value for colour in palette for value in colour]
+    colours = {colour for _, colour in Image.open(tmp_path / "out" / "legend.png").getcolors(1 << 16)}
+    assert set(palette) <= colours
+
+
+def test_broken_file_is_named_and_skipped(tmp_path, weights, capsys):
+    photo(32, 32).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
+    photo(32, 32).save(tmp_path / "c.png")
+    assert predict([tmp_path], weights, tmp_path / "out") == [tmp_path / "b.png"]
+    assert "b.png" in capsys.readouterr().err
+    assert files(tmp_path / "out") == {"legend.png", "a_mask.png", "a_overlay.png", "c_mask.png", "c_overlay.png"}
+
+
+def test_same_stems_do_not_overwrite_each_other(tmp_path, weights):
+    for name, size in (("x/a.png", 32), ("x/a.bmp", 40), ("y/a.png", 48)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        photo(size, size).save(tmp_path / name)
+    predict([tmp_path / "x", tmp_path / "y"], weights, tmp_path / "out")
+    sizes = {path.name: Image.open(path).width for path in (tmp_path / "out").glob("*_mask.png")}
+    assert sizes == {"a_mask.png": 40, "a_2_mask.png": 32, "a_3_mask.png": 48}
+
+
+def test_unique_names_keep_names_that_look_numbered(tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "a.jpg", "a_2.png", "a.gif", "a_2.jpg")]
+    names = unique_names(paths)
+    assert names == ["a", "a_3", "a_2", "a_4", "a_2_2"]
+
+
+def test_find_images(tmp_path):
+    for name in ("b.JPG", "a.png", "c.txt", ".hidden", "sub/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_images([tmp_path / "c.txt", tmp_path, tmp_path / "a.png"])
+    assert [path.name for path in found] == ["c.txt", "a.png", "b.JPG"]
+
+
+@pytest.mark.parametrize(
+    "inputs, message", [([], "no photographs"), (["absent.jpg"], "absent.jpg: no such"), ([""], "no image in")]
+)
+def test_no_inputs(tmp_path, weights, inputs, message):
+    with pytest.raises(InputError, match=message):
+        predict([tmp_path / name for name in inputs], weights, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_never_overwrite_inputs(tmp_path, weights):
+    photo(32, 32).save(tmp_path / "a.png")
+    photo(32, 32).save(tmp_path / "a_mask.png")
+    before = (tmp_path / "a_mask.png").read_bytes()
+    with pytest.raises(InputError, match="a_mask.png would be overwritten"):
+        predict([tmp_path], weights, tmp_path)
+    assert (tmp_path / "a_mask.png").read_bytes() == before and files(tmp_path) == {"a.png", "a_mask.png"}
+
+
+def test_weights_errors_come_before_any_result(tmp_path):
+    photo(32, 32).save(tmp_path / "a.png")
+    (tmp_path / "w.pth").write_bytes(b"nothing")
+    with pytest.raises(WeightsError, match=r"w\.pth"):
+        predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes, message", [({"num_classes": 257}, "257 classes"), ({"in_channels": 4}, "takes 4 channels")])
+def test_models_that_do_not_fit_photographs(tmp_path, changes, message):
+    save(SegNeXt(Config(**{**vars(SMALL), **changes})), tmp_path / "w.pth")
+    photo(32, 32).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=message):
+        predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out")
+
+
+def test_rank_is_passed_on(tmp_path, weights, monkeypatch):
+    ranks = []
+    monkeypatch.setattr(predict_module, "load", lambda path, rank: ranks.append(rank) or load(path, rank=rank))
+    photo(32, 32).save(tmp_path / "a.png")
+    predict([tmp_path / "a.png"], weights, tmp_path / "out", rank=3)
+    assert ranks == [3]
+
+
+@pytest.mark.parametrize("short_side, seen", [(0, (90, 121)), (32, (32, 43)), (90, (90, 121)), (512, (90, 121))])
+def test_short_side_bounds_what_the_model_sees(short_side, seen):
+    model, sizes = small_model(), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    labels = segment(model, torch.zeros(3, 90, 121, dtype=torch.uint8), short_side)
+    assert sizes == [seen] and labels.shape == (90, 121)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 13), (64, 48), (37, 101)], ids=str)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (8, 6)], ids=str)
+@pytest.mark.parametrize("strip", [1, 4000, 1 << 24])
+def test_label_map_is_the_argmax_of_upsampled_logits(monkeypatch, size, grid, strip):
+    monkeypatch.setattr(predict_module, "STRIP_ELEMENTS", strip)
+    logits = torch.randn(2, 6, *grid, generator=torch.Generator().manual_seed(0))
+    upsampled = F.interpolate(logits.double(), size, mode="bilinear", align_corners=False)
+    found = label_map(logits, size)
+    assert found.shape == (2, *size) and found.dtype == torch.uint8
+    shortfall = upsampled.amax(1) - upsampled.gather(1, found.long()[:, None])[:, 0]
+    assert shortfall.max() < 1e-5

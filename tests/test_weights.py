@@ -1,0 +1,337 @@
+"""Checkpoints: layouts, formats, what is read from them, and every way in which they can be bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import segnext
+from segnext import WeightsError, weights
+from segnext.model import HEADS, SIZES, Config, SegNeXt
+
+SUFFIXES = pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+CONFIG = replace(golden.CONFIG, drop_path=0.1, dropout=0.1)  # those two no tensor shows
+CONV_SEG, STEM = "decode_head.conv_seg.weight", "backbone.patch_embed1.proj.0.weight"
+
+
+def write(path: Path, state: dict, meta: dict | None = None, **options) -> Path:
+    """A checkpoint in the format of the path's ending."""
+    if path.suffix == ".safetensors":
+        save_file(state, path, None if meta is None else {"meta": json.dumps(meta)})
+    else:
+        torch.save({"state_dict": state, **({} if meta is None else {"meta": meta})}, path, **options)
+    return path
+
+
+def assert_golden(model: SegNeXt) -> None:
+    images, bases = golden.inputs(torch.float32)
+    expected = golden.VALUES["eval/logits"]
+    with torch.no_grad():
+        error = (model(images, bases) - expected).abs().max() / expected.abs().max()
+    assert not model.training and error < 1e-5
+
+
+def assert_same_weights(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+@SUFFIXES
+@pytest.mark.parametrize("layout", ["official", "mmsegmentation"])
+def test_load_layouts(tmp_path, suffix, layout):
+    model = segnext.load(write(tmp_path / f"model{suffix}", golden.state_dict(layout)))
+    assert model.config == CONFIG and (model.classes, model.palette) == (None, None)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert_golden(model)
+
+
+@FORMATS
+def test_load_unwrapped_state(tmp_path, zipped):
+    torch.save(golden.state_dict(), tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
+    assert_golden(segnext.load(str(tmp_path / "model.pth")))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("size", SIZES)
+def test_configuration_is_read_from_the_shapes(size, head):
+    with torch.device("meta"):
+        model = segnext.create(size, num_classes=11, head=head, in_channels=4)
+    found = weights._config(model.state_dict(), Path("model.pth"))
+    assert replace(found, rank=model.config.rank) == model.config
+    assert head == "msca" or found.rank == SIZES[size].rank
+
+
+@SUFFIXES
+@pytest.mark.parametrize("head", HEADS)
+def test_save_and_load(tmp_path, suffix, head):
+    model = SegNeXt(replace(CONFIG, head=head, rank=5, drop_path=0.2, dropout=0.3, bases="random", gradient="one_step"))
+    model.classes = [f"class {i}" for i in range(7)]
+    model.palette = [(i, 2 * i, 255) for i in range(7)]
+    path = tmp_path / f"model{suffix}"
+    segnext.save(model.to(memory_format=torch.channels_last), path)
+    loaded = segnext.load(path)
+    assert_same_weights(loaded, model)
+    assert (loaded.config, loaded.classes, loaded.palette) == (model.config, model.classes, model.palette)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_load_consumes_no_random_numbers(tmp_path):
+    path = write(tmp_path / "model.pth", golden.state_dict())
+    before = torch.random.get_rng_state()
+    segnext.load(path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+MM_TEXT = "decode_head=dict(type='LightHamHead', ham_kwargs=dict(MD_S=1, MD_R=24, train_steps=6))"
+
+
+@pytest.mark.parametrize(
+    ("meta", "argument", "rank"),
+    [
+        ({}, None, 16),
+        ({"cfg": MM_TEXT}, None, 24),
+        ({"config": MM_TEXT}, None, 24),
+        ({"config": '{"MD_R": 24}'}, None, 24),
+        ({"segnext": {"rank": 9}, "cfg": MM_TEXT}, None, 9),
+        ({"segnext": {"rank": 9}, "cfg": MM_TEXT}, 3, 3),
+    ],
+    ids=["paper", "cfg", "config", "json", "own", "argument"],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_rank(tmp_path, suffix, meta, argument, rank):
+    model = segnext.load(write(tmp_path / f"model{suffix}", golden.state_dict(), meta), rank=argument)
+    assert model.config.rank == model.decode_head.hamburger.ham.rank == rank
+
+
+def test_a_wide_decoder_has_the_papers_rank_64(tmp_path):
+    segnext.save(SegNeXt(replace(CONFIG, decoder_channels=512)), tmp_path / "model.pth")
+    state = torch.load(tmp_path / "model.pth")["state_dict"]
+    assert segnext.load(write(tmp_path / "bare.pth", state)).config.rank == 64
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"dataset_meta": {"classes": tuple("abcdefg"), "palette": [[i, i, i] for i in range(7)]}},
+        {"CLASSES": tuple("abcdefg"), "PALETTE": [[i, i, i] for i in range(7)]},
+    ],
+    ids=["1.x", "0.x"],
+)
+def test_classes_and_palette_of_mmsegmentation(tmp_path, meta):
+    model = segnext.load(write(tmp_path / "model.pth", golden.state_dict(), meta))
+    assert model.classes == list("abcdefg") and model.palette == [(i, i, i) for i in range(7)]
+
+
+def test_classes_of_another_count_are_left_out(tmp_path):
+    model = segnext.load(write(tmp_path / "model.pth", golden.state_dict(), {"CLASSES": ("road", "sky")}))
+    assert model.classes is None
+
+
+@FORMATS
+def test_training_history_beside_the_weights_is_ignored(tmp_path, monkeypatch, zipped):
+    """mmengine's checkpoints hold objects of its own classes with NumPy arrays in them."""
+    name = "mmengine.logging.history_buffer"
+    module = types.ModuleType(name)
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": name})
+    history = module.HistoryBuffer()
+    history.values = np.arange(5.0)
+    checkpoint = {"state_dict": golden.state_dict(), "meta": {"cfg": MM_TEXT}, "message_hub": {"loss": history}}
+    with monkeypatch.context() as patch:
+        for package in ("mmengine", "mmengine.logging"):
+            patch.setitem(sys.modules, package, types.ModuleType(package))
+        patch.setitem(sys.modules, name, module)
+        torch.save(checkpoint, tmp_path / "iter_160000.pth", _use_new_zipfile_serialization=zipped)
+    assert segnext.load(tmp_path / "iter_160000.pth").config.rank == 24
+
+
+class Code:
+    """Unpickling this would call a function."""
+
+    def __init__(self, function: Callable, *args) -> None:
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@FORMATS
+@pytest.mark.parametrize("module", ["builtins", "os"])
+def test_no_code_of_a_checkpoint_runs(tmp_path, zipped, module):
+    touched = tmp_path / "touched"
+    code = Code(open, str(touched), "w") if module == "builtins" else Code(os.mkdir, str(touched))
+    path = tmp_path / "model.pth"
+    torch.save({"state_dict": golden.state_dict(), "extra": code}, path, _use_new_zipfile_serialization=zipped)
+    if module == "builtins":
+        assert_golden(segnext.load(path))
+    else:
+        with pytest.raises(WeightsError, match="cannot be read"):
+            segnext.load(path)
+    assert not touched.exists()
+
+
+BAD_STATES = {
+    "missing": (lambda s: s.pop("decode_head.align.gn.bias"), "missing decode_head.align.gn.bias$"),
+    "missing blocks": (
+        lambda s: [s.pop(key) for key in list(s) if key.startswith("backbone.block3.0.")],
+        r"backbone\.block3\.0\.mlp\.fc1\.weight, .* is missing",
+    ),
+    "missing, size unknown": (lambda s: s.pop(STEM), f"{STEM}, which tells the model's size, is missing"),
+    "unexpected": (lambda s: s.update({"auxiliary_head.w": torch.ones(1)}), r"unexpected auxiliary_head\.w$"),
+    "misshapen": (lambda s: s.update({"backbone.norm2.bias": torch.ones(3)}), r"norm2\.bias \[3\] instead of \[16\]$"),
+    "misshapen, size unknown": (lambda s: s.update({CONV_SEG: torch.tensor(1.0)}), f"{CONV_SEG}, .* misshapen"),
+    "no channels": (lambda s: s.update({"backbone.norm1.weight": torch.ones(0)}), r"backbone\.norm1\.weight, .* misshapen"),
+    "all at once": (
+        lambda s: s.update({"x": torch.ones(1), "backbone.norm2.bias": torch.ones(3), "y": s.pop("decode_head.align.gn.bias")}),
+        r"missing decode_head\.align\.gn\.bias; unexpected x, y; misshapen backbone\.norm2\.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_STATES.values(), ids=BAD_STATES)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_bad_states(tmp_path, suffix, spoil, message):
+    state = golden.state_dict()
+    spoil(state)
+    path = write(tmp_path / f"bad{suffix}", state)
+    with pytest.raises(WeightsError, match=message) as caught:
+        segnext.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+BAD_CONTENTS = {
+    "text": lambda path: path.write_text("weights"),
+    "empty": lambda path: path.write_bytes(b""),
+    "list": lambda path: torch.save([1, 2], path),
+    "numbers": lambda path: torch.save({"state_dict": {"a": 1}}, path),
+    "nothing": lambda path: torch.save({}, path),
+    "module": lambda path: torch.save(torch.nn.Linear(1, 1), path),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_CONTENTS.values(), ids=BAD_CONTENTS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_no_checkpoint_at_all(tmp_path, suffix, spoil):
+    path = tmp_path / f"bad{suffix}"
+    spoil(path)
+    with pytest.raises(WeightsError, match="cannot be read|holds no state_dict") as caught:
+        segnext.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", [0.01, 0.5, 0.999])
+@pytest.mark.parametrize("kind", ["zip.pth", "legacy.pth", "model.safetensors"])
+def test_truncated_files(tmp_path, kind, part):
+    path = tmp_path / kind
+    options = {"_use_new_zipfile_serialization": kind == "zip.pth"} if path.suffix == ".pth" else {}
+    write(path, golden.state_dict(), **options)
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    with pytest.raises(WeightsError, match="cannot be read") as caught:
+        segnext.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(WeightsError, match=r"there is no file .*nothing\.pth, and hosted weights are called ade20k-t, "):
+        segnext.load(tmp_path / "nothing.pth")
+    with pytest.raises(WeightsError, match="there is no file ade20k-xl"):
+        segnext.load("ade20k-xl")
+
+
+def test_unknown_ending(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"model\.onnx must end in \.pth, \.pt or \.safetensors"):
+        segnext.load(tmp_path / "model.onnx")
+    with pytest.raises(WeightsError, match=r"out must end in"):
+        segnext.save(golden.model(), tmp_path / "out")
+
+
+@SUFFIXES
+def test_a_failed_save_leaves_the_old_file(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"model{suffix}"
+    path.write_text("old")
+
+    def fail(*args):
+        if len(args) == 2 and hasattr(args[1], "write"):
+            args[1].write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save" if suffix == ".safetensors" else "torch.save", fail)
+    with pytest.raises(WeightsError, match=f"cannot write .*model{suffix}: No space left"):
+        segnext.save(golden.model(), path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_save_into_no_folder(tmp_path):
+    with pytest.raises(WeightsError, match=r"cannot write .*nowhere/model\.pth: No such file or directory"):
+        segnext.save(golden.model(), tmp_path / "nowhere" / "model.pth")
+
+
+def encoder_state(prefix: str = "") -> dict:
+    """As ImageNet's checkpoints are: the encoder and a classifier."""
+    state = {key: value for key, value in golden.state_dict().items() if key.startswith("backbone.")}
+    state = {prefix + key.removeprefix("backbone."): value for key, value in state.items()}
+    return state | {"head.weight": torch.ones(1000, 64), "head.bias": torch.ones(1000)}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [encoder_state(), encoder_state("backbone."), golden.state_dict(), golden.state_dict("official")],
+    ids=["bare", "prefixed", "mmsegmentation's model", "official model"],
+)
+@pytest.mark.parametrize("into", ["model", "encoder"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_load_encoder(tmp_path, suffix, into, state):
+    model = SegNeXt(replace(CONFIG, head="msca"))
+    head = {key: value.clone() for key, value in model.decode_head.state_dict().items()}
+    path = write(tmp_path / f"encoder{suffix}", state)
+    segnext.load_encoder(model if into == "model" else model.backbone, path)
+    assert_same_weights(model.backbone, golden.model(torch.float32).backbone)
+    torch.testing.assert_close(model.decode_head.state_dict(), head, rtol=0, atol=0)
+
+
+def test_load_refuses_an_encoder(tmp_path):
+    path = write(tmp_path / "encoder.pth", encoder_state())
+    with pytest.raises(WeightsError, match=r"encoder\.pth holds no decode_head, .*load_encoder"):
+        segnext.load(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(CONFIG, in_channels=4), r"misshapen patch_embed1\.proj\.0\.weight \[4, 3, 3, 3\] instead of \[4, 4, 3, 3\]$"),
+        (replace(CONFIG, depths=(1, 1, 2, 2)), r"missing block4\.1\..* and \d+ more$"),
+        (replace(CONFIG, depths=(1, 1, 1, 1)), r"unexpected block3\.1\..* and \d+ more$"),
+    ],
+    ids=["channels", "deeper", "shallower"],
+)
+def test_load_encoder_of_another_shape_changes_nothing(tmp_path, config, message):
+    model = SegNeXt(config)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=message):
+        segnext.load_encoder(model, write(tmp_path / "encoder.pth", encoder_state()))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_import_needs_only_torch_and_numpy():
+    heavy = ["torchvision", "PIL", "tqdm", "safetensors"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); import segnext"  # None: importing them fails
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_config_of_a_custom_network(tmp_path):
+    config = Config((4, 6, 8, 10), (1, 2, 1, 1), (2, 3, 4, 5), decoder_channels=96, head="msca", num_classes=2, in_channels=1)
+    segnext.save(SegNeXt(config), tmp_path / "model.safetensors")
+    assert segnext.load(tmp_path / "model.safetensors").config == config
