@@ -91,15 +91,17 @@ Filters strip_filters(const std::vector<Tensor>& weights, const Image& x) {
 Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
 Tensor nothing(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
 
-void parallel(int64_t items, const segnext::Range& body) {
-  if (items > 0) torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
+segnext::Parallel parallel() {
+  return {torch::stable::get_num_threads(), [](int64_t items, const segnext::Range& body) {
+            if (items > 0) torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
+          }};
 }
 
 Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
   const Image in = image(x, "x");
   const Filters filters = strip_filters(weights, in);
   Tensor y = torch::stable::empty_like(x);
-  segnext::msca_strips_forward(in, filters.pointers, image_like(y, in, "y"), parallel);
+  segnext::msca_strips_forward(in, filters.pointers, image_like(y, in, "y"), parallel());
   return y;
 }
 
@@ -116,7 +118,7 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
     grads.push_back(contiguous_like(weights[i]));
     pointers.tensors[i] = grads.back().data_ptr();
   }
-  segnext::msca_strips_backward(grad, in, filters.pointers, out, need_weights ? &pointers : nullptr, parallel);
+  segnext::msca_strips_backward(grad, in, filters.pointers, out, need_weights ? &pointers : nullptr, parallel());
   return {grad_x, grads};
 }
 
@@ -124,7 +126,7 @@ Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Image in = image(x, "x");
   const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
   Tensor y = torch::stable::empty_like(x);
-  segnext::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr()}, image_like(y, in, "y"), parallel);
+  segnext::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr()}, image_like(y, in, "y"), parallel());
   return y;
 }
 
@@ -137,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   Tensor grad_bias = need_weights ? contiguous_like(bias) : nothing(x);
   const DepthwiseFilter grads{grad_weight.data_ptr(), grad_bias.data_ptr()};
   segnext::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr()}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
-                                need_weights ? &grads : nullptr, parallel);
+                                need_weights ? &grads : nullptr, parallel());
   return {grad_x, grad_weight, grad_bias};
 }
 
@@ -167,7 +169,7 @@ Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::strin
   const Matrices in = matrices(x, "x");
   check_nmf(bases, in, steps);
   Tensor y = torch::stable::empty_like(x);
-  if (x.numel() > 0) segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, matrices_like(y, in, "y"), parallel);
+  if (x.numel() > 0) segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, matrices_like(y, in, "y"), parallel());
   return y;
 }
 
@@ -180,7 +182,7 @@ std::tuple<Tensor, Tensor> nmf_backward(const Tensor& grad_out, const Tensor& x,
   if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_bases)};
   segnext::nmf_backward(grad, in, bases.data_ptr(), bases.size(2), steps, gradient == "one_step",
                         need_x ? matrices_like(grad_x, in, "grad_x") : Matrices{}, need_bases ? grad_bases.data_ptr() : nullptr,
-                        parallel);
+                        parallel());
   return {grad_x, grad_bases};
 }
 

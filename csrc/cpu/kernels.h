@@ -1,5 +1,5 @@
-// The CPU kernels: plain functions over pointers and sizes that know nothing of torch. Work is cut into items by the shapes
-// alone, so that no result depends on the number of threads.
+// The CPU kernels: plain functions over pointers and sizes that know nothing of torch. No result depends on the number of
+// threads: where sums cross items, the work is cut into items by the shapes alone.
 #pragma once
 #include <functional>
 
@@ -7,9 +7,13 @@
 
 namespace segnext {
 
-// Runs body(begin, end) over ranges that cover [0, items), possibly at the same time.
+// Runs body(begin, end) over ranges that cover [0, items), on up to `threads` threads at the same time.
 using Range = std::function<void(int64_t begin, int64_t end)>;
-using Parallel = std::function<void(int64_t items, const Range& body)>;
+struct Parallel {
+  int64_t threads;
+  std::function<void(int64_t items, const Range& body)> run;
+  void operator()(int64_t items, const Range& body) const { run(items, body); }
+};
 
 // Calls f with a null pointer of the accumulator's type.
 template <class F>

@@ -1,4 +1,6 @@
 // msca_strips forward: one pass over x, everything in between in a ring of rows that stays in cache.
+#include <algorithm>
+
 #include "cpu/strips.h"
 
 namespace segnext {
@@ -37,21 +39,37 @@ class RowStarts {
   Vector<A> running_[kBranches][kBranchTaps[kBranches - 1] + 1];
 };
 
+// An item is a group of channels of an image, or a part of its rows where the groups are fewer than the threads. Parts compute
+// kReach rows of a beyond their own once more; no output depends on where the parts begin.
 template <class A>
-void forward(const Image& x, const StripFilters& filters, const Image& y, int64_t begin, int64_t end) {
-  const Groups<A> groups(x);
+struct Parts {
+  Groups<A> groups;
+  int64_t per_group, rows;
+
+  Parts(const Image& x, int64_t threads) : groups(x) {
+    const int64_t wanted = groups.items > 0 ? (threads + groups.items - 1) / groups.items : 1;
+    rows = (x.height + wanted - 1) / wanted;
+    rows = (rows + kStripRows - 1) / kStripRows * kStripRows;
+    rows = rows < 2 * kReach ? 2 * kReach : rows;
+    per_group = (x.height + rows - 1) / rows;
+  }
+};
+
+template <class A>
+void forward(const Image& x, const StripFilters& filters, const Image& y, const Parts<A>& parts, int64_t begin, int64_t end) {
   Buffer<A> taps(kTaps * kLanes<A>), out(x.width * kLanes<A>);
   StripRows<A> strips(x.width);
   StemRows<A> stem(x, taps, kWindow - 1);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = groups.image(item), c = groups.channel(item);
+    const int64_t n = parts.groups.image(item / parts.per_group), c = parts.groups.channel(item / parts.per_group);
+    const int64_t first = item % parts.per_group * parts.rows, last = std::min(first + parts.rows, x.height);
     load_strip_taps<A>(filters, x, c, taps);
     const RowStarts<A> starts(taps, x.height);
-    stem.restart(n, c);
-    for (int64_t row = 0; row < x.height; row += kStripRows) {
+    stem.restart(n, c, first - kReach);
+    for (int64_t row = first; row < last; row += kStripRows) {
       stem.advance(row + kStripRows - 1 + kReach);
       column_pass<A>(Window<A>(stem.a(), row, x.height), taps, kColumns, x.width, strips);
-      for (int64_t r = row; r < row + kStripRows && r < x.height; ++r) {
+      for (int64_t r = row; r < row + kStripRows && r < last; ++r) {
         row_pass<A>(strips, r - row, taps, kRows, stem.a()[r], starts(r), x.width, out);
         store_row<A>(y, n, c, r, out);
       }
@@ -64,7 +82,9 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, int64_
 void msca_strips_forward(const Image& x, const StripFilters& filters, const Image& y, const Parallel& parallel) {
   with_accumulator(x.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
-    parallel(Groups<A>(x).items, [&](int64_t begin, int64_t end) { forward<A>(x, filters, y, begin, end); });
+    const Parts<A> parts(x, parallel.threads);
+    parallel(parts.groups.items * parts.per_group,
+             [&](int64_t begin, int64_t end) { forward<A>(x, filters, y, parts, begin, end); });
   });
 }
 

@@ -116,7 +116,7 @@ class TapGrads {
   // Begins with another group of channels, whose gradients go to `total`.
   void restart(int64_t n, int64_t c, A* total) {
     total_ = total;
-    stem_.restart(n, c);
+    stem_.restart(n, c, 0);
     std::memset(total, 0, sizeof(A) * kTaps * kLanes<A>);
     std::memset(g_sums_, 0, sizeof(A) * height_ * kLanes<A>);
   }

@@ -145,11 +145,12 @@ class StemRows {
       : x_(x), taps_(taps), x_rows_(behind + 5, x.width, 2), a_rows_(behind + 1, x.width, kReach), zero_(1, x.width, 2) {
     std::memset(zero_[0], 0, sizeof(A) * x.width * kLanes<A>);
   }
-  // Begins with another group of channels.
-  void restart(int64_t n, int64_t c) {
+  // Begins with another group of channels, at row `first` of a (clipped to the image).
+  void restart(int64_t n, int64_t c, int64_t first) {
     n_ = n;
     c_ = c;
-    next_ = next_x_ = 0;
+    next_ = first > 0 ? first : 0;
+    next_x_ = next_ > 2 ? next_ - 2 : 0;
   }
   // Makes all rows up to `last` (clipped to the image) available.
   void advance(int64_t last) {
