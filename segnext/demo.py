@@ -131,7 +131,7 @@ def _photographs(folder: Path, size: tuple[int, int]) -> Task:
         train=train,
         held_out=held_out,
         names=held_out.names,
-        augment=photo_augmentation(min(size), crop),
+        augment=photo_augmentation(size, crop),
         recipe=PHOTOS_RECIPE,
         examples=folder / "val" / "images",
         short_side=min(size),

@@ -81,7 +81,7 @@ def fit(
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     average = recipe.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
     losses: list[float] = []
@@ -146,12 +146,13 @@ def batches(dataset: Dataset, recipe: Recipe, augment: Callable | None = None) -
     return iter(DataLoader(dataset, recipe.batch, sampler=sampler, collate_fn=collate))
 
 
-def photo_augmentation(short_side: int, crop: tuple[int, int]) -> v2.Transform:
-    """Random size, crop, flip, brightness, contrast and saturation; what a crop has beyond the photo is ignored."""
+def photo_augmentation(size: tuple[int, int], crop: tuple[int, int]) -> v2.Transform:
+    """Random crop of photos of about ``size`` (height, width) at 0.75 to 1.5 times their scale, flip and colours."""
+    part = crop[0] * crop[1] / (size[0] * size[1])
+    ratio = crop[1] / crop[0]
     return v2.Compose(
         [
-            v2.RandomResize(round(0.75 * short_side), round(1.5 * short_side)),
-            v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED}),
+            v2.RandomResizedCrop(crop, scale=(part / 1.5**2, min(1.0, part / 0.75**2)), ratio=(ratio / 1.15, ratio * 1.15)),
             v2.RandomHorizontalFlip(),
             v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
         ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _load
 
+OPERATORS = ("msca_strips", "dwconv_gelu", "nmf")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_BRANCHES = (7, 11, 21)
 
@@ -48,7 +48,12 @@ def explain(operator: str, x: Tensor, **details) -> dict[str, str]:
 
     Returns:
         One sentence for every backend, in order of preference.
+
+    Raises:
+        ValueError: there is no such operator.
     """
+    if operator not in OPERATORS:
+        raise ValueError(f"explain: there is no operator {operator!r}; there are {', '.join(OPERATORS)}")
     answer, served = {}, False
     for name in BACKENDS:
         reason = why_not(name, operator, x, **details)

@@ -1,4 +1,4 @@
-"""Fixtures of the operators' tests: the backend under test and the number of threads."""
+"""Fixtures of the tests of operators: the backend under test and the number of threads."""
 
 from __future__ import annotations
 

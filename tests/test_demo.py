@@ -122,7 +122,7 @@ def test_augmentation_moves_picture_and_mask_together(size):
     labels = torch.zeros(size, dtype=torch.uint8)
     labels[:, : size[1] // 2] = 1
     image = (labels * 200 + 20).expand(3, -1, -1).contiguous()
-    augment, agree, seen = photo_augmentation(min(size), (48, 64)), [], set()
+    augment, agree, seen = photo_augmentation(size, (48, 64)), [], set()
     for _ in range(30):
         new_image, new_labels = augment(tv_tensors.Image(image), tv_tensors.Mask(labels))
         assert new_image.shape == (3, 48, 64) and new_labels.shape == (48, 64)

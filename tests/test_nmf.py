@@ -124,7 +124,7 @@ def test_no_double_backward(gradient, backend):
 
 @gradients
 @layouts
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 9, 3, 2), (1, 33, 17, 16, 0), (0, 5, 9, 3, 2), (2, 5, 0, 3, 2)], ids=str)
 @compiled
 def test_opcheck(shape, dtype, layout, gradient, backend):
@@ -164,7 +164,7 @@ def test_autocast(shape, dtype, layout, backend):
 @gradients
 @layouts
 @dtypes
-@pytest.mark.parametrize("shape", [(2, 96, 1030, 16), (1, 130, 515, 64), (5, 45, 70, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 96, 515, 16), (1, 130, 257, 64), (5, 45, 70, 17)], ids=str)
 @compiled
 def test_threads(shape, dtype, layout, gradient, backend, set_threads):
     checks.check_threads(arranged(sample_of(*shape, 2, gradient).to(dtype), layout), set_threads)

@@ -25,10 +25,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out):
     x, weight, bias = ctx.saved_tensors
     need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
-    grads = torch.ops.segnext_kernels.dwconv_gelu_backward(
-        like_layout(grad_out, x), x, weight, bias, need_x, need_weights
-    )
-    return tuple(grad if need else None for grad, need in zip(grads, (need_x, need_weights, need_weights)))
+    grads = torch.ops.segnext_kernels.dwconv_gelu_backward(like_layout(grad_out, x), x, weight, bias, need_x, need_weights)
+    return tuple(grad if need else None for grad, need in zip(grads, (need_x, need_weights, need_weights), strict=True))
 
 
 def autocast(dtype, x, weight, bias):

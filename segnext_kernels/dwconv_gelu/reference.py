@@ -26,4 +26,4 @@ def dwconv_gelu_backward(
         inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
         grads = torch.autograd.grad(dwconv_gelu(*inputs), inputs, grad_out)
     needed = (need_x, need_weights, need_weights)
-    return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, needed))
+    return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, needed, strict=True))

@@ -36,8 +36,7 @@ def autocast(dtype, x, weights):
 
 register(
     "msca_strips(Tensor x, Tensor[] weights) -> Tensor",
-    "msca_strips_backward(Tensor grad_out, Tensor x, Tensor[] weights, bool need_x, bool need_weights)"
-    " -> (Tensor, Tensor[])",
+    "msca_strips_backward(Tensor grad_out, Tensor x, Tensor[] weights, bool need_x, bool need_weights) -> (Tensor, Tensor[])",
     fake=_fake,
     backward_fake=_backward_fake,
     setup_context=_setup_context,

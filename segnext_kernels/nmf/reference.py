@@ -29,4 +29,4 @@ def nmf_backward(
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in (x, bases)]
         grads = torch.autograd.grad(nmf(*inputs, steps, gradient), inputs, grad_out, materialize_grads=True)
-    return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, (need_x, need_bases)))
+    return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, (need_x, need_bases), strict=True))

@@ -1,0 +1,73 @@
+// The CPU kernels on NumPy arrays, without torch: built with sanitizers by test_memory_safety.py.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace segnext;
+
+namespace {
+
+// bfloat16 comes as uint16.
+Dtype dtype_of(const py::array& a) {
+  if (a.dtype().kind() == 'u') return Dtype::kBFloat16;
+  return a.itemsize() == 8 ? Dtype::kFloat64 : a.itemsize() == 4 ? Dtype::kFloat32 : Dtype::kHalf;
+}
+
+void* data(const py::array& a) { return const_cast<void*>(a.data()); }
+
+// Items one by one, so that an item that leans on its neighbour's scratch memory is found out.
+const Parallel kSerial = {3, [](int64_t items, const Range& body) {
+                            for (int64_t i = 0; i < items; ++i) body(i, i + 1);
+                          }};
+
+// [N, C, H, W], or [N, H, W, C] in memory with channels_last.
+Image image(const py::array& a, bool channels_last) {
+  const auto *s = a.shape();
+  if (channels_last) return {data(a), dtype_of(a), true, s[0], s[3], s[1], s[2]};
+  return {data(a), dtype_of(a), false, s[0], s[1], s[2], s[3]};
+}
+
+// [B, D, N], or [B, N, D] in memory with transposed.
+Matrices matrices(const py::array& a, bool transposed) {
+  const auto* s = a.shape();
+  return {data(a), dtype_of(a), transposed, s[0], s[transposed ? 2 : 1], s[transposed ? 1 : 2]};
+}
+
+StripFilters filters(const py::list& tensors) {
+  StripFilters f;
+  for (int i = 0; i < kStripTensors; ++i) f.tensors[i] = data(tensors[i].cast<py::array>());
+  return f;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(raw_kernels, m) {
+  m.def("msca_strips", [](py::array x, py::list weights, py::array y, bool channels_last) {
+    msca_strips_forward(image(x, channels_last), filters(weights), image(y, channels_last), kSerial);
+  });
+  m.def("msca_strips_backward",
+        [](py::array grad_out, py::array x, py::list weights, py::array grad_x, py::list grads, bool channels_last) {
+          const StripFilters out = filters(grads);
+          msca_strips_backward(image(grad_out, channels_last), image(x, channels_last), filters(weights),
+                               image(grad_x, channels_last), &out, kSerial);
+        });
+  m.def("dwconv_gelu", [](py::array x, py::array w, py::array b, py::array y, bool channels_last) {
+    dwconv_gelu_forward(image(x, channels_last), {data(w), data(b)}, image(y, channels_last), kSerial);
+  });
+  m.def("dwconv_gelu_backward", [](py::array grad_out, py::array x, py::array w, py::array b, py::array grad_x, py::array grad_w,
+                                   py::array grad_b, bool channels_last) {
+    const DepthwiseFilter grads{data(grad_w), data(grad_b)};
+    dwconv_gelu_backward(image(grad_out, channels_last), image(x, channels_last), {data(w), data(b)},
+                         image(grad_x, channels_last), &grads, kSerial);
+  });
+  m.def("nmf", [](py::array x, py::array bases, int64_t steps, py::array y, bool transposed) {
+    nmf_forward(matrices(x, transposed), data(bases), bases.shape(2), steps, matrices(y, transposed), kSerial);
+  });
+  m.def("nmf_backward", [](py::array grad_out, py::array x, py::array bases, int64_t steps, bool one_step, py::array grad_x,
+                           py::array grad_bases, bool transposed) {
+    nmf_backward(matrices(grad_out, transposed), matrices(x, transposed), data(bases), bases.shape(2), steps, one_step,
+                 matrices(grad_x, transposed), data(grad_bases), kSerial);
+  });
+}

@@ -1,0 +1,78 @@
+"""Runs every CPU kernel on odd shapes under the sanitizers; test_memory_safety.py starts it. Argument: the module's folder,
+and "planted" for a deliberate overrun that they must report."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+
+sys.path.insert(0, sys.argv[1])
+import raw_kernels  # noqa: E402
+
+rng = np.random.default_rng(0)
+DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.uint16}
+SIZES = [(1, 1, 1, 1), (2, 3, 1, 40), (1, 17, 33, 2), (2, 16, 9, 13), (1, 33, 5, 37), (1, 1, 3, 8)]
+STRIPS = [25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1]
+MATRICES = [(1, 1, 1, 1, 0), (2, 5, 45, 3, 2), (1, 70, 130, 64, 1), (1, 33, 300, 17, 1), (2, 7, 16, 100, 1)]
+
+
+def normal(shape, dtype):
+    values = np.abs(rng.standard_normal(shape)).astype(np.float32)
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(DTYPES[dtype])
+
+
+def poisoned(like, dtype):
+    """Memory full of NaN, of which a kernel must leave none."""
+    array = np.empty(like.shape, DTYPES[dtype])
+    array.fill(0x7FC1 if dtype == "bfloat16" else np.nan)
+    return array
+
+
+def finite(array):
+    return ((array & 0x7F80) != 0x7F80).all() if array.dtype == np.uint16 else np.isfinite(array).all()
+
+
+def images(dtype, size, channels_last):
+    n, c, h, w = size
+    shape = (n, h, w, c) if channels_last else size
+    x, grad_out = normal(shape, dtype), normal(shape, dtype)
+    weights = [normal((c, taps), dtype) for taps in STRIPS]
+    y, grad_x, grads = poisoned(x, dtype), poisoned(x, dtype), [poisoned(weight, dtype) for weight in weights]
+    raw_kernels.msca_strips(x, weights, y, channels_last)
+    raw_kernels.msca_strips_backward(grad_out, x, weights, grad_x, grads, channels_last)
+    yield from (y, grad_x, *grads)
+    weight, bias = normal((c, 9), dtype), normal((c,), dtype)
+    y, grad_x, *grads = (poisoned(like, dtype) for like in (x, x, weight, bias))
+    raw_kernels.dwconv_gelu(x, weight, bias, y, channels_last)
+    raw_kernels.dwconv_gelu_backward(grad_out, x, weight, bias, grad_x, *grads, channels_last)
+    yield from (y, grad_x, *grads)
+
+
+def matrices(dtype, size, transposed):
+    b, d, n, rank, steps = size
+    shape = (b, n, d) if transposed else (b, d, n)
+    accumulator = "float64" if dtype == "float64" else "float32"
+    x, grad_out, bases = normal(shape, dtype), normal(shape, dtype), normal((b, d, rank), accumulator)
+    y, grad_x, grad_bases = poisoned(x, dtype), poisoned(x, dtype), poisoned(bases, accumulator)
+    raw_kernels.nmf(x, bases, steps, y, transposed)
+    for one_step in (False, True):
+        raw_kernels.nmf_backward(grad_out, x, bases, steps, one_step, grad_x, grad_bases, transposed)
+        yield from (y, grad_x, grad_bases)
+
+
+def main():
+    if "planted" in sys.argv:
+        x = normal((1, 16, 9, 13), "float32")
+        return raw_kernels.dwconv_gelu(x, normal((16, 9), "float32"), normal((16,), "float32"), x[:, :, :-1].copy(), False)
+    for run, sizes in ((images, SIZES), (matrices, MATRICES)):
+        for dtype, size, layout in itertools.product(DTYPES, sizes, (False, True)):
+            for array in run(dtype, size, layout):
+                assert finite(array), (run.__name__, dtype, size, layout)
+    print("clean")
+
+
+main()

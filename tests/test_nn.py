@@ -1,0 +1,199 @@
+"""The modules: the official parameter names, layouts, and the bases that NMF2D starts from."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operators import arrange, error, golden, nmf_sample, normal, tolerance
+from torch import nn
+
+from segnext_kernels import nmf
+from segnext_kernels.nn import NMF2D, AttentionModule, DWConvGELU
+
+LAYOUTS = ("contiguous", "channels_last")
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+ATTENTION = ["conv0", "conv0_1", "conv0_2", "conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3"]
+
+
+def images(*shape: int, seed: int = 3) -> torch.Tensor:
+    return normal(shape, torch.Generator().manual_seed(seed)).float().relu_()
+
+
+def test_official_names():
+    names = [f"{convolution}.{kind}" for convolution in ATTENTION for kind in ("weight", "bias")]
+    assert list(AttentionModule(6).state_dict()) == names
+    assert list(DWConvGELU(6).state_dict()) == ["dwconv.weight", "dwconv.bias"]
+    assert list(NMF2D(16).state_dict()) == []
+
+
+def test_official_shapes():
+    shapes = {name: list(tensor.shape) for name, tensor in AttentionModule(6).state_dict().items() if "weight" in name}
+    assert list(shapes.values()) == [
+        [6, 1, 5, 5],
+        *([6, 1, *size] for k in (7, 11, 21) for size in ((1, k), (k, 1))),
+        [6, 6, 1, 1],
+    ]
+    assert list(DWConvGELU(6).dwconv.weight.shape) == [6, 1, 3, 3]
+
+
+@layouts
+@pytest.mark.parametrize("case", ["odd", "wide", "tall"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"])
+def test_attention_golden(case, dtype, limit, layout):
+    values = {key: value.to(dtype) for key, value in golden(f"msca/{case}/").items()}
+    module = AttentionModule(values["x"].shape[1]).to(dtype)
+    module.load_state_dict({name: values[f"param/{name}"] for name in module.state_dict()})
+    x = arrange(values["x"], layout).requires_grad_()
+    y = module(x)
+    y.backward(values["grad_out"])
+    assert error(y.detach(), values["y"]) <= limit
+    assert error(x.grad, values["grad_x"]) <= limit
+    for name, parameter in module.named_parameters():
+        assert error(parameter.grad, values[f"grad/{name}"]) <= limit, name
+
+
+@layouts
+def test_dwconv_gelu_is_the_mlps_middle(layout):
+    module = DWConvGELU(17).double()
+    plain = nn.Sequential(nn.Conv2d(17, 17, 3, padding=1, groups=17), nn.GELU()).double()
+    plain[0].load_state_dict(module.dwconv.state_dict())
+    x = arrange(images(2, 17, 9, 11).double(), layout)
+    assert error(module(x), plain(x)) <= tolerance(torch.float64)
+
+
+@layouts
+@pytest.mark.parametrize("case", ["r3", "r16", "r64"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("gradient", ["exact", "one_step"])
+def test_nmf2d_golden(case, training, gradient, layout):
+    values = golden(f"nmf/{case}/")
+    batch, rows, columns = values["x"].shape
+    height = next(h for h in (5, 10, 11) if columns % h == 0)
+    steps = int(values["steps"])
+    module = NMF2D(values["bases0"].shape[2], steps, steps, gradient=gradient).train(training)
+    x = arrange(values["x"].view(batch, rows, height, -1), layout).requires_grad_()
+    y = module(x, values["bases0"])
+    y.backward(values["grad_out"].view_as(x))
+    assert error(y.detach().flatten(2), values["y"]) <= 1e-9
+    assert error(x.grad.flatten(2), values[f"grad_x_{gradient}"]) <= 1e-9
+
+
+@pytest.mark.parametrize("make", [AttentionModule, DWConvGELU, lambda dim: NMF2D(4)], ids=["attention", "dwconv_gelu", "nmf2d"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_channels_last_stays(make, training):
+    module, x = make(17).train(training), images(2, 17, 9, 11)
+    y = module(x.to(memory_format=torch.channels_last))
+    assert y.shape == x.shape
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert module(x).is_contiguous()
+
+
+@layouts
+def test_one_pixel_and_sliced_images(layout):
+    module = NMF2D(4).eval()
+    for x in (images(2, 17, 1, 1), images(2, 17, 1, 9), images(2, 17, 9, 1)):
+        x = arrange(x, layout)
+        assert error(module(x), module(x.contiguous())) <= tolerance(x.dtype)
+    x = arrange(images(2, 17, 9, 22), layout)[..., ::2]
+    assert error(module(x), module(x.contiguous())) <= tolerance(x.dtype)
+
+
+def test_evaluation_is_deterministic():
+    x, module = images(2, 17, 9, 11), NMF2D(4).eval()
+    y = module(x)
+    torch.manual_seed(1)
+    assert torch.equal(module(x), y)
+    assert torch.equal(NMF2D(4).eval()(x), y)
+    state = torch.get_rng_state()
+    module(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_does_not_depend_on_the_batch():
+    x, module = images(3, 17, 9, 11), NMF2D(4).eval()
+    assert error(module(x[1:2]), module(x)[1:2]) <= 1e-6
+    assert torch.equal(module.initial_bases(x)[0], module.initial_bases(x)[2])
+
+
+def test_seed_chooses_the_bases():
+    x = images(1, 17, 9, 11)
+    bases = [NMF2D(4, seed=seed).eval().initial_bases(x) for seed in (0, 0, 1, -1, 2**31)]
+    assert torch.equal(bases[0], bases[1])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(bases[1:], 2))
+
+
+@pytest.mark.parametrize("bases", ["fixed", "random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_bases_are_unit_columns(bases, dtype):
+    drawn = NMF2D(64, bases=bases).eval().initial_bases(images(2, 512, 2, 2).to(dtype))
+    assert drawn.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert drawn.shape == (2, 512, 64)
+    torch.testing.assert_close(drawn.norm(dim=1), torch.ones(2, 64, dtype=drawn.dtype), rtol=1e-6, atol=0)
+    uniform = drawn[0] / drawn[0].amax(0)  # numbers uniform in [0, 1), up to one factor a column
+    assert drawn.min() >= 0
+    assert abs(uniform.mean() - 0.5) < 0.02
+    assert abs(uniform.std() - 12**-0.5) < 0.02
+    correlation = torch.corrcoef(drawn[0].T) - torch.eye(64, dtype=drawn.dtype)
+    assert correlation.abs().max() < 0.25
+
+
+def test_random_bases_are_random():
+    x, module = images(2, 17, 9, 11), NMF2D(4, bases="random").eval()
+    assert not torch.equal(module(x), module(x))
+    drawn = module.initial_bases(x)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("bases", ["fixed", "random"])
+def test_training_draws_anew(bases):
+    x, module = images(2, 17, 9, 11), NMF2D(4, bases=bases).train()
+    assert not torch.equal(module(x), module(x))
+    torch.manual_seed(5)
+    first = module(x)
+    torch.manual_seed(5)
+    assert torch.equal(module(x), first)
+
+
+@pytest.mark.parametrize(("training", "steps"), [(True, 2), (False, 5)], ids=["train", "eval"])
+def test_given_bases_and_steps(training, steps):
+    module = NMF2D(3, train_steps=2, eval_steps=5).train(training)
+    x, bases = nmf_sample(2, 17, 99, 3, steps).to(torch.float32).leaves
+    y = module(x.view(2, 17, 9, 11), bases)
+    assert error(y.flatten(2), nmf(x, bases, steps)) <= tolerance(torch.float32)
+    assert error(y.flatten(2), nmf(x, bases, steps + 2)) > 1e-3
+
+
+def test_unknown_bases():
+    with pytest.raises(ValueError, match="bases must be 'fixed' or 'random', got 'zeros'"):
+        NMF2D(4, bases="zeros")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    """A block of all three under autocast: the output in its dtype, the parameters' gradients in float32."""
+    block = nn.Sequential(AttentionModule(8), DWConvGELU(8), nn.ReLU(), NMF2D(4)).train()
+    with torch.autocast("cpu", dtype=dtype):
+        y = block(images(2, 8, 7, 9))
+    y.float().square().sum().backward()
+    assert y.dtype == dtype
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any() for p in block.parameters())
+
+
+def test_compile():
+    block = nn.Sequential(AttentionModule(8), DWConvGELU(8), nn.ReLU(), NMF2D(4)).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="inductor")
+    for shape in ((2, 8, 7, 9), (3, 8, 12, 5)):
+        x = images(*shape)
+        assert error(compiled(x).detach(), block(x).detach()) <= 1e-5
+
+
+def test_attention_is_msca_times_x():
+    module, x = AttentionModule(6).double(), images(1, 6, 8, 9).double()
+    convolutions = dict(module.named_children())
+    a = convolutions["conv0"](x)
+    strips = a + sum(convolutions[f"conv{i}_2"](convolutions[f"conv{i}_1"](a)) for i in range(3))
+    assert error(module(x), F.conv2d(strips, module.conv3.weight, module.conv3.bias) * x) <= tolerance(torch.float64)
