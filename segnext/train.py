@@ -108,6 +108,16 @@ def fit(
     return losses
 
 
+def class_weights(dataset: Dataset, classes: int, power: float) -> Tensor:
+    """Weights in the loss [classes], each class' share of the labels to the power of ``-power``; the mean label weighs 1."""
+    counts = torch.zeros(256, dtype=torch.int64)
+    for _, labels in (dataset[i] for i in range(len(dataset))):
+        counts += torch.bincount(labels.flatten().long(), minlength=256)
+    shares = counts[:classes] / counts[:classes].sum().clamp_min(1)
+    weights = shares.clamp_min(1e-4) ** -power
+    return weights / (shares * weights).sum().clamp_min(1e-4)
+
+
 def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of upsampled logits [B, C, h, w] over the labels [B, H, W] that are not 255; 0 where all are."""
     upsampled = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)

@@ -36,7 +36,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(*arguments) -> subprocess.CompletedProcess[str]:
-    library = subprocess.run([COMPILER, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout.strip()
+    library = subprocess.run(
+        [COMPILER, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     environment = {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run([sys.executable, HERE / "sanitized.py", *arguments], capture_output=True, text=True, env=environment)
 

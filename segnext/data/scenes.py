@@ -23,7 +23,7 @@ class Scenes(Dataset):
         size: (height, width) in pixels, at least 32 each.
         seed: another seed gives other scenes.
 
-    Item: (uint8 [3, H, W], uint8 labels [H, W]); drawn when it is asked for, in a few milliseconds.
+    Item: (uint8 [3, H, W], uint8 labels [H, W]); drawn in a few milliseconds when it is first asked for, and then kept.
     """
 
     classes = list(things.PALETTE)
@@ -33,6 +33,7 @@ class Scenes(Dataset):
         if min(size) < 32:
             raise ValueError(f"scenes must be at least 32 pixels high and wide, got {size[0]}x{size[1]}")
         self.count, self.size, self.seed = count, size, seed
+        self._drawn: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return self.count
@@ -40,9 +41,12 @@ class Scenes(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(f"there are {self.count} scenes, no number {index}")
-        canvas = Canvas(*self.size, np.random.default_rng([self.seed, index]))
-        draw_scene(canvas)
-        return torch.from_numpy(develop(canvas)).permute(2, 0, 1).contiguous(), torch.from_numpy(canvas.labels)
+        if index not in self._drawn:
+            canvas = Canvas(*self.size, np.random.default_rng([self.seed, index]))
+            draw_scene(canvas)
+            image = np.ascontiguousarray(develop(canvas).transpose(2, 0, 1))
+            self._drawn[index] = torch.from_numpy(image), torch.from_numpy(canvas.labels)
+        return self._drawn[index]
 
 
 def draw_scene(canvas: Canvas) -> None:
@@ -57,10 +61,10 @@ def draw_scene(canvas: Canvas) -> None:
         if rng.random() < 0.75:
             (things.water, things.road)[index](canvas, horizon)
     kinds = (things.tree, things.house, things.car, things.person, things.sign)
-    chosen = rng.choice(len(kinds), size=rng.integers(5, 12), p=(0.3, 0.2, 0.2, 0.17, 0.13))
+    chosen = rng.choice(len(kinds), size=rng.integers(4, 9), p=(0.2, 0.2, 0.2, 0.2, 0.2))
     for foot, kind in zip(np.sort(rng.beta(1, 1.6, len(chosen))), chosen, strict=True):  # far ones first, and more of them
         x, y = rng.uniform(0, canvas.width), horizon + 2 + foot * (canvas.height * 1.05 - horizon)
-        kinds[kind](canvas, x, y, canvas.height * (0.09 + 0.38 * foot) * rng.uniform(0.8, 1.25))
+        kinds[kind](canvas, x, y, canvas.height * (0.13 + 0.36 * foot) * rng.uniform(0.85, 1.25))
 
 
 def develop(canvas: Canvas) -> np.ndarray:

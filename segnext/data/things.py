@@ -137,7 +137,7 @@ def house(canvas: Canvas, x: float, y: float, size: float) -> None:
 
 def car(canvas: Canvas, x: float, y: float, size: float) -> None:
     """Body, cabin with windows, two wheels."""
-    rng, half, tall = canvas.rng, size * 0.62, size * 0.5
+    rng, half, tall = canvas.rng, size * 0.75, size * 0.6
     _shadow(canvas, x, y, half)
     window = canvas.window(y - tall, x - half, y, x + half)
     gx, gy = (canvas.x[window] - x) / half * rng.choice((-1, 1)), (y - canvas.y[window]) / tall
@@ -156,8 +156,8 @@ def car(canvas: Canvas, x: float, y: float, size: float) -> None:
 
 def person(canvas: Canvas, x: float, y: float, size: float) -> None:
     """Head, coat and two legs."""
-    rng, tall = canvas.rng, size * 0.85
-    half = tall * rng.uniform(0.18, 0.24)
+    rng, tall = canvas.rng, size * 1.1
+    half = tall * rng.uniform(0.22, 0.3)
     _shadow(canvas, x, y, half)
     window = canvas.window(y - tall, x - half, y, x + half)
     gx, gy = (canvas.x[window] - x) / half, (y - canvas.y[window]) / tall
@@ -176,8 +176,8 @@ def person(canvas: Canvas, x: float, y: float, size: float) -> None:
 def sign(canvas: Canvas, x: float, y: float, size: float) -> None:
     """A round, square or three-cornered plate with a rim on a pole."""
     rng = canvas.rng
-    tall = size * rng.uniform(0.9, 1.3)
-    half = tall * rng.uniform(0.17, 0.26)
+    tall = size * rng.uniform(1.0, 1.4)
+    half = tall * rng.uniform(0.24, 0.34)
     window = canvas.window(y - tall, x - half, y, x + half)
     gx, gy = (canvas.x[window] - x) / half, (y - canvas.y[window] - tall + half) / half
     canvas.paint(
