@@ -77,19 +77,18 @@ struct Filters {
 };
 
 Filters strip_filters(const std::vector<Tensor>& weights, const Image& x) {
-  constexpr int64_t kCounts[segnext::kStripTensors] = {25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1};
   STD_TORCH_CHECK(weights.size() == segnext::kStripTensors,
                   "segnext_kernels: msca_strips on the CPU takes the 5x5 filter and branches of 7, 11 and 21 taps: 14 tensors");
   Filters filters;
   for (int i = 0; i < segnext::kStripTensors; ++i) {
-    filters.kept.push_back(filter(weights[i], x, kCounts[i], "each of weights"));
+    filters.kept.push_back(filter(weights[i], x, segnext::kStripTaps[i], ("weights[" + std::to_string(i) + "]").c_str()));
     filters.pointers.tensors[i] = filters.kept.back().data_ptr();
   }
   return filters;
 }
 
 Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
-Tensor nothing(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+Tensor empty(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
 
 segnext::Parallel parallel() {
   return {torch::stable::get_num_threads(), [](int64_t items, const segnext::Range& body) {
@@ -110,7 +109,7 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
                                                              bool need_weights) {
   const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
   const Filters filters = strip_filters(weights, in);
-  Tensor grad_x = need_x ? torch::stable::empty_like(x) : nothing(x);
+  Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   const Image out = need_x ? image_like(grad_x, in, "grad_x") : Image{};
   std::vector<Tensor> grads;
   StripFilters pointers;
@@ -134,9 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
                                                         const Tensor& bias, bool need_x, bool need_weights) {
   const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
   const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
-  Tensor grad_x = need_x ? torch::stable::empty_like(x) : nothing(x);
-  Tensor grad_weight = need_weights ? contiguous_like(weight) : nothing(x);
-  Tensor grad_bias = need_weights ? contiguous_like(bias) : nothing(x);
+  Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
+  Tensor grad_weight = need_weights ? contiguous_like(weight) : empty(x);
+  Tensor grad_bias = need_weights ? contiguous_like(bias) : empty(x);
   const DepthwiseFilter grads{grad_weight.data_ptr(), grad_bias.data_ptr()};
   segnext::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr()}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
                                 need_weights ? &grads : nullptr, parallel());
@@ -157,17 +156,19 @@ Matrices matrices_like(const Tensor& t, const Matrices& x, const char* name) {
   return other;
 }
 
-void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps) {
+void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps, const std::string& gradient) {
   const Dtype accumulator = x.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   STD_TORCH_CHECK(bases.is_cpu() && bases.dim() == 3 && bases.size(0) == x.batch && bases.size(1) == x.rows &&
                       bases.size(2) > 0 && dtype_of(bases, "bases") == accumulator && bases.is_contiguous(),
                   "segnext_kernels: bases must be contiguous [B, D, R] on the CPU in the accumulator's dtype");
   STD_TORCH_CHECK(steps >= 0, "segnext_kernels: steps must be at least 0");
+  STD_TORCH_CHECK(gradient == "exact" || gradient == "one_step", "segnext_kernels: gradient must be exact or one_step, got ",
+                  gradient);
 }
 
 Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
   const Matrices in = matrices(x, "x");
-  check_nmf(bases, in, steps);
+  check_nmf(bases, in, steps, gradient);
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() > 0) segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, matrices_like(y, in, "y"), parallel());
   return y;
@@ -176,9 +177,9 @@ Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::strin
 std::tuple<Tensor, Tensor> nmf_backward(const Tensor& grad_out, const Tensor& x, const Tensor& bases, int64_t steps,
                                         const std::string& gradient, bool need_x, bool need_bases) {
   const Matrices in = matrices(x, "x"), grad = matrices_like(grad_out, in, "grad_out");
-  check_nmf(bases, in, steps);
-  Tensor grad_x = need_x ? torch::stable::empty_like(x) : nothing(x);
-  Tensor grad_bases = need_bases ? contiguous_like(bases) : nothing(bases);
+  check_nmf(bases, in, steps, gradient);
+  Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
+  Tensor grad_bases = need_bases ? contiguous_like(bases) : empty(bases);
   if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_bases)};
   segnext::nmf_backward(grad, in, bases.data_ptr(), bases.size(2), steps, gradient == "one_step",
                         need_x ? matrices_like(grad_x, in, "grad_x") : Matrices{}, need_bases ? grad_bases.data_ptr() : nullptr,

@@ -2,6 +2,9 @@
 #undef Py_LIMITED_API  // torch's build adds its own
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace {
 
@@ -17,9 +20,10 @@ PyObject* features(PyObject*, PyObject*) {
   };
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  unsigned a = 0, b = 0, c = 0, d = 0;  // GCC 10 cannot ask for f16c by name
   add("avx2", __builtin_cpu_supports("avx2"));
   add("fma", __builtin_cpu_supports("fma"));
-  add("f16c", __builtin_cpu_supports("avx2"));  // every processor with AVX2 has it; GCC 9 cannot ask
+  add("f16c", __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C));
   add("avx512f", __builtin_cpu_supports("avx512f"));
   add("avx512bw", __builtin_cpu_supports("avx512bw"));
   add("avx512dq", __builtin_cpu_supports("avx512dq"));

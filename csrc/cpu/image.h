@@ -58,99 +58,119 @@ class Buffer {
   A* data_;
 };
 
-// A ring of rows [pad + width + pad][kLanes], of which the `count` newest are kept; the pads are zero.
+// A ring of rows, each of `groups` times [pad + width + pad][kLanes], of which the `count` newest are kept; the pads are zero,
+// and so is one row more.
 template <class A>
 class RowRing {
  public:
-  RowRing(int count, int64_t width, int pad)
-      : count_(count), pad_(pad), stride_((width + 2 * pad) * kLanes<A>), rows_(count * stride_) {
-    for (int row = 0; row < count; ++row) {
-      std::memset(rows_ + row * stride_, 0, sizeof(A) * pad * kLanes<A>);
-      std::memset(rows_ + (row + 1) * stride_ - pad * kLanes<A>, 0, sizeof(A) * pad * kLanes<A>);
+  RowRing(int count, int64_t width, int pad, int64_t groups = 1)
+      : count_(count),
+        pad_(pad * kLanes<A>),
+        group_size_((width + 2 * pad) * kLanes<A>),
+        row_size_(groups * group_size_),
+        rows_(count * row_size_ + group_size_) {
+    for (int64_t group = 0; group < count * groups; ++group) {
+      std::memset(rows_ + group * group_size_, 0, sizeof(A) * pad_);
+      std::memset(rows_ + (group + 1) * group_size_ - pad_, 0, sizeof(A) * pad_);
+    }
+    std::memset(rows_ + count * row_size_, 0, sizeof(A) * group_size_);
+  }
+  // First pixel of a row, of its first group and of any.
+  A* operator[](int64_t row) const { return rows_ + row % count_ * row_size_ + pad_; }
+  A* operator()(int64_t row, int64_t group) const { return (*this)[row] + group * group_size_; }
+  int64_t group_size() const { return group_size_; }
+
+  // The K rows around `row`; those outside the image are zero.
+  template <int K>
+  void window(int64_t row, int64_t group, int64_t height, const A* (&rows)[K]) const {
+    for (int s = 0; s < K; ++s) {
+      const int64_t r = row + s - K / 2;
+      rows[s] = r >= 0 && r < height ? (*this)(r, group) : rows_ + count_ * row_size_ + pad_;
     }
   }
-  // First pixel of a row; `row` may be negative down to -count.
-  A* operator[](int64_t row) const { return rows_ + (row + count_) % count_ * stride_ + pad_ * kLanes<A>; }
 
  private:
-  int count_, pad_;
-  int64_t stride_;
+  int64_t count_, pad_, group_size_, row_size_;
   Buffer<A> rows_;
 };
 
-// Where one row of a group of channels lies.
-template <class A, class T>
+// Where one row of the channels from c on lies.
+template <class T>
 struct RowAccess {
-  T* first;       // pixel of the first channel
+  T* first;       // element
   int64_t plane;  // elements between channels, contiguous layout
+  int64_t pixel;  // elements between pixels, channels_last
   int64_t width;
-  int64_t channels;  // of the image, which are the elements between pixels in channels_last
-  int lanes;         // channels in this group
+  int64_t channels;  // from c on
   bool channels_last;
 
   RowAccess(const Image& x, int64_t n, int64_t c, int64_t row)
-      : plane(x.height * x.width),
-        width(x.width),
-        channels(x.channels),
-        lanes(static_cast<int>(x.channels - c < kLanes<A> ? x.channels - c : kLanes<A>)),
-        channels_last(x.channels_last) {
+      : plane(x.height * x.width), pixel(x.channels), width(x.width), channels(x.channels - c), channels_last(x.channels_last) {
     T* data = static_cast<T*>(x.data);
-    first =
-        channels_last ? data + ((n * x.height + row) * width) * channels + c : data + (n * channels + c) * plane + row * width;
+    first = channels_last ? data + (n * plane + row * width) * pixel + c : data + (n * x.channels + c) * plane + row * width;
   }
 };
 
-// out [width][kLanes] <- one row of the channels from c on; lanes past the last channel become zero.
+// out [width][kLanes] <- one row of the channels from c on; lanes past the last channel become zero. More groups of channels
+// follow at multiples of `out_group`: in channels_last they lie side by side in memory.
 template <class A>
-void load_row(const Image& x, int64_t n, int64_t c, int64_t row, A* out) {
+void load_row(const Image& x, int64_t n, int64_t c, int64_t row, A* out, int64_t groups = 1, int64_t out_group = 0) {
   constexpr int L = kLanes<A>;
   with_storage<A>(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    RowAccess<A, T> in(x, n, c, row);
+    const RowAccess<T> in(x, n, c, row);
     if (in.channels_last) {
-      if (in.lanes == L) {
-        for (int64_t w = 0; w < in.width; ++w) store<A>(out + w * L, load_as<A>(in.first + w * in.channels));
-      } else {
-        for (int64_t w = 0; w < in.width; ++w) store<A>(out + w * L, load_some<A>(in.first + w * in.channels, in.lanes));
+      const int rest = static_cast<int>(in.channels - (groups - 1) * L);  // channels in the last group, if fewer than L
+      const int64_t full = rest < L ? groups - 1 : groups;
+      for (int64_t w = 0; w < in.width; ++w) {
+        const T* pixel = in.first + w * in.pixel;
+        for (int64_t g = 0; g < full; ++g) store<A>(out + g * out_group + w * L, load_as<A>(pixel + g * L));
+        if (full < groups) store<A>(out + full * out_group + w * L, load_some<A>(pixel + full * L, rest));
       }
       return;
     }
-    for (int64_t w = 0; w < in.width; w += L) {
-      const int count = static_cast<int>(in.width - w < L ? in.width - w : L);
-      Vector<A> block[L];
-      for (int lane = 0; lane < L; ++lane) {
-        const T* from = in.first + lane * in.plane + w;
-        block[lane] = lane >= in.lanes ? Vector<A>{} : count == L ? load_as<A>(from) : load_some<A>(from, count);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t w = 0; w < in.width; w += L) {
+        const int count = static_cast<int>(in.width - w < L ? in.width - w : L);
+        Vector<A> block[L];
+        for (int lane = 0; lane < L; ++lane) {
+          const T* from = in.first + (g * L + lane) * in.plane + w;
+          block[lane] = g * L + lane >= in.channels ? Vector<A>{} : count == L ? load_as<A>(from) : load_some<A>(from, count);
+        }
+        transpose<A>(block);
+        for (int i = 0; i < count; ++i) store<A>(out + g * out_group + (w + i) * L, block[i]);
       }
-      transpose<A>(block);
-      for (int i = 0; i < count; ++i) store<A>(out + (w + i) * L, block[i]);
     }
   });
 }
 
-// The reverse: one row of the channels from c on <- in [width][kLanes].
+// The reverse: one row of the channels from c on <- in [width][kLanes], and more groups at multiples of `in_group`.
 template <class A>
-void store_row(const Image& y, int64_t n, int64_t c, int64_t row, const A* in) {
+void store_row(const Image& y, int64_t n, int64_t c, int64_t row, const A* in, int64_t groups = 1, int64_t in_group = 0) {
   constexpr int L = kLanes<A>;
   with_storage<A>(y.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    RowAccess<A, T> out(y, n, c, row);
+    const RowAccess<T> out(y, n, c, row);
     if (out.channels_last) {
-      if (out.lanes == L) {
-        for (int64_t w = 0; w < out.width; ++w) store_as<A>(out.first + w * out.channels, load<A>(in + w * L));
-      } else {
-        for (int64_t w = 0; w < out.width; ++w) store_some<A>(out.first + w * out.channels, load<A>(in + w * L), out.lanes);
+      const int rest = static_cast<int>(out.channels - (groups - 1) * L);
+      const int64_t full = rest < L ? groups - 1 : groups;
+      for (int64_t w = 0; w < out.width; ++w) {
+        T* pixel = out.first + w * out.pixel;
+        for (int64_t g = 0; g < full; ++g) store_as<A>(pixel + g * L, load<A>(in + g * in_group + w * L));
+        if (full < groups) store_some<A>(pixel + full * L, load<A>(in + full * in_group + w * L), rest);
       }
       return;
     }
-    for (int64_t w = 0; w < out.width; w += L) {
-      const int count = static_cast<int>(out.width - w < L ? out.width - w : L);
-      Vector<A> block[L];
-      for (int i = 0; i < L; ++i) block[i] = i < count ? load<A>(in + (w + i) * L) : Vector<A>{};
-      transpose<A>(block);
-      for (int lane = 0; lane < out.lanes; ++lane) {
-        T* to = out.first + lane * out.plane + w;
-        count == L ? store_as<A>(to, block[lane]) : store_some<A>(to, block[lane], count);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t w = 0; w < out.width; w += L) {
+        const int count = static_cast<int>(out.width - w < L ? out.width - w : L);
+        Vector<A> block[L];
+        for (int i = 0; i < L; ++i) block[i] = i < count ? load<A>(in + g * in_group + (w + i) * L) : Vector<A>{};
+        transpose<A>(block);
+        for (int lane = 0; lane < L && g * L + lane < out.channels; ++lane) {
+          T* to = out.first + (g * L + lane) * out.plane + w;
+          count == L ? store_as<A>(to, block[lane]) : store_some<A>(to, block[lane], count);
+        }
       }
     }
   });

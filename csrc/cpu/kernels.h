@@ -23,6 +23,7 @@ void with_accumulator(Dtype dtype, const F& f) {
 
 // msca_strips: w5, b5, then row filter, bias, column filter, bias for the branches 7, 11, 21.
 inline constexpr int kStripTensors = 14;
+inline constexpr int kStripTaps[kStripTensors] = {25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1};
 struct StripFilters {
   void* tensors[kStripTensors];
 };

@@ -59,7 +59,7 @@ template <class A>
 void forward(const Image& x, const StripFilters& filters, const Image& y, const Parts<A>& parts, int64_t begin, int64_t end) {
   Buffer<A> taps(kTaps * kLanes<A>), out(x.width * kLanes<A>);
   StripRows<A> strips(x.width);
-  StemRows<A> stem(x, taps, kWindow - 1);
+  StemRows<A> stem(x, taps, false);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = parts.groups.image(item / parts.per_group), c = parts.groups.channel(item / parts.per_group);
     const int64_t first = item % parts.per_group * parts.rows, last = std::min(first + parts.rows, x.height);

@@ -106,7 +106,7 @@ class TapGrads {
       : taps_(taps),
         height_(x.height),
         width_(x.width),
-        stem_(x, taps, kWindow - 1),
+        stem_(x, taps, true),
         strips_(x.width),
         zero_(x.width * kLanes<A>),
         g_sums_(x.height * kLanes<A>) {
@@ -130,8 +130,8 @@ class TapGrads {
       add_row_sum<A>(u(b, in_block), width_, total_ + row_bias(b) * L);
     });
     const A* x_rows[5];
-    stem_.x_window(row, x_rows);
-    square_grad<A, 5>(da, x_rows, width_, total_ + kW5 * L);
+    stem_.x().window(row, 0, height_, x_rows);
+    depthwise_grad<A, 5>(da, x_rows, width_, total_ + kW5 * L);
     add_row_sum<A>(da, width_, total_ + kB5 * L);
     add_row_sum<A>(g, width_, g_sums_ + row * L);
   }
@@ -179,8 +179,7 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
   const Groups<A> groups(x);
   const int64_t width = x.width, height = x.height;
   Buffer<A> taps(kTaps * L), transposed(kTransposedTaps * L), out(width * L);
-  RowRing<A> g_rows(kWindow, width, kReach), da_rows(5, width, 2), zero(1, width, 2);
-  std::memset(zero[0], 0, sizeof(A) * width * L);
+  RowRing<A> g_rows(kWindow, width, kReach), da_rows(5, width, 2);
   StripRows<A> u(width);
   std::optional<TapGrads<A>> grads;
   if (partial != nullptr) grads.emplace(x, taps);
@@ -192,8 +191,8 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
 
     auto write_grad_x = [&](int64_t row) {
       const A* rows[5];
-      for (int s = 0; s < 5; ++s) rows[s] = row + s - 2 >= 0 && row + s - 2 < height ? da_rows[row + s - 2] : zero[0];
-      square<A, 5>(rows, transposed, Vector<A>{}, width, out);
+      da_rows.window(row, 0, height, rows);
+      depthwise<A, 5>(rows, transposed, Vector<A>{}, width, out);
       store_row<A>(grad_x, n, c, row, out);
     };
     int64_t next_g = 0;
@@ -219,11 +218,12 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
 // Sums the items' gradients over the images, in order.
 template <class A>
 void reduce(const Image& x, const A* partial, const StripFilters& grads, int64_t begin, int64_t end) {
+  const int64_t groups = Groups<A>(x).per_image;
   Buffer<A> total(kTaps * kLanes<A>);
   for (int64_t group = begin; group < end; ++group) {
-    sum_over_images<A>(x, partial, kTaps, group, total);
+    sum_partial<A>(partial, x.images, groups, kTaps, group, total);
     for (int i = 0; i < kStripTensors; ++i) {
-      store_row<A>(filter_row(grads.tensors[i], x.dtype, x.channels, kTensorTaps[i]), 0, group * kLanes<A>, 0,
+      store_row<A>(filter_row(grads.tensors[i], x.dtype, x.channels, kStripTaps[i]), 0, group * kLanes<A>, 0,
                    total + tensor_offset(i) * kLanes<A>);
     }
   }

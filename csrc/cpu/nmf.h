@@ -39,8 +39,7 @@ class Tile {
  public:
   Tile(const NmfShape<A>& shape, bool transposed)
       : transposed_(transposed),
-        row_(((transposed ? shape.D : shape.tile) + 2 * kLanes<A> - 1) / kLanes<A> *
-             kLanes<A>),  // an odd stride for the caches
+        row_((((transposed ? shape.D : shape.tile) + kLanes<A> - 1) / kLanes<A> | 1) * kLanes<A>),  // odd, for the caches' sake
         data_((transposed ? shape.tile : shape.D) * row_) {}
 
   void load_from(const Matrices& x, int64_t image, int64_t first, int64_t columns) {

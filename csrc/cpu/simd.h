@@ -18,6 +18,9 @@ inline constexpr int kRegisters = 32;
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
 inline constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kRegisters = 32;
 #else
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRegisters = 16;
@@ -84,7 +87,7 @@ SEGNEXT_INLINE VectorN<float, N> widen(VectorN<uint16_t, N> bits, BFloat16) {
 template <int N>
 SEGNEXT_INLINE VectorN<uint16_t, N> narrow(VectorN<float, N> v, BFloat16) {
 #if defined(__AVX512BF16__)
-  if constexpr (N == 16) {
+  if constexpr (N == 16) {  // unlike the portable twin this takes subnormals, below 1.2e-38, as zero
     auto packed = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
     return bit_cast<VectorN<uint16_t, N>>(packed);
   }
@@ -248,7 +251,10 @@ SEGNEXT_INLINE Vector<float> normal_cdf(Vector<float> z) {
   p = ((((p * s + 3.88334086e-3f) * s + 5.31017333e-2f) * s + 0.193544999f) * s + 1.12837911f) * x;
   V q = 3.74201700e-5f * s + 1.18557049e-3f;
   q = (((q * s + 1.52072441e-2f) * s + 0.115349971f) * s + 0.504857361f) * s + 1.0f;
-  return 0.5f + 0.5f * (p / q);
+  V erf = p / q;  // may be past 1 by a rounding, which a large z would magnify
+  erf = erf > 1.0f ? broadcast(1.0f) : erf;
+  erf = erf < -1.0f ? broadcast(-1.0f) : erf;
+  return 0.5f + 0.5f * erf;
 }
 
 SEGNEXT_INLINE Vector<double> normal_cdf(Vector<double> z) {

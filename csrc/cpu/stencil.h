@@ -20,7 +20,8 @@ inline constexpr int kTile = 8;
 
 // acc[i] = start + sum over s, t of taps[s][t] * rows[s][w + i + t - K / 2]
 template <class A, int K, int Tile>
-SEGNEXT_INLINE void square_tile(const A* const (&rows)[K], const A* taps, Vector<A> start, int64_t w, Vector<A> (&acc)[Tile]) {
+SEGNEXT_INLINE void depthwise_tile(const A* const (&rows)[K], const A* taps, Vector<A> start, int64_t w,
+                                   Vector<A> (&acc)[Tile]) {
   constexpr int L = kLanes<A>;
   SEGNEXT_UNROLL
   for (int i = 0; i < Tile; ++i) acc[i] = start;
@@ -42,11 +43,11 @@ SEGNEXT_INLINE void square_tile(const A* const (&rows)[K], const A* taps, Vector
 
 // out [width] = start + the stencil of rows
 template <class A, int K>
-void square(const A* const (&rows)[K], const A* taps, Vector<A> start, int64_t width, A* out) {
+void depthwise(const A* const (&rows)[K], const A* taps, Vector<A> start, int64_t width, A* out) {
   for_tiles<kTile>(width, [&](int64_t w, auto size) {
     constexpr int tile = size;
     Vector<A> acc[tile];
-    square_tile<A, K, tile>(rows, taps, start, w, acc);
+    depthwise_tile<A, K, tile>(rows, taps, start, w, acc);
     SEGNEXT_UNROLL
     for (int i = 0; i < tile; ++i) store<A>(out + (w + i) * kLanes<A>, acc[i]);
   });
@@ -54,7 +55,7 @@ void square(const A* const (&rows)[K], const A* taps, Vector<A> start, int64_t w
 
 // grad[s][t] += sum over w of out[w] * rows[s][w + t - K / 2]
 template <class A, int K>
-void square_grad(const A* out, const A* const (&rows)[K], int64_t width, A* grad) {
+void depthwise_grad(const A* out, const A* const (&rows)[K], int64_t width, A* grad) {
   constexpr int L = kLanes<A>;
   constexpr int kRows = kRegisters == 32 ? K : 12 / K;  // filter rows whose taps fit in registers together
   auto some_rows = [&](int first, auto size) {
@@ -89,15 +90,14 @@ void add_row_sum(const A* row, int64_t width, A* total) {
   store<A>(total, load<A>(total) + sum);
 }
 
-// total [taps][kLanes] = the sum over the images, in order, of a group's partial sums
+// total [taps][kLanes] = the sum of a group's partial sums [count][groups][taps][kLanes], in order
 template <class A>
-void sum_over_images(const Image& x, const A* partial, int taps, int64_t group, A* total) {
-  const Groups<A> groups(x);
+void sum_partial(const A* partial, int64_t count, int64_t groups, int taps, int64_t group, A* total) {
   const int64_t size = taps * kLanes<A>;
   std::memset(total, 0, sizeof(A) * size);
-  for (int64_t n = 0; n < x.images; ++n) {
-    const A* part = partial + (n * groups.per_image + group) * size;
-    for (int64_t i = 0; i < size; i += kLanes<A>) store<A>(total + i, load<A>(total + i) + load<A>(part + i));
+  for (int64_t part = 0; part < count; ++part) {
+    const A* from = partial + (part * groups + group) * size;
+    for (int64_t i = 0; i < size; i += kLanes<A>) store<A>(total + i, load<A>(total + i) + load<A>(from + i));
   }
 }
 

@@ -15,10 +15,9 @@ inline constexpr int kStripRows = 4;  // output rows computed together, so that 
 inline constexpr int kWindow = kStripRows + 2 * kReach;
 
 // Where each tensor's taps lie in one group's [kTaps][kLanes].
-inline constexpr int kTensorTaps[kStripTensors] = {25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1};
 constexpr int tensor_offset(int tensor) {
   int offset = 0;
-  for (int i = 0; i < tensor; ++i) offset += kTensorTaps[i];
+  for (int i = 0; i < tensor; ++i) offset += kStripTaps[i];
   return offset;
 }
 inline constexpr int kTaps = tensor_offset(kStripTensors);
@@ -31,7 +30,7 @@ constexpr int column_bias(int branch) { return tensor_offset(5 + 4 * branch); }
 template <class A>
 void load_strip_taps(const StripFilters& filters, const Image& x, int64_t c, A* taps) {
   for (int i = 0; i < kStripTensors; ++i) {
-    load_row<A>(filter_row(filters.tensors[i], x.dtype, x.channels, kTensorTaps[i]), 0, c, 0,
+    load_row<A>(filter_row(filters.tensors[i], x.dtype, x.channels, kStripTaps[i]), 0, c, 0,
                 taps + tensor_offset(i) * kLanes<A>);
   }
 }
@@ -136,15 +135,13 @@ void row_pass(const StripRows<A>& strips, int row, const A* taps, const int (&of
   });
 }
 
-// Computes a = W5 * x + b5 row by row, staging x on the way.
+// Computes a = W5 * x + b5 row by row, staging x on the way. The caller may read a window of rows of a, and the rows of x
+// around the window's middle rows if `keep_x`.
 template <class A>
 class StemRows {
  public:
-  // `behind`: how many rows before the newest a the caller still reads from x and from a.
-  StemRows(const Image& x, const A* taps, int behind)
-      : x_(x), taps_(taps), x_rows_(behind + 5, x.width, 2), a_rows_(behind + 1, x.width, kReach), zero_(1, x.width, 2) {
-    std::memset(zero_[0], 0, sizeof(A) * x.width * kLanes<A>);
-  }
+  StemRows(const Image& x, const A* taps, bool keep_x)
+      : x_(x), taps_(taps), x_rows_(keep_x ? kStripRows + kReach + 5 : 5, x.width, 2), a_rows_(kWindow, x.width, kReach) {}
   // Begins with another group of channels, at row `first` of a (clipped to the image).
   void restart(int64_t n, int64_t c, int64_t first) {
     n_ = n;
@@ -158,20 +155,18 @@ class StemRows {
     for (; next_ <= last; ++next_) {
       for (; next_x_ <= next_ + 2 && next_x_ < x_.height; ++next_x_) load_row<A>(x_, n_, c_, next_x_, x_rows_[next_x_]);
       const A* rows[5];
-      x_window(next_, rows);
-      square<A, 5>(rows, taps_ + kW5 * kLanes<A>, load<A>(taps_ + kB5 * kLanes<A>), x_.width, a_rows_[next_]);
+      x_rows_.window(next_, 0, x_.height, rows);
+      depthwise<A, 5>(rows, taps_ + kW5 * kLanes<A>, load<A>(taps_ + kB5 * kLanes<A>), x_.width, a_rows_[next_]);
     }
   }
-  void x_window(int64_t row, const A* (&rows)[5]) const {
-    for (int s = 0; s < 5; ++s) rows[s] = row + s - 2 >= 0 && row + s - 2 < x_.height ? x_rows_[row + s - 2] : zero_[0];
-  }
+  const RowRing<A>& x() const { return x_rows_; }
   const RowRing<A>& a() const { return a_rows_; }
 
  private:
   const Image& x_;
   const A* taps_;
   int64_t n_ = 0, c_ = 0, next_ = 0, next_x_ = 0;
-  RowRing<A> x_rows_, a_rows_, zero_;
+  RowRing<A> x_rows_, a_rows_;
 };
 
 }  // namespace segnext
