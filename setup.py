@@ -2,7 +2,8 @@
 
 import os
 import platform
-import shutil
+import shlex
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -19,16 +20,20 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 def check_toolchain() -> None:
-    command = os.environ.get("CXX", "c++").split()[0]
+    compiler = os.environ.get("CXX", "c++")
     header = Path(sysconfig.get_path("include"), "Python.h")
-    if not shutil.which(command):
-        missing = f"no C++ compiler found ({command}). Install one (for example g++), name it in CXX"
-    elif not header.exists():
-        missing = f"Python's own headers are missing ({header}). Install them (for example python3-dev)"
-    else:
-        return
+    trial = [*shlex.split(compiler), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
+    try:
+        subprocess.run(trial, check=True, capture_output=True, text=True)
+        if header.exists():
+            return
+        problem = f"Python's own headers are missing ({header}). Install them (for example python3-dev)"
+    except OSError:
+        problem = f"no C++ compiler found ({compiler}). Install one (for example g++), name it in CXX"
+    except subprocess.CalledProcessError as error:
+        problem = f"{compiler} does not compile C++20 ({error.stderr.strip()}). Name GCC or Clang, 10 or newer, in CXX"
     raise SystemExit(
-        f"segnext-kernels: {missing}, or set {COMPILE_VARIABLE}=0 to install without compiled kernels: everything then runs"
+        f"segnext-kernels: {problem}, or set {COMPILE_VARIABLE}=0 to install without compiled kernels: everything then runs"
         " through plain PyTorch."
     )
 
@@ -40,7 +45,6 @@ def extensions() -> list[Extension]:
     cpu = Extension(
         "segnext_kernels._cpu",
         ["csrc/cpu_features.cpp"],
-        define_macros=[],
         extra_compile_args=["-O2", "-std=c++17"],
         py_limited_api=True,
     )

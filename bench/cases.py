@@ -16,6 +16,8 @@ from segnext_kernels.dwconv_gelu.reference import dwconv_gelu as dwconv_gelu_ref
 from segnext_kernels.msca_strips.reference import msca_strips as msca_strips_reference
 from segnext_kernels.nmf.reference import nmf as nmf_reference
 
+from . import plain
+
 LAYOUTS = ("contiguous", "channels_last")
 BRANCHES = (7, 11, 21)
 T_STAGES = ((32, 128), (64, 64), (160, 32), (256, 16))  # channels, side of the feature map of a 512 x 512 image
@@ -58,7 +60,7 @@ class Case:
     Args:
         operator, shape, dtype: make up the name.
         setup: draws the inputs in float64, the same at every call; gradients are taken for all of them.
-        reference: plain PyTorch, in float64 the truth.
+        reference: in float64 the truth; not timed.
         contenders: who is timed.
         work: the directions that are timed ("forward", "backward") and what each needs.
     """
@@ -95,12 +97,12 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def operator_contenders(fused: Callable[..., Tensor], reference: Callable[..., Tensor]) -> tuple[Contender, ...]:
-    """The fused operator, its plain PyTorch reference, and the reference compiled, each in both layouts."""
-    compiled = partial(torch.compile, reference, fullgraph=True, dynamic=False)
+def operator_contenders(fused: Callable[..., Tensor], plain: Callable[..., Tensor]) -> tuple[Contender, ...]:
+    """The fused operator, what users write in plain PyTorch, and that compiled, each in both layouts."""
+    compiled = partial(torch.compile, plain, fullgraph=True, dynamic=False)
     return tuple(
         Contender(name, layout, build, ours=name == "fused")
-        for name, build in (("fused", lambda: fused), ("PyTorch", lambda: reference), ("torch.compile", compiled))
+        for name, build in (("fused", lambda: fused), ("PyTorch", lambda: plain), ("torch.compile", compiled))
         for layout in LAYOUTS
     )
 
@@ -130,7 +132,7 @@ def msca_strips_case(channels: int, height: int, width: int, dtype: torch.dtype,
         dtype,
         setup,
         reference,
-        operator_contenders(fused, reference),
+        operator_contenders(fused, plain.msca_strips),
         _convolution_work(pixels, filters, flops, dtype),
     )
 
@@ -149,7 +151,7 @@ def dwconv_gelu_case(channels: int, height: int, width: int, dtype: torch.dtype,
         dtype,
         setup,
         dwconv_gelu_reference,
-        operator_contenders(segnext_kernels.dwconv_gelu, dwconv_gelu_reference),
+        operator_contenders(segnext_kernels.dwconv_gelu, plain.dwconv_gelu),
         _convolution_work(pixels, 10 * channels, 18 * pixels, dtype),
     )
 
@@ -177,7 +179,7 @@ def nmf_case(depth: int, pixels: int, rank: int, steps: int, direction: str, dty
         dtype,
         setup,
         reference,
-        operator_contenders(fused, reference),
+        operator_contenders(fused, partial(plain.nmf, steps=steps)),
         {direction: {"forward": forward, "backward": backward}[direction]},
     )
 

@@ -17,41 +17,40 @@ _LIBRARIES = {
 ISA_VARIABLE = "SEGNEXT_KERNELS_ISA"
 BUILD_VARIABLE = "SEGNEXT_KERNELS_COMPILE"
 
-failure: str | None = None  # why there are no compiled CPU kernels; None where they are loaded
 facts: dict[str, str] = {}  # what the loaded library says of its own build
 
 
-def _load() -> None:
-    global failure
-    wanted = os.environ.get(ISA_VARIABLE)
+def _load(wanted: str | None) -> str | None:
+    """Loads the wanted library, or the best that this processor can run; returns why there is none."""
     if wanted and wanted not in _LIBRARIES:
-        raise ImportError(f"{ISA_VARIABLE}={wanted}: there is no such instruction set; there are {', '.join(_LIBRARIES)}")
+        return f"there is no such instruction set; there are {', '.join(_LIBRARIES)}"
     try:
         features = importlib.import_module("segnext_kernels._cpu").features()
     except ModuleNotFoundError:
-        failure = (
-            f"the compiled CPU kernels were not built (installed with {BUILD_VARIABLE}=0);"
+        return (
+            f"the compiled CPU kernels were not built ({BUILD_VARIABLE}=0, or a source tree that is not installed);"
             " reinstall with a C++ compiler and without that variable"
         )
-        return
-    for isa, required in _LIBRARIES.items():
-        if wanted and isa != wanted:
-            continue
-        missing = [name for name in required if name not in features]
-        if missing and wanted:
-            raise ImportError(f"{ISA_VARIABLE}={wanted}: this processor lacks {', '.join(missing)}")
+    except ImportError as error:
+        return f"the compiled CPU kernels did not load: {error}"
+    for isa in [wanted] if wanted else _LIBRARIES:
+        missing = [name for name in _LIBRARIES[isa] if name not in features]
         if missing:
+            reason = f"this processor lacks {', '.join(missing)}"
             continue
         try:
             library = importlib.import_module(f"segnext_kernels._C_{isa}")
-        except ModuleNotFoundError:
-            continue  # not every platform builds every instruction set
+        except ModuleNotFoundError:  # not every platform builds every instruction set
+            reason = f"the compiled CPU kernels were not built for {isa}"
+            continue
         except ImportError as error:
-            failure = f"the compiled CPU kernels ({isa}) did not load under torch {torch.__version__}: {error}"
-            return
+            return f"the compiled CPU kernels ({isa}) did not load under torch {torch.__version__}: {error}"
         facts.update(library.facts())
-        return
-    failure = f"no compiled CPU kernels were built for {wanted or 'this processor'}"
+        return None
+    return reason
 
 
-_load()
+_wanted = os.environ.get(ISA_VARIABLE)
+failure = _load(_wanted)  # why there are no compiled CPU kernels; None where they are loaded
+if _wanted and failure:
+    raise ImportError(f"{ISA_VARIABLE}={_wanted}: {failure}")

@@ -7,12 +7,10 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_map
 
-from ._validate import autocasts
+from ._validate import AUTOCAST_DEVICES, autocasts
 
 NAMESPACE = "segnext_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
-
-_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def register(
@@ -40,7 +38,7 @@ def register(
         torch.library.register_fake(f"{NAMESPACE}::{operator}", meta, lib=library)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
     torch.library.register_autograd(f"{NAMESPACE}::{backward_name}", _no_double_backward(name), lib=library)
-    for device in _AUTOCAST_DEVICES:
+    for device in AUTOCAST_DEVICES:
         _register_autocast(name, device, autocast)
 
 

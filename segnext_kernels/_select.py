@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _load
 
@@ -23,9 +25,17 @@ def why_not(backend: str, operator: str, x: Tensor, branch_sizes: tuple[int, ...
         return f"x is on {x.device.type}, the compiled kernels are for the CPU"
     if _load.failure is not None:
         return _load.failure
+    if _transformed():
+        return "torch.func's transforms and forward-mode derivatives see through plain PyTorch only"
     if operator == "msca_strips" and branch_sizes != COMPILED_BRANCHES:
         return f"the compiled kernels have branch sizes {COMPILED_BRANCHES}, got {branch_sizes}"
     return None
+
+
+def _transformed() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def select(operator: str, backend: str | None, x: Tensor, **details) -> str:

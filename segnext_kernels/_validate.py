@@ -9,6 +9,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRADIENTS = ("exact", "one_step")
+AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -17,9 +18,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device (some devices, meta among them, have none)."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on for x's device."""
+    return x.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type)
 
 
 def dense_image(x: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str) -> None:
             f"nmf: bases must be [B, D, R] = [{x.shape[0]}, {x.shape[1]}, >= 1] for x {list(x.shape)}, got {list(bases.shape)}"
         )
     if bases.dtype not in (x.dtype, accumulator(x.dtype)):
-        raise TypeError(f"nmf: bases must be {x.dtype} or {accumulator(x.dtype)} for x of {x.dtype}, got {bases.dtype}")
+        allowed = " or ".join(dict.fromkeys((str(x.dtype), str(accumulator(x.dtype)))))
+        raise TypeError(f"nmf: bases must be {allowed} for x of {x.dtype}, got {bases.dtype}")
     _same_device("nmf", "bases", bases, x)
     if isinstance(steps, bool) or not isinstance(steps, (int, torch.SymInt)):
         raise TypeError(f"nmf: steps must be an int, got {type(steps).__name__}")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._select import COMPILED_BRANCHES
+from ._validate import accumulator
 from .dwconv_gelu import dwconv_gelu
 from .msca_strips import msca_strips
 from .nmf import nmf
@@ -24,7 +26,7 @@ class AttentionModule(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        for branch, size in enumerate((7, 11, 21)):
+        for branch, size in enumerate(COMPILED_BRANCHES):
             rows = nn.Conv2d(dim, dim, (1, size), padding=(0, size // 2), groups=dim)
             columns = nn.Conv2d(dim, dim, (size, 1), padding=(size // 2, 0), groups=dim)
             self.add_module(f"conv{branch}_1", rows)
@@ -100,7 +102,7 @@ class NMF2D(nn.Module):
     def initial_bases(self, x: Tensor) -> Tensor:
         """Columns of length one, uniform before that: [N, C, rank] for x [N, C, H, W]."""
         images, channels = x.shape[:2]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = accumulator(x.dtype)
         if self.training or self.bases == "random":
             bases = torch.rand(images, channels, self.rank, device=x.device, dtype=dtype)
         else:
@@ -120,7 +122,7 @@ def fixed_uniform(count: int, seed: int, device: torch.device) -> Tensor:
 
     Every product stays below 2^63, because compilers do not let int64 wrap.
 
-    Source: a 32-bit integer hash of the index, with the shifts and factors that Wellons' hash-prospector found (2018).
+    Source: the finaliser of the splitmix32 generators in common use, on a counter.
     """
     mask = (1 << 32) - 1
     z = (torch.arange(count, device=device) + seed * 0x9E3779B9 % (1 << 32)) & mask

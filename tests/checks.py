@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from operators import FUNCTIONS, Sample, arrange, assert_same, grad_like, results, tolerance
+from operators import (
+    DTYPES,
+    FUNCTIONS,
+    IMAGE_LAYOUTS,
+    MATRIX_LAYOUTS,
+    Sample,
+    arrange,
+    arranged,
+    assert_same,
+    check,
+    dwconv_gelu_sample,
+    grad_like,
+    msca_strips_sample,
+    nmf_sample,
+    results,
+    tolerance,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -151,3 +168,13 @@ def check_compile(samples: list[Sample], backend: str | None, compiler: str) -> 
         grads = torch.autograd.grad(y, leaves, grad_out, materialize_grads=True)
         for got, want in zip([y.detach(), *grads], results(sample, backend, grad_out), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=tolerance(want.dtype) * float(want.abs().max()))
+
+
+def check_all_operators() -> None:
+    """Values and gradients of the compiled kernels in a nutshell, for processes that are started in another environment."""
+    images = [make(shape) for make in (msca_strips_sample, dwconv_gelu_sample) for shape in ((2, 33, 13, 21), (1, 3, 1, 40))]
+    matrices = [nmf_sample(2, 45, 70, 17, 6, gradient) for gradient in ("exact", "one_step")]
+    samples = [*itertools.product(images, IMAGE_LAYOUTS), *itertools.product(matrices, MATRIX_LAYOUTS)]
+    for (sample, layout), dtype in itertools.product(samples, DTYPES):
+        sample = arranged(sample.to(dtype), layout)
+        check(sample, "cpu", grad_like(sample.x))

@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-
-from segnext_kernels import _select
+from operators import require
 
 
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend in turn; one that is not built is skipped with its own reason (shown by ``-ra``)."""
-    reason = _select.why_not(request.param, "nmf", torch.empty(1, 1, 1))
-    if reason is not None:
-        pytest.skip(f"backend {request.param!r}: {reason}")
+    require(request.param)
     return request.param
 
 

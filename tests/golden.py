@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from segnext.checkpoint import official
@@ -21,6 +23,15 @@ def state_dict(layout: str = "mmsegmentation") -> dict[str, Tensor]:
     """The weights in float64, in the "official" or the "mmsegmentation" layout."""
     state = {key.removeprefix("state_dict/"): VALUES[key].clone() for key in VALUES if key.startswith("state_dict/")}
     return official(state) if layout == "official" else state
+
+
+def write(path: Path, state: dict, meta: dict | None = None, **options) -> Path:
+    """Writes a checkpoint in the format of the path's ending and returns the path."""
+    if path.suffix == ".safetensors":
+        save_file(state, path, None if meta is None else {"meta": json.dumps(meta)})
+    else:
+        torch.save({"state_dict": state, **({} if meta is None else {"meta": meta})}, path, **options)
+    return path
 
 
 def gradients() -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import segnext_kernels
+from segnext_kernels import _load, _select
 from segnext_kernels.dwconv_gelu.reference import dwconv_gelu as dwconv_gelu_reference
 from segnext_kernels.msca_strips.reference import msca_strips as msca_strips_reference
 from segnext_kernels.nmf.reference import nmf as nmf_reference
@@ -20,6 +21,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 GRADIENTS = ("exact", "one_step")
 BRANCH_SIZES = (7, 11, 21)
+IMAGE_LAYOUTS = ("contiguous", "channels_last")
+MATRIX_LAYOUTS = ("contiguous", "transposed")
+LIBRARIES = sorted(Path(_load.__file__).parent.glob("_C_*.abi3.so"))  # what was built
+
+compiled = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+image_layouts = pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
+matrix_layouts = pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
 
 FUNCTIONS = {
     "msca_strips": lambda x, *weights, **options: segnext_kernels.msca_strips(x, list(weights), **options),
@@ -99,6 +108,13 @@ def nmf_sample(batch: int, rows: int, columns: int, rank: int, steps: int, gradi
     return Sample("nmf", (x, torch.nn.functional.normalize(bases, dim=1)), {"steps": steps, "gradient": gradient})
 
 
+def require(backend: str) -> None:
+    """Skips the test if the backend was not built; one that was built and yet cannot serve is a failure."""
+    reason = _select.why_not(backend, "nmf", torch.empty(1, 1, 1))
+    if reason is not None:
+        (pytest.fail if LIBRARIES else pytest.skip)(f"backend {backend!r}: {reason}")
+
+
 def sample_inputs(operator: str) -> list:
     """The samples that feed the tests of values, gradients and registration, as pytest parameters with readable ids."""
     if operator == "nmf":
@@ -133,6 +149,10 @@ def arrange(tensor: Tensor, layout: str) -> Tensor:
     if layout == "expanded":
         return tensor[:1].expand(tensor.shape)
     raise ValueError(layout)
+
+
+def arranged(sample: Sample, layout: str) -> Sample:
+    return sample.with_x(arrange(sample.x, layout))
 
 
 def grad_like(y: Tensor) -> Tensor:

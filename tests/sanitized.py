@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, sys.argv[1])
-import raw_kernels  # noqa: E402
+import raw_kernels
 
 rng = np.random.default_rng(0)
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.uint16}

@@ -6,17 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import small
 from PIL import Image
 
 import segnext
 from segnext import cli, demo, predict
 
-SMALL = segnext.Config((8, 16, 24, 32), (1, 1, 1, 1), decoder_channels=64, rank=4, num_classes=3)
-
 
 @pytest.fixture
 def weights(tmp_path):
-    segnext.save(segnext.SegNeXt(SMALL), tmp_path / "small.pth")
+    segnext.save(small.model(), tmp_path / "small.pth")
     return tmp_path / "small.pth"
 
 
@@ -45,7 +44,7 @@ def test_info(size, head, figures, capsys):
 
 def test_info_of_other_classes_and_sizes(capsys):
     printed = []
-    for options in ((), ("--classes", 7), ("--image", "64x96")):
+    for options in ((), ("--classes", 7), ("--image-size", "64x96")):
         assert run("info", *options) == 0
         printed.append(capsys.readouterr().out)
     assert len(set(printed)) == 3
@@ -96,14 +95,29 @@ def test_expected_errors_are_one_line(tmp_path, weights, capsys, arguments, mess
         (["predict", "a.png", "--weights", "w", "--out", "o", "--device", "abacus"], "abacus"),
         (["demo", "--seconds", "nan"], "no length of time"),
         (["demo", "--size", "xl"], "xl"),
-        (["demo", "--image", "16x64"], "at least 32 pixels"),
-        (["info", "--image", "512"], "HEIGHTxWIDTH"),
+        (["demo", "--image-size", "16x64"], "at least 32 pixels"),
+        (["info", "--image-size", "512"], "HEIGHTxWIDTH"),
+        (["demo", "--seed", "x"], "--seed: x is no whole number"),
+        (["info", "--classes", "1.5"], "--classes: 1.5 is no whole number"),
+        (["demo", "--seconds", "long"], "--seconds: long is no number"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         run(*arguments)
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, missing", [("predict", "torchvision"), ("predict", "safetensors"), ("demo", "tqdm")])
+def test_missing_extras_are_named_in_one_line(tmp_path, command, missing):
+    """Run by itself, because it takes a fresh import of everything."""
+    arguments = {"predict": ["predict", "a.png", "--weights", "w.safetensors", "--out", "out"], "demo": ["demo"]}[command]
+    (tmp_path / "a.png").touch()
+    segnext.save(small.model(), tmp_path / "w.safetensors")
+    code = f"import sys; sys.modules[{missing!r}] = None; from segnext.cli import main; sys.exit(main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    message = f"segnext: this needs {missing}: pip install 'segnext-kernels[models]'\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_interruption(monkeypatch, capsys):

@@ -1,9 +1,7 @@
-"""Image files of every kind, drawn scenes, and folders of labelled photographs."""
+"""Drawn scenes, and folders of labelled photographs."""
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,201 +11,8 @@ from PIL import Image
 
 from segnext.data import DataError, Folder, Scenes
 from segnext.evaluate import Scores, confusion_matrix
-from segnext.images import ImageError, normalise, read_image, read_labels, write_png
-from segnext.palette import generated_palette, legend, mask_image, overlay
-
-RNG = np.random.default_rng(0)
-PICTURE = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-GREY = PICTURE[..., 0]
-
-
-def read(image: Image.Image, path: Path, **options) -> np.ndarray:
-    """What read_image makes of an image written to a file: [H, W, 3]."""
-    image.save(path, **options)
-    found = read_image(path)
-    assert found.dtype == torch.uint8 and found.is_contiguous()
-    return found.permute(1, 2, 0).numpy()
-
-
-def sixteen_bit_png(path: Path, values: np.ndarray, colour_type: int) -> None:
-    """PIL writes no 16-bit PNG with several channels: uint16 [H, W, C], colour type 2 (RGB) or 4 (grey and alpha)."""
-    height, width, _ = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    data = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-
-
-@pytest.mark.parametrize("ending", ["png", "bmp", "tif", "webp", "ppm"])
-def test_rgb_is_read_exactly(tmp_path, ending):
-    options = {"lossless": True} if ending == "webp" else {}
-    np.testing.assert_array_equal(read(Image.fromarray(PICTURE), tmp_path / f"a.{ending}", **options), PICTURE)
-
-
-@pytest.mark.parametrize("ending", ["png", "jpg"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, ending, orientation):
-    shown = {
-        1: lambda a: a,
-        2: np.fliplr,
-        3: lambda a: np.rot90(a, 2),
-        4: np.flipud,
-        5: lambda a: a.swapaxes(0, 1),
-        6: lambda a: np.rot90(a, -1),
-        7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
-        8: np.rot90,
-    }[orientation]
-    corners = np.kron(np.array([[0, 80, 160], [255, 200, 40]], np.uint8), np.ones((16, 16), np.uint8))
-    stored = np.stack([corners] * 3, -1)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    found = read(Image.fromarray(stored), tmp_path / f"a.{ending}", exif=exif)
-    np.testing.assert_allclose(found.astype(int), shown(stored).astype(int), atol=0 if ending == "png" else 6)
-
-
-@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "tif"])
-def test_greyscale(tmp_path, ending):
-    flat = np.full((9, 4), 77, np.uint8)
-    np.testing.assert_array_equal(read(Image.fromarray(flat), tmp_path / f"a.{ending}"), np.full((9, 4, 3), 77))
-
-
-def test_bilevel(tmp_path):
-    np.testing.assert_array_equal(read(Image.fromarray(GREY > 128), tmp_path / "a.png")[..., 1], (GREY > 128) * 255)
-
-
-def test_palette(tmp_path):
-    image = Image.fromarray(PICTURE).quantize(16)
-    np.testing.assert_array_equal(read(image, tmp_path / "a.png"), np.asarray(image.convert("RGB")))
-
-
-def test_rgba_is_composited_on_white(tmp_path):
-    alpha = np.linspace(0, 255, 35).reshape(5, 7, 1).round()
-    found = read(Image.fromarray(np.concatenate([PICTURE, alpha], -1).astype(np.uint8)), tmp_path / "a.png")
-    np.testing.assert_allclose(found, PICTURE * (alpha / 255) + 255 * (1 - alpha / 255), atol=1)
-
-
-def test_grey_with_alpha_is_composited_on_white(tmp_path):
-    image = Image.merge("LA", [Image.new("L", (3, 2), 100), Image.new("L", (3, 2), 51)])
-    np.testing.assert_allclose(read(image, tmp_path / "a.png"), np.full((2, 3, 3), 100 * 0.2 + 255 * 0.8), atol=1)
-
-
-def test_transparent_palette_entry_is_white(tmp_path):
-    image = Image.fromarray(np.array([[0, 1]], np.uint8))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    np.testing.assert_array_equal(read(image, tmp_path / "a.png", transparency=0)[0], [[255, 255, 255], [40, 50, 60]])
-
-
-def test_cmyk(tmp_path):
-    found = read(Image.new("CMYK", (16, 16), (255, 0, 255, 0)), tmp_path / "a.jpg")
-    np.testing.assert_allclose(found.astype(int), np.broadcast_to([0, 255, 0], (16, 16, 3)), atol=3)
-
-
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path, ending):
-    values = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], np.uint16)
-    found = read(Image.fromarray(values), tmp_path / f"a.{ending}")
-    np.testing.assert_array_equal(found[0, :, 2], [0, 0, 1, 1, 128, 254, 255, 255])
-
-
-@pytest.mark.parametrize("colour_type, channels", [(2, 3), (4, 2)], ids=["RGB", "grey and alpha"])
-def test_16_bit_png_of_several_channels(tmp_path, colour_type, channels):
-    values = RNG.integers(0, 65536, (4, 3, channels)).astype(np.uint16)
-    if channels == 2:
-        values[..., 1] = 65535
-    sixteen_bit_png(tmp_path / "a.png", values, colour_type)
-    found = read_image(tmp_path / "a.png").permute(1, 2, 0).numpy().astype(int)
-    np.testing.assert_allclose(found, np.broadcast_to(values[..., : 3 if channels == 3 else 1] / 257, (4, 3, 3)), atol=1)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-def test_one_pixel(tmp_path, mode):
-    assert read(Image.new(mode, (1, 1)), tmp_path / "a.png").shape == (1, 1, 3)
-
-
-def test_animation_gives_its_first_picture(tmp_path):
-    first, second = Image.new("L", (4, 4), 50), Image.new("L", (4, 4), 200)
-    assert (read(first, tmp_path / "a.gif", save_all=True, append_images=[second]) == 50).all()
-
-
-@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "gif"])
-@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.9])
-def test_truncated_file_is_named(tmp_path, ending, kept):
-    path = tmp_path / f"broken.{ending}"
-    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(ImageError, match=f"broken.{ending}"):
-        read_image(path)
-
-
-@pytest.mark.parametrize("data", [b"just text", bytes(1000), b"\x89PNG\r\n\x1a\n" + bytes(100), b"\xff\xd8\xff" + bytes(100)])
-def test_other_bytes_are_named(tmp_path, data):
-    (tmp_path / "broken.png").write_bytes(data)
-    with pytest.raises(ImageError, match="broken.png"):
-        read_image(tmp_path / "broken.png")
-
-
-def test_missing_file_and_folder_are_named(tmp_path):
-    with pytest.raises(ImageError, match="absent.png: no such file"):
-        read_image(tmp_path / "absent.png")
-    with pytest.raises(ImageError, match=tmp_path.name):
-        read_image(tmp_path)
-
-
-def test_floating_point_image_is_refused(tmp_path):
-    with pytest.raises(ImageError, match="a.tif.*unknown range"):
-        read(Image.new("F", (2, 2)), tmp_path / "a.tif")
-
-
-def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    Image.new("1", (3000, 1000)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
-    with pytest.raises(ImageError, match="bomb.png.*more than 2 million pixels"):
-        read_image(tmp_path / "bomb.png")
-
-
-def test_normalise():
-    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    expected = [[-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]]
-    torch.testing.assert_close(normalise(images).flatten(1), torch.tensor(expected))
-
-
-def test_write_png_leaves_nothing_half_written(tmp_path):
-    write_png(Image.new("L", (2, 2)), tmp_path / "a.png")
-    before = (tmp_path / "a.png").read_bytes()
-    with pytest.raises(OSError):
-        write_png(Image.new("HSV", (2, 2)), tmp_path / "a.png")  # a mode that PNG has not
-    assert (tmp_path / "a.png").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_generated_palette_is_that_of_voc_after_black():
-    palette = generated_palette(255)
-    assert palette[:4] == [(128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
-    assert palette[7] == (64, 0, 0) and palette[254] == (224, 224, 192)
-    assert len(set(palette)) == 255 and (0, 0, 0) not in palette
-
-
-def test_mask_image_keeps_labels_and_colours():
-    labels = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8)
-    image = mask_image(labels, [(1, 2, 3), (4, 5, 6), (7, 8, 9)])
-    assert image.mode == "P" and np.asarray(image).tolist() == labels.tolist()
-    assert np.asarray(image.convert("RGB")).tolist() == [[[1, 2, 3], [4, 5, 6], [7, 8, 9], [0, 0, 0]]]
-
-
-@pytest.mark.parametrize("alpha, expected", [(0.0, 200), (0.25, 175), (1.0, 100)])
-def test_overlay_blends(alpha, expected):
-    image = torch.full((3, 2, 2), 200, dtype=torch.uint8)
-    found = overlay(image, torch.zeros(2, 2), [(100, 100, 100)], alpha)
-    assert np.asarray(found).tolist() == [[[expected] * 3] * 2] * 2
-
-
-@pytest.mark.parametrize("count", [1, 25, 26, 150])
-def test_legend_shows_every_colour(count):
-    palette = generated_palette(count)
-    colours = {colour for _, colour in legend([f"class {i}" for i in range(count)], palette).getcolors(1 << 20)}
-    assert set(palette) <= colours
+from segnext.images import ImageError, read_labels
+from segnext.palette import generated_palette, mask_image
 
 
 def test_scenes_depend_on_size_seed_and_index_only():
@@ -273,6 +78,12 @@ def test_folder_pairs_images_and_masks(folder):
     assert labels[0, 0] == 255 and (labels[:6].flatten()[1:] == 1).all() and (labels[6:] == 0).all()
 
 
+def test_folder_passes_over_hidden_files(folder):
+    for kind, name in (("images", "._a.jpg"), ("masks", ".DS_Store")):
+        (folder / "train" / kind / name).write_bytes(b"no image")
+    assert Folder(folder, "train").names == ["a", "b"]
+
+
 def test_folder_resizes_the_short_side(folder):
     data = Folder(folder, "train", short_side=6)
     assert [tuple(labels.shape) for _, labels in data] == [(6, 8), (12, 6)]
@@ -319,7 +130,7 @@ def two_of_a_name(folder):
 
 def other_size(folder):
     Image.new("L", (3, 4)).save(folder / "train" / "masks" / "b.png")
-    return r"b.png: the mask is 3x4 pixels, its image 10x20"
+    return r"b.png: the mask is 4x3 pixels, its image 20x10"
 
 
 def label_without_class(folder):

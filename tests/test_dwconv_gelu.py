@@ -9,22 +9,27 @@ from dataclasses import replace
 import checks
 import pytest
 import torch
-from operators import DTYPES, HALVES, Sample, arrange, assert_same, check, grad_like, results, sample_inputs
+from operators import (
+    HALVES,
+    IMAGE_LAYOUTS,
+    Sample,
+    arrange,
+    arranged,
+    assert_same,
+    check,
+    compiled,
+    dtypes,
+    grad_like,
+    image_layouts,
+    results,
+    sample_inputs,
+)
 from operators import dwconv_gelu_sample as sample_of
 
 from segnext_kernels import dwconv_gelu
 
-LAYOUTS = ("contiguous", "channels_last")
-compiled = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
-
-def arranged(sample: Sample, layout: str) -> Sample:
-    return sample.with_x(arrange(sample.x, layout))
-
-
-@layouts
+@image_layouts
 @dtypes
 @pytest.mark.parametrize("sample", sample_inputs("dwconv_gelu"))
 def test_values_and_gradients(sample, dtype, layout, backend):
@@ -46,7 +51,7 @@ def test_strided_weights(backend):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 37), (2, 17, 1, 1), (2, 17, 1, 9), (1, 17, 9, 1), (2, 33, 7, 9)], ids=str)
-@layouts
+@image_layouts
 def test_layout_is_kept(shape, layout, backend):
     checks.check_layout(arranged(sample_of(shape).to(torch.float32), layout), backend)
 
@@ -58,8 +63,8 @@ def test_channel_slice_of_one_image(backend):
     check(sample, backend, grad_like(sample.x))
 
 
-@layouts
-@pytest.mark.parametrize("grad_layout", [*LAYOUTS, "sliced", "expanded"])
+@image_layouts
+@pytest.mark.parametrize("grad_layout", [*IMAGE_LAYOUTS, "sliced", "expanded"])
 @compiled
 def test_grad_out_layouts(grad_layout, layout, backend):
     sample = arranged(sample_of((3, 17, 13, 9)).to(torch.float32), layout)
@@ -67,7 +72,7 @@ def test_grad_out_layouts(grad_layout, layout, backend):
     checks.check_expanded_grad_out(sample, backend)
 
 
-@layouts
+@image_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gelu_all_along_the_line(dtype, layout, backend):
     """Through a filter that is 1 in the middle: no approximation of erf shows, neither in the tails nor around zero."""
@@ -100,7 +105,7 @@ def test_no_double_backward(backend):
     checks.check_no_double_backward(sample_of((1, 3, 4, 5)).to(torch.float32))
 
 
-@layouts
+@image_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 17, 5, 9), (2, 3, 1, 1), (0, 3, 5, 5)], ids=str)
 @compiled
@@ -125,14 +130,14 @@ def test_compile_inductor(backend):
     checks.check_compile(samples, backend, "inductor")
 
 
-@layouts
+@image_layouts
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("batch", [0, 2])
 def test_autocast(batch, dtype, layout, backend):
     checks.check_autocast(arranged(sample_of((batch, 17, 9, 11)).to(torch.float32), layout), backend, dtype)
 
 
-@layouts
+@image_layouts
 @dtypes
 @pytest.mark.parametrize("shape", [(3, 33, 45, 41), (1, 3, 120, 130), (1, 130, 19, 17)], ids=str)
 @compiled
@@ -140,7 +145,7 @@ def test_threads(shape, dtype, layout, backend, set_threads):
     checks.check_threads(arranged(sample_of(shape).to(dtype), layout), set_threads)
 
 
-@layouts
+@image_layouts
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 17, 5, 37), (1, 33, 33, 13), (1, 3, 1, 40), (1, 5, 23, 1)], ids=str)
 @compiled
@@ -148,7 +153,7 @@ def test_nothing_is_read_outside(shape, dtype, layout, backend):
     checks.check_poison(arranged(sample_of(shape).to(dtype), layout), backend)
 
 
-@layouts
+@image_layouts
 @dtypes
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @compiled
@@ -172,7 +177,7 @@ def test_non_finite_pixel_stays_within_reach(bad, dtype, layout, backend):
 
 
 @pytest.mark.parametrize("needed", [{0}, {1, 2}, {1}, {2}, {0, 2}], ids=lambda s: "-".join(map(str, s)))
-@layouts
+@image_layouts
 def test_only_needed_gradients(needed, layout, backend):
     checks.check_needed_gradients(arranged(sample_of((2, 17, 13, 9)).to(torch.float32), layout), backend, needed)
 
@@ -181,13 +186,13 @@ def test_no_gradient_needed(backend):
     checks.check_nothing_needed(sample_of((2, 17, 13, 9)).to(torch.float32), backend)
 
 
-@layouts
+@image_layouts
 @compiled
 def test_keeps_only_its_arguments(layout, backend):
     checks.check_saved_tensors(arranged(sample_of((2, 17, 13, 9)).to(torch.float32), layout), backend)
 
 
-@layouts
+@image_layouts
 @pytest.mark.parametrize("shape", [(2, 17, 5, 9), (2, 1, 4, 3), (1, 3, 1, 7)], ids=str)
 def test_fake_tensors(shape, layout, backend):
     checks.check_fake(arranged(sample_of(shape).to(torch.float32), layout), backend)
@@ -234,3 +239,15 @@ def test_large_values(dtype, backend):
     x, weight, bias = sample_of((1, 3, 9, 8)).to(dtype).leaves
     sample = Sample("dwconv_gelu", (x * 2000, weight, bias))
     check(sample, backend, grad_like(x))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_gelu_of_very_negative_numbers_is_zero_from_below(backend, dtype):
+    z = torch.tensor([-6.0, -7, -20, -1e3, -1e6, -1e10], dtype=dtype)
+    identity = torch.zeros(1, 1, 3, 3, dtype=dtype)
+    identity[0, 0, 1, 1] = 1
+    x = z.view(1, 1, 1, -1).clone().requires_grad_()
+    y = dwconv_gelu(x, identity, torch.zeros(1, dtype=dtype), backend=backend).flatten()
+    assert (y <= 0).all() and (y >= -1e-7).all() and (y[2:] == 0).all()
+    y.sum().backward()
+    assert (x.grad.flatten()[2:] == 0).all() and x.grad.abs().max() < 1e-6

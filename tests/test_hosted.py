@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -117,6 +119,15 @@ def test_failed_downloads(site, monkeypatch, place, message, cached):
         segnext.load("ade20k-t")
     assert url in str(caught.value) and "\n" not in str(caught.value)
     assert site.cached() == {}
+
+
+def test_fetch_needs_no_tqdm(site):
+    code = f"""import sys; sys.modules["tqdm"] = sys.modules["tqdm.auto"] = None; import segnext
+segnext.hosted.HOSTED["ade20k-t"] = "{site.url}/{site.name}"
+segnext.load("ade20k-t")"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert site.cached() == {site.name: site.content}
 
 
 def test_hosted_names():

@@ -1,4 +1,5 @@
-"""The CPU kernels under AddressSanitizer and UBSan, as plain functions on NumPy arrays (sanitized.py says on which)."""
+"""The CPU kernels under AddressSanitizer and UBSan, as plain functions on NumPy arrays (sanitized.py says on which), and the
+operators where new memory is not zero."""
 
 from __future__ import annotations
 
@@ -10,12 +11,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from operators import compiled
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+COMPILER = shutil.which("g++")  # whatever CXX says: its own libasan.so is asked for
 
-pytestmark = pytest.mark.skipif(
+FILLED = """
+import checks, torch
+assert torch.empty(4096, dtype=torch.uint8).eq(0x5A).all(), "malloc does not fill"
+checks.check_all_operators()
+print("agreed")
+"""
+
+sanitizers = pytest.mark.skipif(
     COMPILER is None or platform.system() != "Linux", reason="needs g++ with its sanitizers, on Linux"
 )
 
@@ -40,14 +49,27 @@ def run(*arguments) -> subprocess.CompletedProcess[str]:
         [COMPILER, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
     ).stdout.strip()
     environment = {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run([sys.executable, HERE / "sanitized.py", *arguments], capture_output=True, text=True, env=environment)
+    command = [sys.executable, HERE / "sanitized.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@sanitizers
 def test_kernels_stay_in_their_memory(folder):
     done = run(folder)
     assert (done.returncode, done.stdout.strip()) == (0, "clean"), done.stderr[-4000:]
 
 
+@sanitizers
 def test_an_overrun_would_be_reported(folder):
     done = run(folder, "planted")
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc fills memory")
+@compiled
+def test_no_memory_is_taken_for_zero(backend):
+    """New memory is filled with 0x5A, large numbers in every dtype, so that what is read before it is written shows."""
+    tunables = "glibc.malloc.tcache_count=0"  # blocks from the cache are not filled
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "MALLOC_PERTURB_": "165", "GLIBC_TUNABLES": tunables}
+    done = subprocess.run([sys.executable, "-c", FILLED], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "agreed"), done.stderr[-4000:]

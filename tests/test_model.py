@@ -7,28 +7,30 @@ from dataclasses import replace
 
 import golden
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import segnext
-from segnext.model import HEADS, SIZES, Config, SegNeXt
+from segnext.model import HEADS, SIZES, Config
 from segnext.mscan import MSCAN, DropPath
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-SMALL = replace(golden.CONFIG, dropout=0.1, drop_path=0.1)
+
+# A batch norm takes away again what the bias of the convolution before it adds, so that its true gradient is zero.
+ZERO_GRADIENTS = [f"backbone.patch_embed{part}.bias" for part in ("1.proj.0", "1.proj.3", "2.proj", "3.proj", "4.proj")]
+# The terms of these sums over all pixels cancel to a hundredth of their size, but their rounding does not.
+STEM_NORM = ("backbone.patch_embed1.proj.1.weight", "backbone.patch_embed1.proj.1.bias")
+STEM_NORM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5}
 
 
-def relative_error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """The largest difference over the largest expected value (or the floor, if that is larger)."""
-    return (found.double() - expected).abs().max().item() / max(expected.abs().max().item(), floor)
-
-
-def small(seed: int = 0, **changes) -> SegNeXt:
-    torch.manual_seed(seed)
-    return SegNeXt(replace(SMALL, **changes)).eval()
+def relative_error(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    """The largest difference over the largest value of ``scale``, which is the expected one unless given."""
+    scale = expected if scale is None else scale
+    return ((found.double() - expected).abs().max() / scale.abs().max()).item()
 
 
 @DTYPES
@@ -57,11 +59,10 @@ def test_golden_training(dtype, layout):
     expected = golden.gradients()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert found.keys() == expected.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    # Biases before a batch norm have no gradient but rounding; in float32 the stem's sums over all pixels cancel.
-    floor = largest * (1e-4 if dtype == torch.float64 else 0.1)
     for name, gradient in found.items():
-        assert relative_error(gradient, expected[name], floor) < tolerance, name
+        scale = expected[name.replace("bias", "weight") if name in ZERO_GRADIENTS else name]
+        limit = STEM_NORM_TOLERANCE[dtype] if name in STEM_NORM else tolerance
+        assert relative_error(gradient, expected[name], scale) < limit, name
 
 
 @DTYPES
@@ -102,12 +103,14 @@ def test_create(size, head):
     [
         ({"size": "xl"}, "no size 'xl'.*t, s, b, l"),
         ({"size": "t", "head": "fcn"}, "head must be one of ham, msca, got 'fcn'"),
-        ({"size": "t", "num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ({"size": "t", "in_channels": 0}, "in_channels must be at least 1, got 0"),
-        ({"size": "t", "rank": 0}, "rank must be at least 1, got 0"),
-        ({"size": "t", "drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
-        ({"size": "t", "dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
-        ({"size": "t", "bases": "none"}, "bases must be 'fixed' or 'random', got 'none'"),
+        ({"size": "t", "num_classes": 0}, "num_classes must be a whole number of at least 1, got 0"),
+        ({"size": "t", "in_channels": 0}, "in_channels must be a whole number of at least 1, got 0"),
+        ({"size": "t", "rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"size": "t", "rank": 2.5}, "rank must be a whole number of at least 1, got 2.5"),
+        ({"size": "t", "drop_path": 1.0}, r"drop_path must be a number in \[0, 1\), got 1.0"),
+        ({"size": "t", "dropout": -0.1}, r"dropout must be a number in \[0, 1\), got -0.1"),
+        ({"size": "t", "bases": "none"}, "bases must be one of fixed, random, got 'none'"),
+        ({"size": "t", "gradient": "none"}, "gradient must be one of exact, one_step, got 'none'"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -120,29 +123,29 @@ def test_create_refuses(arguments, message):
 @pytest.mark.parametrize("image", [(1, 1), (1, 37), (41, 1), (33, 65), (63, 97)], ids=lambda image: "x".join(map(str, image)))
 def test_image_sizes(image, head):
     height, width = image
-    model, images = small(head=head), torch.randn(2, 3, height, width)
+    model, images = small.model(head=head), torch.randn(2, 3, height, width)
     with torch.no_grad():
         stages, logits = model.backbone(images), model(images)
     assert [tuple(stage.shape) for stage in stages] == [
         (2, channels, math.ceil(height / stride), math.ceil(width / stride))
-        for channels, stride in zip(SMALL.channels, (4, 8, 16, 32), strict=True)
+        for channels, stride in zip(small.CONFIG.channels, (4, 8, 16, 32), strict=True)
     ]
     assert logits.shape == (2, 7, math.ceil(height / 8), math.ceil(width / 8))
     labels = model.predict(images)
     upsampled = F.interpolate(logits, image, mode="bilinear", align_corners=False)
     assert labels.shape == (2, height, width) and labels.dtype == torch.int64
-    assert torch.equal(labels, upsampled.argmax(1))
+    assert (upsampled.amax(1) - upsampled.gather(1, labels[:, None])[:, 0]).max() < 1e-6 * upsampled.abs().max()
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_in_channels(channels):
-    model = small(in_channels=channels)
+    model = small.model(in_channels=channels)
     assert model(torch.randn(1, channels, 40, 56)).shape == (1, 7, 5, 7)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_images_of_a_batch_are_independent(head):
-    model, images = small(head=head).double(), torch.randn(3, 3, 45, 50, dtype=torch.float64)
+    model, images = small.model(head=head).double(), torch.randn(3, 3, 45, 50, dtype=torch.float64)
     with torch.no_grad():
         together, alone = model(images), torch.cat([model(image[None]) for image in images])
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
@@ -151,7 +154,7 @@ def test_images_of_a_batch_are_independent(head):
 @LAYOUTS
 @pytest.mark.parametrize("head", HEADS)
 def test_layout_is_kept(layout, head):
-    model, images = small(head=head), torch.randn(2, 3, 70, 90).contiguous(memory_format=layout)
+    model, images = small.model(head=head), torch.randn(2, 3, 70, 90).contiguous(memory_format=layout)
     seen = []
     for module in model.backbone.modules():
         if not isinstance(module, (MSCAN, nn.ModuleList)):
@@ -163,7 +166,7 @@ def test_layout_is_kept(layout, head):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_evaluation_is_deterministic(head):
-    model, images = small(head=head), torch.randn(1, 3, 64, 64)
+    model, images = small.model(head=head), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         first = model(images)
         torch.manual_seed(1)
@@ -172,20 +175,20 @@ def test_evaluation_is_deterministic(head):
 
 
 def test_random_bases_differ_from_call_to_call():
-    model, images = small(bases="random"), torch.randn(1, 3, 64, 64)
+    model, images = small.model(bases="random"), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert not torch.equal(model(images), model(images))
 
 
 def test_msca_head_takes_no_bases():
     with pytest.raises(ValueError, match="takes no bases"):
-        small(head="msca")(torch.randn(1, 3, 32, 32), torch.rand(1, 64, 16))
+        small.model(head="msca")(torch.randn(1, 3, 32, 32), torch.rand(1, 64, 16))
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_bfloat16_autocast(head, mode):
-    model, images = small(head=head, dropout=0.0, drop_path=0.0), torch.randn(2, 3, 64, 64)
+    model, images = small.model(head=head, dropout=0.0, drop_path=0.0), torch.randn(2, 3, 64, 64)
     model.train(mode == "train")
     bases = (torch.rand(2, 64, 16),) if head == "ham" else ()
     expected = model(images, *bases)
@@ -200,7 +203,7 @@ def test_bfloat16_autocast(head, mode):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_whole_model_in_another_dtype(head, dtype):
-    model, images = small(head=head), torch.randn(1, 3, 48, 48)
+    model, images = small.model(head=head), torch.randn(1, 3, 48, 48)
     with torch.no_grad():
         expected, found = model(images), model.to(dtype)(images.to(dtype))
     assert found.dtype == dtype
@@ -209,7 +212,7 @@ def test_whole_model_in_another_dtype(head, dtype):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_compile_evaluation_with_dynamic_sizes(head):
-    model = small(head=head, depths=(1, 1, 1, 1))
+    model = small.model(head=head, depths=(1, 1, 1, 1))
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
         for size in [(48, 64), (75, 50)]:
@@ -218,7 +221,7 @@ def test_compile_evaluation_with_dynamic_sizes(head):
 
 
 def test_compile_training():
-    model = small(depths=(1, 1, 1, 1), drop_path=0.5).train()
+    model = small.model(depths=(1, 1, 1, 1), drop_path=0.5).train()
     results = []
     for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(0)  # of the images, the bases, the dropped paths and channels

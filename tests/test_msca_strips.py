@@ -9,24 +9,31 @@ import checks
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import DTYPES, HALVES, Sample, arrange, assert_same, check, error, golden, grad_like, results, sample_inputs
+from operators import (
+    HALVES,
+    IMAGE_LAYOUTS,
+    arrange,
+    arranged,
+    assert_same,
+    check,
+    compiled,
+    dtypes,
+    error,
+    golden,
+    grad_like,
+    image_layouts,
+    results,
+    sample_inputs,
+)
 from operators import msca_strips_sample as sample_of
 
 from segnext_kernels import explain, msca_strips
 from segnext_kernels.nn import AttentionModule
 
-LAYOUTS = ("contiguous", "channels_last")
 REACH = 2 + 10  # of the 5x5 filter, then of the 21 taps
-compiled = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def arranged(sample: Sample, layout: str) -> Sample:
-    return sample.with_x(arrange(sample.x, layout))
-
-
-@layouts
+@image_layouts
 @dtypes
 @pytest.mark.parametrize("sample", sample_inputs("msca_strips"))
 def test_values_and_gradients(sample, dtype, layout, backend):
@@ -49,7 +56,7 @@ def test_strided_weights(backend):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 37), (2, 17, 1, 1), (2, 17, 1, 9), (1, 17, 9, 1), (2, 33, 7, 9)], ids=str)
-@layouts
+@image_layouts
 def test_layout_is_kept(shape, layout, backend):
     checks.check_layout(arranged(sample_of(shape).to(torch.float32), layout), backend)
 
@@ -61,8 +68,8 @@ def test_channel_slice_of_one_image(backend):
     check(sample, backend, grad_like(sample.x))
 
 
-@layouts
-@pytest.mark.parametrize("grad_layout", [*LAYOUTS, "sliced", "expanded"])
+@image_layouts
+@pytest.mark.parametrize("grad_layout", [*IMAGE_LAYOUTS, "sliced", "expanded"])
 @compiled
 def test_grad_out_layouts(grad_layout, layout, backend):
     sample = arranged(sample_of((3, 17, 13, 9)).to(torch.float32), layout)
@@ -72,7 +79,7 @@ def test_grad_out_layouts(grad_layout, layout, backend):
 
 @pytest.mark.parametrize("case", ["odd", "wide", "tall"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"])
-@layouts
+@image_layouts
 def test_golden(case, dtype, limit, layout, backend):
     values = {key: value.to(dtype) for key, value in golden(f"msca/{case}/").items()}
     module = AttentionModule(values["x"].shape[1]).to(dtype)
@@ -102,7 +109,7 @@ def test_no_double_backward(backend):
     checks.check_no_double_backward(sample_of((1, 3, 4, 5)).to(torch.float32))
 
 
-@layouts
+@image_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 17, 5, 9), (2, 3, 1, 1), (0, 3, 5, 5)], ids=str)
 @compiled
@@ -126,14 +133,14 @@ def test_compile_inductor(backend):
     checks.check_compile(samples, backend, "inductor")
 
 
-@layouts
+@image_layouts
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("batch", [0, 2])
 def test_autocast(batch, dtype, layout, backend):
     checks.check_autocast(arranged(sample_of((batch, 17, 9, 11)).to(torch.float32), layout), backend, dtype)
 
 
-@layouts
+@image_layouts
 @dtypes
 @pytest.mark.parametrize("shape", [(3, 33, 45, 41), (1, 3, 120, 130), (1, 130, 19, 17)], ids=str)
 @compiled
@@ -141,7 +148,7 @@ def test_threads(shape, dtype, layout, backend, set_threads):
     checks.check_threads(arranged(sample_of(shape).to(dtype), layout), set_threads)
 
 
-@layouts
+@image_layouts
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 17, 5, 37), (1, 33, 33, 13), (1, 3, 1, 40), (1, 5, 23, 1)], ids=str)
 @compiled
@@ -149,7 +156,7 @@ def test_nothing_is_read_outside(shape, dtype, layout, backend):
     checks.check_poison(arranged(sample_of(shape).to(dtype), layout), backend)
 
 
-@layouts
+@image_layouts
 @dtypes
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @compiled
@@ -171,7 +178,7 @@ def test_non_finite_pixel_stays_within_reach(bad, dtype, layout, backend):
 
 
 @pytest.mark.parametrize("needed", [{0}, set(range(1, 15)), {1}, {2}, {5}, {14}, {0, 3}], ids=lambda s: "-".join(map(str, s)))
-@layouts
+@image_layouts
 def test_only_needed_gradients(needed, layout, backend):
     checks.check_needed_gradients(arranged(sample_of((2, 17, 13, 9)).to(torch.float32), layout), backend, needed)
 
@@ -180,13 +187,13 @@ def test_no_gradient_needed(backend):
     checks.check_nothing_needed(sample_of((2, 17, 13, 9)).to(torch.float32), backend)
 
 
-@layouts
+@image_layouts
 @compiled
 def test_keeps_only_its_arguments(layout, backend):
     checks.check_saved_tensors(arranged(sample_of((2, 17, 13, 9)).to(torch.float32), layout), backend)
 
 
-@layouts
+@image_layouts
 @pytest.mark.parametrize("shape", [(2, 17, 5, 9), (2, 1, 4, 3), (1, 3, 1, 7)], ids=str)
 def test_fake_tensors(shape, layout, backend):
     checks.check_fake(arranged(sample_of(shape).to(torch.float32), layout), backend)

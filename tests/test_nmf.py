@@ -9,16 +9,20 @@ import checks
 import pytest
 import torch
 from operators import (
-    DTYPES,
     GRADIENTS,
     HALVES,
+    MATRIX_LAYOUTS,
     Sample,
     arrange,
+    arranged,
     assert_same,
     check,
+    compiled,
+    dtypes,
     error,
     golden,
     grad_like,
+    matrix_layouts,
     results,
     sample_inputs,
     tolerance,
@@ -27,18 +31,10 @@ from operators import nmf_sample as sample_of
 
 from segnext_kernels import nmf
 
-LAYOUTS = ("contiguous", "transposed")
-compiled = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 gradients = pytest.mark.parametrize("gradient", GRADIENTS)
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def arranged(sample: Sample, layout: str) -> Sample:
-    return sample.with_x(arrange(sample.x, layout))
-
-
-@layouts
+@matrix_layouts
 @dtypes
 @pytest.mark.parametrize("sample", sample_inputs("nmf"))
 def test_values_and_gradients(sample, dtype, layout, backend):
@@ -69,7 +65,7 @@ def test_bases_in_half_precision(dtype, gradient, backend):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 37, 3), (2, 17, 1, 3), (2, 33, 45, 3), (1, 1, 1, 1), (1, 5, 9, 16)], ids=str)
-@layouts
+@matrix_layouts
 def test_layout_is_kept(shape, layout, backend):
     checks.check_layout(arranged(sample_of(*shape, 2).to(torch.float32), layout), backend)
 
@@ -81,8 +77,8 @@ def test_slice_of_one_matrix(backend):
     check(sample, backend, grad_like(sample.x))
 
 
-@layouts
-@pytest.mark.parametrize("grad_layout", [*LAYOUTS, "sliced", "expanded"])
+@matrix_layouts
+@pytest.mark.parametrize("grad_layout", [*MATRIX_LAYOUTS, "sliced", "expanded"])
 @compiled
 def test_grad_out_layouts(grad_layout, layout, backend):
     sample = arranged(sample_of(3, 17, 46, 5, 6).to(torch.float32), layout)
@@ -93,14 +89,12 @@ def test_grad_out_layouts(grad_layout, layout, backend):
 @pytest.mark.parametrize("case", ["r3", "r16", "r64"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"])
 @gradients
-@layouts
+@matrix_layouts
 def test_golden(case, dtype, limit, gradient, layout, backend):
     values = golden(f"nmf/{case}/")
-    steps = int(values["steps"])
     x, bases = arrange(values["x"].to(dtype), layout), values["bases0"].to(dtype)
-    y, grad_x, _ = results(
-        Sample("nmf", (x, bases), {"steps": steps, "gradient": gradient}), backend, values["grad_out"].to(dtype)
-    )
+    sample = Sample("nmf", (x, bases), {"steps": int(values["steps"]), "gradient": gradient})
+    y, grad_x, _ = results(sample, backend, values["grad_out"].to(dtype))
     assert error(y, values["y"]) <= limit
     assert error(grad_x, values[f"grad_x_{gradient}"]) <= limit
 
@@ -123,7 +117,7 @@ def test_no_double_backward(gradient, backend):
 
 
 @gradients
-@layouts
+@matrix_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 9, 3, 2), (1, 33, 17, 16, 0), (0, 5, 9, 3, 2), (2, 5, 0, 3, 2)], ids=str)
 @compiled
@@ -149,7 +143,7 @@ def test_compile_inductor(backend):
     checks.check_compile(samples, backend, "inductor")
 
 
-@layouts
+@matrix_layouts
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 17, 45, 3), (0, 17, 45, 3)], ids=str)
 def test_autocast(shape, dtype, layout, backend):
@@ -162,7 +156,7 @@ def test_autocast(shape, dtype, layout, backend):
 
 
 @gradients
-@layouts
+@matrix_layouts
 @dtypes
 @pytest.mark.parametrize("shape", [(2, 96, 515, 16), (1, 130, 257, 64), (5, 45, 70, 17)], ids=str)
 @compiled
@@ -171,7 +165,7 @@ def test_threads(shape, dtype, layout, gradient, backend, set_threads):
 
 
 @gradients
-@layouts
+@matrix_layouts
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 45, 3), (1, 33, 13, 17), (1, 70, 130, 100), (3, 1, 37, 16)], ids=str)
 @compiled
@@ -179,7 +173,7 @@ def test_nothing_is_read_outside(shape, dtype, layout, gradient, backend):
     checks.check_poison(arranged(sample_of(*shape, 2, gradient).to(dtype), layout), backend)
 
 
-@layouts
+@matrix_layouts
 @dtypes
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_matrix_leaves_the_rest_alone(bad, dtype, layout, backend):
@@ -215,19 +209,18 @@ def test_zeros(gradient, backend):
         assert error(got[1], want[1]) <= 2e-5
 
 
-@layouts
+@matrix_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_values(dtype, layout, backend):
     """Logits of thousands do not overflow the softmax."""
     sample = sample_of(2, 17, 45, 5, 6)
     sample = arranged(sample.with_x(sample.x * 1000).to(dtype), layout)
-    y, want = sample(backend), sample.exact()[0]
-    assert error(y, want) <= tolerance(dtype) + 1e-4
+    assert error(sample(backend), sample.exact()[0]) <= tolerance(dtype) + 1e-4
 
 
 @gradients
 @pytest.mark.parametrize("needed", [{0}, {1}], ids=["x", "bases"])
-@layouts
+@matrix_layouts
 @compiled
 def test_only_needed_gradients(needed, layout, gradient, backend):
     checks.check_needed_gradients(arranged(sample_of(2, 17, 45, 5, 6, gradient).to(torch.float32), layout), backend, needed)
@@ -235,8 +228,7 @@ def test_only_needed_gradients(needed, layout, gradient, backend):
 
 @pytest.mark.parametrize("steps", [0, 6])
 def test_one_step_gradient_of_bases_is_zero(steps, backend):
-    sample = sample_of(2, 17, 45, 5, steps, "one_step").to(torch.float32)
-    assert not results(sample, backend)[2].any()
+    assert not results(sample_of(2, 17, 45, 5, steps, "one_step").to(torch.float32), backend)[2].any()
 
 
 @gradients
@@ -245,13 +237,13 @@ def test_no_gradient_needed(gradient, backend):
 
 
 @gradients
-@layouts
+@matrix_layouts
 @compiled
 def test_keeps_only_its_arguments(layout, gradient, backend):
     checks.check_saved_tensors(arranged(sample_of(2, 17, 45, 5, 6, gradient).to(torch.float32), layout), backend)
 
 
-@layouts
+@matrix_layouts
 @pytest.mark.parametrize("shape", [(2, 17, 45, 5), (2, 1, 4, 3), (1, 3, 1, 7)], ids=str)
 def test_fake_tensors(shape, layout, backend):
     checks.check_fake(arranged(sample_of(*shape, 2).to(torch.float32), layout), backend)
@@ -287,6 +279,15 @@ BAD = {
 def test_bad_input(change, exception, message):
     with pytest.raises(exception, match=r"^nmf: .*" + re.escape(message)):
         nmf(**GOOD | change)
+
+
+@compiled
+def test_unknown_gradient_for_the_operator_itself(backend):
+    x, bases = sample_of(2, 5, 9, 3, 2).leaves
+    with pytest.raises(RuntimeError, match="gradient.*last"):
+        torch.ops.segnext_kernels.nmf(x, bases, 2, "last")
+    with pytest.raises(RuntimeError, match="gradient.*last"):
+        torch.ops.segnext_kernels.nmf_backward(x, x, bases, 2, "last", True, True)
 
 
 @gradients

@@ -7,14 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import arrange, error, golden, nmf_sample, normal, tolerance
+from operators import arrange, error, golden, image_layouts, nmf_sample, normal, tolerance
 from torch import nn
 
 from segnext_kernels import nmf
 from segnext_kernels.nn import NMF2D, AttentionModule, DWConvGELU
 
-LAYOUTS = ("contiguous", "channels_last")
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
 ATTENTION = ["conv0", "conv0_1", "conv0_2", "conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3"]
 
 
@@ -39,23 +37,7 @@ def test_official_shapes():
     assert list(DWConvGELU(6).dwconv.weight.shape) == [6, 1, 3, 3]
 
 
-@layouts
-@pytest.mark.parametrize("case", ["odd", "wide", "tall"])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"])
-def test_attention_golden(case, dtype, limit, layout):
-    values = {key: value.to(dtype) for key, value in golden(f"msca/{case}/").items()}
-    module = AttentionModule(values["x"].shape[1]).to(dtype)
-    module.load_state_dict({name: values[f"param/{name}"] for name in module.state_dict()})
-    x = arrange(values["x"], layout).requires_grad_()
-    y = module(x)
-    y.backward(values["grad_out"])
-    assert error(y.detach(), values["y"]) <= limit
-    assert error(x.grad, values["grad_x"]) <= limit
-    for name, parameter in module.named_parameters():
-        assert error(parameter.grad, values[f"grad/{name}"]) <= limit, name
-
-
-@layouts
+@image_layouts
 def test_dwconv_gelu_is_the_mlps_middle(layout):
     module = DWConvGELU(17).double()
     plain = nn.Sequential(nn.Conv2d(17, 17, 3, padding=1, groups=17), nn.GELU()).double()
@@ -64,7 +46,7 @@ def test_dwconv_gelu_is_the_mlps_middle(layout):
     assert error(module(x), plain(x)) <= tolerance(torch.float64)
 
 
-@layouts
+@image_layouts
 @pytest.mark.parametrize("case", ["r3", "r16", "r64"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("gradient", ["exact", "one_step"])
@@ -91,7 +73,7 @@ def test_channels_last_stays(make, training):
     assert module(x).is_contiguous()
 
 
-@layouts
+@image_layouts
 def test_one_pixel_and_sliced_images(layout):
     module = NMF2D(4).eval()
     for x in (images(2, 17, 1, 1), images(2, 17, 1, 9), images(2, 17, 9, 1)):
@@ -191,8 +173,9 @@ def test_compile():
         assert error(compiled(x).detach(), block(x).detach()) <= 1e-5
 
 
-def test_attention_is_msca_times_x():
-    module, x = AttentionModule(6).double(), images(1, 6, 8, 9).double()
+@image_layouts
+def test_attention_is_msca_times_x(layout):
+    module, x = AttentionModule(6).double(), arrange(images(2, 6, 8, 9).double(), layout)
     convolutions = dict(module.named_children())
     a = convolutions["conv0"](x)
     strips = a + sum(convolutions[f"conv{i}_2"](convolutions[f"conv{i}_1"](a)) for i in range(3))

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from operators import LIBRARIES
 
 from segnext_kernels import _load
 
@@ -19,7 +20,6 @@ SHIPPED = (
     *("csrc", "segnext", "segnext_kernels", "tests", "bench"),
 )
 VARIABLE = "SEGNEXT_KERNELS_COMPILE"
-LIBRARIES = sorted(Path(_load.__file__).parent.glob("_C_*.abi3.so"))
 
 
 def python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
@@ -103,8 +103,9 @@ def test_compiled_wheel_is_for_every_python_from_3_10(source):
     assert all(name.endswith(".abi3.so") for name in libraries)
 
 
-@pytest.mark.skipif(_load.failure is not None, reason=str(_load.failure))
+@pytest.mark.skipif(not LIBRARIES, reason=str(_load.failure))
 def test_this_processor_has_a_compiled_library():
+    assert _load.failure is None
     assert f"_C_{_load.facts['isa']}.abi3.so" in [library.name for library in LIBRARIES]
 
 
@@ -117,15 +118,23 @@ def test_compiled_library_needs_no_cpp_symbol_of_torch(library):
     assert not [symbol for symbol in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)", symbol)]
 
 
-def test_no_compiler_is_one_clear_error(source, tmp_path):
+@pytest.mark.parametrize("found", [False, True], ids=["none", "old"])
+def test_unfit_compiler_is_one_clear_error(source, tmp_path, found):
+    compiler, out = tmp_path / "compiler", tmp_path / "out"
+    out.mkdir()
+    problem = f"no C++ compiler found ({compiler})"
+    if found:
+        compiler.write_text("#!/bin/sh\necho 'unrecognized option' $1 >&2\nexit 1\n")
+        compiler.chmod(0o755)
+        problem = f"{compiler} does not compile C++20 (unrecognized option -std=c++20)"
     flags = ("--no-deps", "--no-build-isolation", "--no-index")
-    result = python("-m", "pip", "wheel", *flags, source, cwd=tmp_path, CXX="no-such-compiler")
+    result = python("-m", "pip", "wheel", *flags, source, cwd=out, CXX=str(compiler))
     assert result.returncode != 0
     output = result.stdout + result.stderr
-    assert output.count("no C++ compiler found (no-such-compiler)") == 1
+    assert output.count(problem) == 1
     assert f"{VARIABLE}=0" in output
     assert "Traceback" not in output
-    assert not list(tmp_path.iterdir())
+    assert not list(out.iterdir())
 
 
 def test_installation_without_kernels_says_so_and_works(installed):

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from segnext import Config, SegNeXt, WeightsError, load, save
+from segnext import SegNeXt, WeightsError, load, save
 from segnext import predict as predict_module
 from segnext.images import normalise, read_image
 from segnext.palette import generated_palette
-from segnext.predict import InputError, find_images, label_map, predict, segment, unique_names
+from segnext.predict import InputError, find_images, predict, segment, unique_names
 
-SMALL = Config((8, 16, 24, 32), (1, 1, 1, 1), decoder_channels=64, rank=4, num_classes=5)
 RNG = np.random.default_rng(0)
 
 
 def small_model(**attributes) -> SegNeXt:
     """A model whose random weights are large enough for the label maps to have several classes."""
-    torch.manual_seed(0)
-    model = SegNeXt(SMALL).eval()
+    model = small.model(num_classes=5)
     torch.nn.init.normal_(model.decode_head.conv_seg.weight)
     for name, value in attributes.items():
         setattr(model, name, value)
@@ -64,7 +62,7 @@ def test_writes_overlay_mask_and_legend(tmp_path, weights, size, ending):
 
 
 def test_the_small_model_tells_pictures_apart(weights):
-    labels = segment(load(weights), torch.from_numpy(np.array(photo(64, 96))).permute(2, 0, 1))
+    labels = segment(load(weights), torch.from_numpy(np.array(photo(64, 96))).permute(2, 0, 1), 0)
     assert labels.unique().numel() > 1
 
 
@@ -115,7 +113,7 @@ def test_unique_names_keep_names_that_look_numbered(tmp_path):
 
 
 def test_find_images(tmp_path):
-    for name in ("b.JPG", "a.png", "c.txt", ".hidden", "sub/d.png"):
+    for name in ("b.JPG", "a.png", "c.txt", ".hidden", "._b.jpg", "sub/d.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = find_images([tmp_path / "c.txt", tmp_path, tmp_path / "a.png"])
@@ -150,7 +148,7 @@ def test_weights_errors_come_before_any_result(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [({"num_classes": 257}, "257 classes"), ({"in_channels": 4}, "takes 4 channels")])
 def test_models_that_do_not_fit_photographs(tmp_path, changes, message):
-    save(SegNeXt(Config(**{**vars(SMALL), **changes})), tmp_path / "w.pth")
+    save(small.model(**changes), tmp_path / "w.pth")
     photo(32, 32).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=message):
         predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out")
@@ -164,22 +162,19 @@ def test_rank_is_passed_on(tmp_path, weights, monkeypatch):
     assert ranks == [3]
 
 
+def test_short_side_is_the_checkpoints_unless_given(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(predict_module, "segment", lambda model, image, side: seen.append(side) or torch.zeros(32, 32))
+    photo(32, 32).save(tmp_path / "a.png")
+    for trained, given in ((96, None), (None, None), (96, 0), (96, 40)):
+        save(small_model(short_side=trained), tmp_path / "w.pth")
+        predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out", short_side=given)
+    assert seen == [96, 512, 0, 40]
+
+
 @pytest.mark.parametrize("short_side, seen", [(0, (90, 121)), (32, (32, 43)), (90, (90, 121)), (512, (90, 121))])
 def test_short_side_bounds_what_the_model_sees(short_side, seen):
     model, sizes = small_model(), []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
     labels = segment(model, torch.zeros(3, 90, 121, dtype=torch.uint8), short_side)
     assert sizes == [seen] and labels.shape == (90, 121)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (7, 13), (64, 48), (37, 101)], ids=str)
-@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (8, 6)], ids=str)
-@pytest.mark.parametrize("strip", [1, 4000, 1 << 24])
-def test_label_map_is_the_argmax_of_upsampled_logits(monkeypatch, size, grid, strip):
-    monkeypatch.setattr(predict_module, "STRIP_ELEMENTS", strip)
-    logits = torch.randn(2, 6, *grid, generator=torch.Generator().manual_seed(0))
-    upsampled = F.interpolate(logits.double(), size, mode="bilinear", align_corners=False)
-    found = label_map(logits, size)
-    assert found.shape == (2, *size) and found.dtype == torch.uint8
-    shortfall = upsampled.amax(1) - upsampled.gather(1, found.long()[:, None])[:, 0]
-    assert shortfall.max() < 1e-5

@@ -11,27 +11,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from operators import dwconv_gelu_sample, msca_strips_sample, nmf_sample
+from operators import FUNCTIONS, compiled, dwconv_gelu_sample, msca_strips_sample, nmf_sample, require
 
 import segnext_kernels
 from segnext_kernels import _load, _select, build_info, explain
 
 OPERATORS = ("msca_strips", "dwconv_gelu", "nmf")
 X = {"msca_strips": torch.ones(1, 2, 3, 4), "dwconv_gelu": torch.ones(1, 2, 3, 4), "nmf": torch.ones(1, 2, 3)}
+SMALL = (msca_strips_sample((1, 3, 6, 7)), dwconv_gelu_sample((1, 3, 6, 7)), nmf_sample(1, 5, 9, 3, 2))
 AGREE = """
-import torch, segnext_kernels
-from operators import DTYPES, arrange, check, dwconv_gelu_sample, grad_like, msca_strips_sample, nmf_sample
-
+import checks, segnext_kernels
 assert segnext_kernels.build_info()["isa"] == {isa!r}, segnext_kernels.build_info()
-samples = [make((2, 33, 13, 21)) for make in (msca_strips_sample, dwconv_gelu_sample)]
-samples += [nmf_sample(2, 45, 70, 17, 6, gradient) for gradient in ("exact", "one_step")]
-for sample in samples:
-    for dtype in DTYPES:
-        for layout in ("contiguous", "transposed" if sample.operator == "nmf" else "channels_last"):
-            cast = sample.to(dtype)
-            check(cast.with_x(arrange(cast.x, layout)), "cpu", grad_like(cast.x))
+checks.check_all_operators()
 print("agreed")
 """
+
+# Instruction sets that are asked for, what stands in for the compiled modules, and why they are refused then.
+REFUSED = {
+    "unknown": ("sse9", "{}", "there is no such instruction set; there are avx512_bf16, avx512, avx2, baseline"),
+    "nothing-built": ("baseline", "{'_cpu': None}", "the compiled CPU kernels were not built (SEGNEXT_KERNELS_COMPILE=0"),
+    "lacking": ("avx2", "{'_cpu': SimpleNamespace(features=lambda: ['fma'])}", "this processor lacks avx2, f16c"),
+    "not-built": (
+        "baseline",
+        "{'_cpu': SimpleNamespace(features=list), '_C_baseline': None}",
+        "the compiled CPU kernels were not built for baseline",
+    ),
+}
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -70,7 +75,7 @@ def test_explain_other_device():
     assert answer["reference"] == "serves"
 
 
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@compiled
 def test_compiled_kernels_come_first(backend):
     for operator, x in X.items():
         assert explain(operator, x)["cpu"] == "serves"
@@ -84,6 +89,14 @@ def test_explain_unknown_operator():
 
 def test_unknown_backend():
     assert _select.why_not("tpu", "nmf", X["nmf"]) == "there is no backend 'tpu'; there are cuda, triton, cpu, reference"
+
+
+@pytest.mark.parametrize("built", [[], ["_C_baseline.abi3.so"]], ids=["not-built", "built"])
+def test_kernels_that_were_built_but_do_not_load_fail_the_tests(built, monkeypatch):
+    monkeypatch.setattr(_load, "failure", "no such symbol")
+    monkeypatch.setattr("operators.LIBRARIES", built)
+    with pytest.raises((pytest.fail if built else pytest.skip).Exception, match="backend 'cpu': no such symbol"):
+        require("cpu")
 
 
 def test_build_info(backend):
@@ -100,7 +113,7 @@ def test_build_info(backend):
         assert "cpu" not in info["missing"]
 
 
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@compiled
 def test_operators_called_directly_stay_within_their_memory(backend):
     """Whoever goes around the public functions, and their messages, still gets an exception for arguments that do not fit."""
     operators = torch.ops.segnext_kernels
@@ -127,7 +140,7 @@ def test_operators_called_directly_stay_within_their_memory(backend):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@compiled
 def test_other_instruction_sets(isa, backend):
     if importlib.util.find_spec(f"segnext_kernels._C_{isa}") is None:
         pytest.skip(f"there is no library for {isa} on this platform")
@@ -140,13 +153,17 @@ def test_other_instruction_sets(isa, backend):
     assert result.stdout.strip() == "agreed"
 
 
-def test_unknown_instruction_set():
-    result = python("import segnext_kernels", **{_load.ISA_VARIABLE: "sse9"})
+@pytest.mark.parametrize(("isa", "modules", "reason"), REFUSED.values(), ids=REFUSED)
+def test_instruction_set_that_is_refused(isa, modules, reason):
+    code = f"""
+import sys
+from types import SimpleNamespace
+sys.modules.update((f"segnext_kernels.{{name}}", module) for name, module in {modules}.items())
+import segnext_kernels
+"""
+    result = python(code, **{_load.ISA_VARIABLE: isa})
     assert result.returncode != 0
-    assert (
-        "ImportError: SEGNEXT_KERNELS_ISA=sse9: there is no such instruction set; there are avx512_bf16, avx512"
-        in result.stderr
-    )
+    assert f"ImportError: {_load.ISA_VARIABLE}={isa}: {reason}" in result.stderr
 
 
 def test_reference_alone():
@@ -164,3 +181,20 @@ print(segnext_kernels.explain("nmf", x))
     assert "torch.Size([1, 2, 3]) None" in result.stdout
     assert "the compiled CPU kernels were not built" in result.stdout
     assert "SEGNEXT_KERNELS_COMPILE" in result.stdout
+
+
+@compiled
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_transforms_go_through_plain_pytorch(operator, backend):
+    sample = next(s for s in SMALL if s.operator == operator)
+    x, *rest = sample.leaves
+
+    def loss(x, backend=None):
+        return FUNCTIONS[operator](x, *rest, **sample.options, backend=backend).square().sum()
+
+    tangent = torch.rand_like(x)
+    expected = torch.autograd.grad(loss(leaf := x.clone().requires_grad_(), backend), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], (expected * tangent).sum())
+    with pytest.raises(ValueError, match="forward-mode"):
+        torch.func.grad(lambda x: loss(x, backend))(x)

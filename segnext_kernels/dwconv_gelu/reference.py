@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,14 +15,3 @@ def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.numel() == 0:  # convolutions refuse empty images; the sum keeps the graph to every input
         return (x + (weight.sum() + bias.sum()) * 0).to(dtype)
     return F.gelu(F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])).to(dtype)
-
-
-def dwconv_gelu_backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, need_x: bool, need_weights: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`dwconv_gelu` by PyTorch's own autograd; what is not needed comes back empty."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        grads = torch.autograd.grad(dwconv_gelu(*inputs), inputs, grad_out)
-    needed = (need_x, need_weights, need_weights)
-    return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, needed, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,14 +23,3 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         rows = F.conv2d(a, wh, bh, padding=(0, wh.shape[-1] // 2), groups=channels)
         y = y + F.conv2d(rows, wv, bv, padding=(wv.shape[-2] // 2, 0), groups=channels)
     return y.to(dtype)
-
-
-def msca_strips_backward(
-    grad_out: Tensor, x: Tensor, weights: Sequence[Tensor], need_x: bool, need_weights: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of :func:`msca_strips` by PyTorch's own autograd; what is not needed comes back empty."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        weights = [w.detach().requires_grad_() for w in weights]
-        grads = torch.autograd.grad(msca_strips(x, weights), [x, *weights], grad_out)
-    return (grads[0] if need_x else x.new_empty(0), list(grads[1:]) if need_weights else [])

@@ -27,8 +27,8 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", *, backen
         y = B @ C.mT
 
     The factors are kept in float32 whatever x's dtype is (float64 for float64). Only ``x`` and ``bases`` are kept for backward.
-    Under autocast ``x`` is cast to autocast's dtype. A NaN or infinity in a matrix makes that whole matrix of y non-finite and
-    leaves the rest of the batch alone.
+    Under autocast ``x`` is cast to autocast's dtype. A NaN or infinity in a matrix makes that whole matrix of y non-finite
+    (with zero steps its column) and leaves the rest of the batch alone.
 
     Args:
         x: [B, D, N] >= 0 (not checked), float32, float64, bfloat16 or float16; contiguous or transposed (D fastest, as

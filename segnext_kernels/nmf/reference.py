@@ -20,13 +20,3 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact") -> Tensor
         bases = bases.detach()  # with no steps it is still the caller's
     coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)
     return (bases @ coef.mT).to(dtype)
-
-
-def nmf_backward(
-    grad_out: Tensor, x: Tensor, bases: Tensor, steps: int, gradient: str, need_x: bool, need_bases: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`nmf` by PyTorch's own autograd; what is not needed comes back empty."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (x, bases)]
-        grads = torch.autograd.grad(nmf(*inputs, steps, gradient), inputs, grad_out, materialize_grads=True)
-    return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, (need_x, need_bases), strict=True))
