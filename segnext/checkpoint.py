@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 from uuid import uuid4
 
@@ -35,18 +36,25 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         WeightsError: the file cannot be read or holds no named tensors.
+        ImportError: safetensors is not installed, and the file is one of its kind.
     """
     reader = _read_safetensors if suffix(path) == SAFETENSORS_SUFFIX else _read_torch
     try:
         checkpoint = reader(path)
+    except (ImportError, WeightsError):
+        raise
     except Exception as error:  # a damaged file can make the readers raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path} cannot be read, it may be cut short or no checkpoint at all: {reason}") from error
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not state or not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not state or not isinstance(state, dict) or not all(map(_is_named_tensor, state.items())):
         raise WeightsError(f"{path} holds no state_dict of named tensors")
     meta = checkpoint.get("meta")
     return official(state), meta if isinstance(meta, dict) else {}
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,8 +102,14 @@ class _Inert:
 
 
 def _read_torch(path: Path) -> Any:
-    with torch.serialization.safe_globals([(_Inert, name) for name in _unsafe_globals(path)]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    names = _unsafe_globals(path)
+    try:
+        with torch.serialization.safe_globals([(_Inert, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        if not names:
+            raise
+        raise WeightsError(f"{path} cannot be read safely (weights_only) because of {', '.join(names)} in it") from error
 
 
 def _unsafe_globals(path: Path) -> list[str]:

@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("segnext: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        print(f"segnext: this needs {error.name.partition('.')[0]}: pip install 'segnext-kernels[models]'", file=sys.stderr)
+        return 2
     except Exception as error:
         if not isinstance(error, _expected_errors()):
             raise
@@ -53,10 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--short-side",
         type=_count,
-        default=512,
         metavar="PIXELS",
         help="larger photographs are shown to the network shrunk to this on the shorter side, which bounds time and memory;"
-        " 0 for never (default: %(default)s)",
+        " 0 for never (default: what the checkpoint was trained on, or 512 where it doesn't say that)",
     )
     _add_device(predict)
 
@@ -66,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         " the pictures are scenes that the program draws; nothing is downloaded."
     )
     demo.add_argument(
-        "--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for pictures and checkpoint (default: demo)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for pictures and checkpoint (default: demo, with --data demo/NAME where NAME is that folder's)",
     )
     demo.add_argument(
         "--data",
@@ -78,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", choices=SIZES, default="t", help="of the model (default: %(default)s)")
     demo.add_argument("--head", choices=HEADS, default="ham", help="of the model (default: %(default)s)")
     demo.add_argument(
-        "--image",
+        "--image-size",
         type=_demo_size,
         metavar="HxW",
         help="size of the scenes (default: 128x160); photographs keep their shape and are resized to the smaller of the two on"
@@ -94,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--head", choices=HEADS, default="ham", help="of the model (default: %(default)s)")
     info.add_argument("--classes", type=_positive, default=150, help="number of classes (default: %(default)s)")
     info.add_argument(
-        "--image", type=_image_size, default=(512, 512), metavar="HxW", help="size of the image (default: 512x512)"
+        "--image-size", type=_image_size, default=(512, 512), metavar="HxW", help="size of the image (default: 512x512)"
     )
 
     _command(commands, "table2", _table2, "parameters and GFLOPs of all models, with the paper's figures beside them")
@@ -129,10 +134,10 @@ def _demo(**options) -> int:
     return 0
 
 
-def _info(size: str, head: str, classes: int, image: tuple[int, int]) -> int:
+def _info(size: str, head: str, classes: int, image_size: tuple[int, int]) -> int:
     from .complexity import info
 
-    print(info(size, head, num_classes=classes, image=image))
+    print(info(size, head, num_classes=classes, image_size=image_size))
     return 0
 
 
@@ -153,29 +158,36 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     return DataError, ImageError, InputError, WeightsError, FloatingPointError, OSError
 
 
+def _number(kind: type, text: str):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no {'whole ' if kind is int else ''}number") from None
+
+
 def _count(text: str) -> int:
-    number = int(text)
+    number = _number(int, text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = _number(int, text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return number
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
+    number = _number(float, text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no length of time")
     return number
 
 
 def _share(text: str) -> float:
-    number = float(text)
+    number = _number(float, text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number

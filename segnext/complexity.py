@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,30 +33,31 @@ class Complexity:
     macs: int
 
 
-def count(size: str, head: str = "ham", num_classes: int = 150, image: tuple[int, int] = (512, 512)) -> Complexity:
+def count(size: str, head: str = "ham", num_classes: int = 150, image_size: tuple[int, int] = (512, 512)) -> Complexity:
     """Counts a model in evaluation, from the normalised image to logits at the image's size.
 
     Counted are convolutions and matrix products, one per element for norms and for elementwise products, and four per element
     of bilinear upsampling. Additions, activations and divisions are free.
 
     Args:
-        image: height and width in pixels.
+        image_size: height and width in pixels.
 
     Source:
         The rules of torchprofile, which the paper's table follows.
     """
     with torch.device("meta"):
         model = create(size, num_classes, head).eval()
-        with _Counter() as counter:
-            model.predict(torch.empty(1, 3, *image))
+        with torch.no_grad(), _Counter() as counter:
+            logits = model(torch.empty(1, 3, *image_size))
+            F.interpolate(logits, image_size, mode="bilinear", align_corners=False)
         return Complexity(sum(p.numel() for p in model.parameters()), counter.macs)
 
 
-def info(size: str, head: str, num_classes: int = 150, image: tuple[int, int] = (512, 512)) -> str:
+def info(size: str, head: str, num_classes: int = 150, image_size: tuple[int, int] = (512, 512)) -> str:
     """Two lines with a model's parameters and GFLOPs."""
-    found = count(size, head, num_classes, image)
+    found = count(size, head, num_classes, image_size)
     return (
-        f"SegNeXt-{size.upper()}, {head} head, {num_classes} classes, {image[0]}x{image[1]} pixels\n"
+        f"SegNeXt-{size.upper()}, {head} head, {num_classes} classes, {image_size[0]}x{image_size[1]} pixels\n"
         f"{found.parameters / 1e6:.1f} M parameters, {found.macs / 1e9:.1f} GFLOPs (multiply-accumulates, as the paper counts)"
     )
 
@@ -85,7 +87,8 @@ class _Counter(TorchDispatchMode):
 
 
 def _elements(out: Tensor | tuple[Tensor, ...], *args) -> int:
-    return out.numel() if isinstance(out, Tensor) else out[0].numel()
+    out = out if isinstance(out, Tensor) else out[0]
+    return out.numel() if out.is_floating_point() else 0  # whole numbers are multiplied where bases are drawn, not in the model
 
 
 def _convolution(out: Tensor, x: Tensor, weight: Tensor, *args) -> int:

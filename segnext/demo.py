@@ -27,10 +27,8 @@ from .predict import segment
 from .train import Recipe, class_weights, fit, photo_augmentation
 from .weights import save
 
-# bfloat16 where the processor multiplies in it; elsewhere it only costs accuracy.
-BFLOAT16 = segnext_kernels.build_info()["isa"] == "avx512_bf16"
-SCENES_RECIPE = Recipe(seconds=120, lr=3e-3, batch=8, bfloat16=BFLOAT16)
-PHOTOS_RECIPE = Recipe(seconds=180, lr=2e-3, batch=8, bfloat16=BFLOAT16)
+SCENES_RECIPE = Recipe(seconds=120, lr=3e-3, batch=8)
+PHOTOS_RECIPE = Recipe(seconds=180, lr=2e-3, batch=8)
 BALANCE = 0.3  # how much more rare classes count, the power in class_weights
 SCENE_SIZE, PHOTO_SIZE = (128, 160), (180, 240)
 TRAINING_SCENES, COUNTED_SCENES, HELD_OUT_SCENES = 1500, 200, 100
@@ -56,39 +54,42 @@ class Task:
 
 
 def demo(
-    out: str | Path = "demo",
+    out: str | Path | None = None,
     *,
     data: str | Path | None = None,
     size: str = "t",
     head: str = "ham",
-    image: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | None = None,
     seconds: float | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> tuple[Scores, Scores]:
     """Trains from random weights, prints how good the model is on held-out pictures before and after, and writes into ``out``:
-    pictures/ (picture, truth and prediction side by side), the checkpoint segnext-SIZE.pth and, of drawn scenes, scenes/.
+    held_out/ (picture, truth and prediction side by side; an earlier run's PNG files there are deleted), the checkpoint
+    segnext-SIZE.pth and, of drawn scenes, scenes/.
 
     Args:
+        out: folder; None for ``demo``, and with ``data`` for a folder of its name in there.
         data: a folder as :class:`segnext.data.Folder` takes it, with the splits train and val; None draws scenes.
         size, head: as in :func:`segnext.create`.
-        image: (height, width) of the scenes; photographs keep their shape and are resized to the smaller of the two.
+        image_size: (height, width) of the scenes; photographs keep their shape and are resized to the smaller of the two.
         seconds: of training; None for 120 with scenes and 180 with photographs.
         seed: of the weights, the order of the pictures and the augmentation.
 
     Returns:
         The scores on the held-out pictures before and after training.
     """
-    out = Path(out)
+    out, device = Path(out or Path("demo", Path(data).resolve().name if data else "")), torch.device(device)
     torch.manual_seed(seed)
-    task = _photographs(Path(data), image or PHOTO_SIZE) if data else _scenes(out, image or SCENE_SIZE)
-    recipe = replace(task.recipe, seed=seed, seconds=task.recipe.seconds if seconds is None else seconds)
+    task = _photographs(Path(data), image_size or PHOTO_SIZE) if data else _scenes(out, image_size or SCENE_SIZE)
+    seconds = task.recipe.seconds if seconds is None else seconds
+    recipe = replace(task.recipe, seed=seed, seconds=seconds, bfloat16=_multiplies_bfloat16(device))
     model = create(size, len(task.classes), head, drop_path=0.0).to(device)
-    model.classes, model.palette = task.classes, task.palette
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    model.classes, model.palette, model.short_side = task.classes, task.palette, task.short_side
+    out.mkdir(parents=True, exist_ok=True)
 
     print(task.description)
-    print(_machine(model, f"SegNeXt-{size.upper()}", recipe.seconds), flush=True)
+    print(_machine(model, f"SegNeXt-{size.upper()}", seconds, device), flush=True)
     before = evaluate(model, task.held_out, len(task.classes))
     print(f"before training: {before} on {len(task.held_out)} held-out pictures", flush=True)
     losses = fit(model, task.train, recipe, augment=task.augment, class_weights=task.weights.to(device))
@@ -98,8 +99,8 @@ def demo(
 
     checkpoint = out / f"segnext-{size}.pth"
     save(model, checkpoint)
-    _write_pictures(model, task, out / "pictures")
-    print(f"wrote {checkpoint} and, with picture, truth and prediction side by side, {out / 'pictures'}{os.sep}")
+    _write_pictures(model, task, out / "held_out")
+    print(f"wrote {checkpoint} and, with picture, truth and prediction side by side, {out / 'held_out'}{os.sep}")
     print("try next: " + _predict_command(task, checkpoint, out / "predicted"))
     return before, after
 
@@ -112,7 +113,7 @@ def _scenes(out: Path, size: tuple[int, int]) -> Task:
         write_png(photo_image(held_out[i][0]), folder / f"{names[i]}.png")
     return Task(
         description=f"The scenes are drawn by this program, they are no photographs: {len(Scenes.classes)} classes,"
-        f" {size[1]}x{size[0]} pixels.",
+        f" {size[0]}x{size[1]} pixels.",
         classes=Scenes.classes,
         palette=Scenes.palette,
         train=train,
@@ -145,17 +146,29 @@ def _photographs(folder: Path, size: tuple[int, int]) -> Task:
     )
 
 
-def _machine(model: nn.Module, name: str, seconds: float) -> str:
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16; elsewhere it only costs accuracy."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and segnext_kernels.build_info()["isa"] == "avx512_bf16"
+
+
+def _machine(model: nn.Module, name: str, seconds: float, device: torch.device) -> str:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    isa = segnext_kernels.build_info()["isa"]
-    return (
-        f"{name}, {millions:.1f} M parameters, random weights; {seconds:g} s of training on {next(model.parameters()).device},"
-        f" {torch.get_num_threads()} threads, " + (f"fused kernels for {isa}." if isa else "no compiled kernels.")
-    )
+    answers = segnext_kernels.explain("msca_strips", torch.empty(0, device=device))
+    backend = next(name for name, answer in answers.items() if answer == "serves")
+    operators = {
+        "cpu": f"{torch.get_num_threads()} threads, fused kernels for {segnext_kernels.build_info()['isa']}",
+        "reference": "operators in plain PyTorch",
+    }.get(backend, f"fused kernels of the backend {backend}")
+    return f"{name}, {millions:.1f} M parameters, random weights; {seconds:g} s of training on {device}, {operators}."
 
 
 def _write_pictures(model: nn.Module, task: Task, folder: Path) -> None:
     key = legend(task.classes, task.palette, columns=5)
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
     for i in _shown(task.held_out):
         image, truth = task.held_out[i]
         masks = (mask_image(labels, task.palette).convert("RGB") for labels in (truth, segment(model, image, 0)))
@@ -170,5 +183,5 @@ def _shown(held_out: Dataset) -> range:
 
 def _predict_command(task: Task, checkpoint: Path, out: Path) -> str:
     program = ["segnext"] if shutil.which("segnext") else [os.path.relpath(sys.executable), "-m", "segnext"]
-    arguments = ["predict", task.examples, "--weights", checkpoint, "--out", out, "--short-side", task.short_side]
+    arguments = ["predict", task.examples, "--weights", checkpoint, "--out", out]
     return shlex.join(map(str, program + arguments))

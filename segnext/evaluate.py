@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from .images import normalise
+from .model import label_map
 from .palette import IGNORED
-from .predict import label_map
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class Scores:
 
 def confusion_matrix(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Counts of pixels, int64 [classes, classes], for every true (row) and predicted (column) label; truth 255 is left out."""
-    known = truth != IGNORED
-    pairs = truth[known].long() * classes + prediction[known].long()
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    return multiclass_confusion_matrix(prediction, truth, classes, ignore_index=IGNORED, validate_args=False)
 
 
 def evaluate(model: nn.Module, dataset: Dataset, classes: int) -> Scores:

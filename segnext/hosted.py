@@ -9,6 +9,7 @@ from typing import BinaryIO
 from urllib.request import urlopen
 
 import torch
+from torch.hub import tqdm  # shows less where tqdm is not installed
 
 from .checkpoint import WeightsError, replacing
 
@@ -62,8 +63,6 @@ def fetch(name: str) -> Path:
 
 def _download(url: str, file: BinaryIO) -> str:
     """Streams the address into the file and returns the SHA-256 of what came."""
-    from tqdm import tqdm
-
     digest = hashlib.sha256()
     with urlopen(url, timeout=TIMEOUT) as response:
         size = response.headers.get("Content-Length")

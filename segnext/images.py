@@ -43,6 +43,11 @@ def read_labels(path: str | Path) -> Tensor:
     return torch.from_numpy(np.array(image).astype(np.int32))
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """The files directly inside a folder, by name, but for those whose name begins with a dot, as macOS's ``._a.jpg``."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
 def _open(path, convert) -> Image.Image:
     try:
         with warnings.catch_warnings():

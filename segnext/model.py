@@ -15,6 +15,8 @@ from .mscan import MSCAN
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images, in units of 0..1
 HEADS = ("ham", "msca")
+CHOICES = {"head": HEADS, "bases": ("fixed", "random"), "gradient": ("exact", "one_step")}
+STRIP_ELEMENTS = 1 << 24  # upsampled logits held at a time: 64 MB in float32
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,17 @@ class Config:
     gradient: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("num_classes", "in_channels", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("drop_path", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
 
 
 SIZES = {
@@ -73,6 +78,7 @@ class SegNeXt(nn.Module):
     Attributes:
         classes: the classes' names, or None where nobody gave them.
         palette: the classes' colours as (red, green, blue) of 0..255, or None.
+        short_side: pixels on the shorter side of the pictures that it was trained on, or None.
 
     Source: SegNeXt (NeurIPS 2022); names, initialisation and behaviour of the official code, but for the decomposition's bases,
     which in evaluation are the same at every call unless ``config.bases`` is "random".
@@ -83,6 +89,7 @@ class SegNeXt(nn.Module):
         self.config = config
         self.classes: list[str] | None = None
         self.palette: list[tuple[int, int, int]] | None = None
+        self.short_side: int | None = None
         self.backbone = MSCAN(config.channels, config.depths, config.mlp_ratios, config.in_channels, config.drop_path)
         args = (config.channels[1:], config.decoder_channels, config.num_classes, config.dropout)
         if config.head == "ham":
@@ -112,8 +119,33 @@ class SegNeXt(nn.Module):
         Returns:
             labels: [B, H, W], int64.
         """
-        logits = F.interpolate(self(images), images.shape[-2:], mode="bilinear", align_corners=False)
-        return logits.argmax(dim=1)
+        return label_map(self(images), images.shape[-2:])
+
+
+def label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The highest class at every pixel of bilinearly upsampled logits, which are held a few rows at a time.
+
+    Equivalent to: ``F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)``, up to rounding.
+
+    Args:
+        logits: [B, C, h, w]; 16-bit ones are upsampled in float32.
+
+    Returns:
+        int64 [B, *size].
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    batch, classes, height, _ = logits.shape
+    rows = max(1, STRIP_ELEMENTS // (batch * classes * size[1]))
+    y = (torch.arange(size[0], device=logits.device, dtype=logits.dtype) + 0.5) * (height / size[0]) - 0.5
+    y = y.clamp(0, height - 1)
+    above = y.long()
+    below, weight = (above + 1).clamp(max=height - 1), (y - above)[:, None]
+    labels = torch.empty(batch, *size, device=logits.device, dtype=torch.int64)
+    for start in range(0, size[0], rows):
+        strip = slice(start, start + rows)
+        tall = torch.lerp(logits[:, :, above[strip]], logits[:, :, below[strip]], weight[strip])
+        labels[:, strip] = F.interpolate(tall, (tall.shape[2], size[1]), mode="bilinear", align_corners=False).argmax(1)
+    return labels
 
 
 def create(

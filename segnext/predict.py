@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from .images import ImageError, normalise, read_image, write_png
+from .images import ImageError, normalise, read_image, visible_files, write_png
+from .model import label_map
 from .palette import generated_palette, legend, mask_image, overlay
 from .weights import load
 
-STRIP_ELEMENTS = 1 << 24  # upsampled logits held at a time: 64 MB in float32
+SHORT_SIDE = 512  # where the checkpoint does not say what the model was trained on
 
 
 class InputError(RuntimeError):
@@ -31,7 +31,7 @@ def predict(
     *,
     rank: int | None = None,
     alpha: float = 0.5,
-    short_side: int = 512,
+    short_side: int | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Path]:
     """Segments image files and the images in folders; for each writes NAME_overlay.png and NAME_mask.png, once legend.png.
@@ -42,7 +42,7 @@ def predict(
         out: folder, made if it isn't there.
         rank: of the decomposition, where the checkpoint doesn't say it.
         alpha: how much of the overlay is the classes' colour, 0..1.
-        short_side, device: see :func:`segment`.
+        short_side: see :func:`segment`; None for what the checkpoint was trained on, or 512 where it doesn't say that.
 
     Returns:
         The files that could not be read. Each was named on stderr and skipped.
@@ -65,6 +65,8 @@ def predict(
         )
     classes = model.classes or [f"class {i}" for i in range(model.config.num_classes)]
     palette = model.palette or generated_palette(len(classes))
+    if short_side is None:
+        short_side = model.short_side or SHORT_SIDE
     out.mkdir(parents=True, exist_ok=True)
     write_png(legend(classes, palette), out / "legend.png")
     broken = []
@@ -83,7 +85,7 @@ def predict(
     return broken
 
 
-def segment(model: nn.Module, image: Tensor, short_side: int = 512) -> Tensor:
+def segment(model: nn.Module, image: Tensor, short_side: int) -> Tensor:
     """The label map of one picture of any size.
 
     Args:
@@ -93,7 +95,7 @@ def segment(model: nn.Module, image: Tensor, short_side: int = 512) -> Tensor:
             smaller pictures are never enlarged, 0 leaves every size as it is.
 
     Returns:
-        Labels uint8 [H, W], at the full size of the picture.
+        Labels int64 [H, W], at the full size of the picture.
     """
     size = image.shape[-2:]
     seen = image[None].to(next(model.parameters()).device)
@@ -103,32 +105,6 @@ def segment(model: nn.Module, image: Tensor, short_side: int = 512) -> Tensor:
         return label_map(model(normalise(seen).contiguous(memory_format=torch.channels_last)), size)[0]
 
 
-def label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The highest class at every pixel of bilinearly upsampled logits, which are held a few rows at a time.
-
-    Equivalent to: ``F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)``.
-
-    Args:
-        logits: [B, C, h, w], at most 256 classes.
-
-    Returns:
-        uint8 [B, *size].
-    """
-    logits = logits.float()
-    batch, classes, height, _ = logits.shape
-    rows = max(1, STRIP_ELEMENTS // (batch * classes * size[1]))
-    y = (torch.arange(size[0], device=logits.device) + 0.5) * (height / size[0]) - 0.5
-    y = y.clamp(0, height - 1)
-    above = y.long()
-    below, weight = (above + 1).clamp(max=height - 1), (y - above)[:, None]
-    labels = torch.empty(batch, *size, device=logits.device, dtype=torch.uint8)
-    for start in range(0, size[0], rows):
-        strip = slice(start, start + rows)
-        tall = torch.lerp(logits[:, :, above[strip]], logits[:, :, below[strip]], weight[strip])
-        labels[:, strip] = F.interpolate(tall, (tall.shape[2], size[1]), mode="bilinear", align_corners=False).argmax(1)
-    return labels
-
-
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     """Files as they are, and in place of a folder the images directly inside, by name; each file once."""
     Image.init()
@@ -136,7 +112,7 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in endings and p.is_file())
+            inside = [file for file in visible_files(path) if file.suffix.lower() in endings]
             if not inside:
                 raise InputError(f"{path}: there is no image in this folder")
             found += inside

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -27,10 +26,7 @@ class Recipe:
         seconds, steps: one of them; training ends, and the learning rate reaches zero, after that.
         batch: pictures in a step.
         lr, weight_decay, betas: of AdamW; norms, biases and layer scales are not decayed.
-        head_lr: the decode head's learning rate as a multiple of ``lr``.
         warmup: the share (0 < warmup < 1) of the training in which the learning rate rises linearly; then it falls linearly.
-        clip: largest gradient norm, None for any.
-        ema: decay of the moving average of the weights that the model ends with, None for the last weights.
         bfloat16: forward and backward under autocast.
         seed: of the order of the pictures; what the model and the augmentation draw is torch's global generator's.
     """
@@ -41,10 +37,7 @@ class Recipe:
     lr: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
-    head_lr: float = 1.0
     warmup: float = 0.05
-    clip: float | None = None
-    ema: float | None = None
     bfloat16: bool = False
     seed: int = 0
 
@@ -81,29 +74,21 @@ def fit(
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas, fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    average = recipe.ema and AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True)
     losses: list[float] = []
     for progress, (images, labels) in zip(_progress(recipe, losses), batches(dataset, recipe, augment), strict=False):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * recipe.lr_factor(progress)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * recipe.lr_factor(progress)
         images = normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
             logits = model(images)
         loss = segmentation_loss(logits.float(), labels.to(device), class_weights)
         optimizer.zero_grad()
         loss.backward()
-        if recipe.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
-        if average:
-            average.update_parameters(model)
         losses.append(loss.item())
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss became {losses[-1]} in step {len(losses)}; try a smaller learning rate")
-    if average and losses:
-        model.load_state_dict(average.module.state_dict())
     model.eval()
     return losses
 
@@ -128,19 +113,11 @@ def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | No
     return total / max(weight, 1)
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Parameters by learning rate (decode head or not) and weight decay (filters and matrices, or vectors)."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault((name.startswith("decode_head."), parameter.dim() > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": recipe.lr * (recipe.head_lr if head else 1.0),
-            "weight_decay": recipe.weight_decay if decayed else 0.0,
-        }
-        for (head, decayed), parameters in groups.items()
-    ]
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameters that are decayed (filters and matrices) and those that are not (vectors)."""
+    filters = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    return [{"params": filters, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def batches(dataset: Dataset, recipe: Recipe, augment: Callable | None = None) -> Iterator[tuple[Tensor, Tensor]]:

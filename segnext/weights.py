@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import hosted
 from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, read, replacing, suffix
+from .heads import GROUPS
 from .model import SIZES, Config, SegNeXt
 from .mscan import MSCAN
 
@@ -33,23 +34,27 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
             description where there is one, else it is the paper's.
 
     Returns:
-        The model, with ``classes`` and ``palette`` where the checkpoint names them.
+        The model, with ``classes``, ``palette`` and ``short_side`` where the checkpoint names them.
 
     Raises:
         WeightsError: the checkpoint cannot be had or read, or its keys or shapes do not make a SegNeXt.
         ValueError: ``rank`` is below 1.
+        ImportError: safetensors is not installed, and the file is one of its kind.
     """
     path = _locate(path_or_name)
     state, meta = read(path)
     if not any(key.startswith("decode_head.") for key in state):
         raise WeightsError(f"{path} holds no decode_head, only an encoder, which segnext.load_encoder takes")
-    described = _described(meta) | ({} if rank is None else {"rank": rank})
-    config = replace(_config(state, path), **described)
+    config = _config(state, meta, path)
+    if rank is not None:
+        config = replace(config, rank=rank)
     with torch.device("meta"):
         model = SegNeXt(config)
     _check(state, model, path)
     model.to_empty(device="cpu").load_state_dict(state)
     model.classes, model.palette = _legend(meta, config.num_classes)
+    short_side = meta.get("short_side")
+    model.short_side = short_side if isinstance(short_side, int) and short_side > 0 else None
     return model.eval()
 
 
@@ -74,7 +79,7 @@ def load_encoder(model: SegNeXt | MSCAN, path_or_name: str | os.PathLike[str]) -
 
 
 def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint that :func:`load` takes: the state, and beside it the configuration, classes and palette.
+    """Writes a checkpoint that :func:`load` takes: the state, and beside it the configuration and what rides along.
 
     Args:
         path: ends in .pth, .pt or .safetensors. A file that was there is replaced only once the new one is complete.
@@ -84,7 +89,8 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    meta = {"segnext": asdict(model.config), "classes": model.classes, "palette": model.palette}
+    riding = {name: getattr(model, name) for name in ("classes", "palette", "short_side")}
+    meta = {"segnext": asdict(model.config), **riding}
     is_safetensors = suffix(path) == SAFETENSORS_SUFFIX
     try:
         with replacing(path) as file:
@@ -107,22 +113,23 @@ def _locate(path_or_name: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _config(state: Mapping[str, Tensor], path: Path) -> Config:
-    """The configuration that the shapes show; rank and stochastic depth are the paper's for such a size."""
+def _config(state: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> Config:
+    """The configuration that the shapes show; rank and stochastic depth are described by the checkpoint, or the paper's."""
 
-    def size(key: str, dim: int = 0) -> int:
-        if key not in state or state[key].dim() <= dim or state[key].shape[dim] == 0:
+    def size(key: str, dim: int = 0, multiple_of: int = 1) -> int:
+        shape = state[key].shape if key in state else ()
+        if len(shape) <= dim or shape[dim] == 0 or shape[dim] % multiple_of:
             raise WeightsError(f"{path} does not fit: {key}, which tells the model's size, is missing or misshapen")
-        return state[key].shape[dim]
+        return shape[dim]
 
     stages = range(1, 5)
-    channels = tuple(size(f"backbone.norm{i}.weight") for i in stages)
+    channels = tuple(size(f"backbone.norm{i}.weight", multiple_of=2 if i == 1 else 1) for i in stages)
     blocks = {match[0] for match in (re.match(r"backbone\.block\d\.\d+\.", key) for key in state) if match}
     depths = tuple(sum(block.startswith(f"backbone.block{i}.") for block in blocks) for i in stages)
-    hidden = tuple(size(f"backbone.block{i}.0.mlp.fc1.weight") for i in stages)
-    decoder_channels = size("decode_head.squeeze.conv.weight")
+    hidden = tuple(size(f"backbone.block{i}.0.mlp.fc1.weight", multiple_of=c) for i, c in zip(stages, channels, strict=True))
+    decoder_channels = size("decode_head.squeeze.conv.weight", multiple_of=GROUPS)
     known = (config for config in SIZES.values() if (config.channels, config.depths) == (channels, depths))
-    return replace(
+    shown = replace(
         next(known, Config(channels, depths)),
         mlp_ratios=tuple(h // c for h, c in zip(hidden, channels, strict=True)),
         decoder_channels=decoder_channels,
@@ -131,6 +138,10 @@ def _config(state: Mapping[str, Tensor], path: Path) -> Config:
         num_classes=size("decode_head.conv_seg.weight"),
         in_channels=size("backbone.patch_embed1.proj.0.weight", 1),
     )
+    try:
+        return replace(shown, **_described(meta))
+    except ValueError as error:
+        raise WeightsError(f"{path} describes no model: {error}") from error
 
 
 def _described(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,14 +156,15 @@ def _described(meta: Mapping[str, Any]) -> dict[str, Any]:
 def _legend(meta: Mapping[str, Any], count: int) -> tuple[list[str] | None, list[tuple[int, int, int]] | None]:
     """Classes and palette: ours, or mmsegmentation's under ``dataset_meta`` (1.x) or in capitals (0.x)."""
     dataset = meta.get("dataset_meta")
-    places = [meta, {key.lower(): value for key, value in meta.items()}, dataset if isinstance(dataset, dict) else {}]
+    places = [meta, {str(key).lower(): value for key, value in meta.items()}, dataset if isinstance(dataset, dict) else {}]
 
-    def find(name: str) -> list | None:
+    def find(name: str, kind: type | tuple[type, ...]) -> list | None:
         values = (place.get(name) for place in places)
-        return next((list(v) for v in values if isinstance(v, (list, tuple)) and len(v) == count), None)
+        lists = (list(value) for value in values if isinstance(value, (list, tuple)) and len(value) == count)
+        return next((items for items in lists if all(isinstance(item, kind) for item in items)), None)
 
-    palette = find("palette")
-    return find("classes"), palette and [tuple(colour) for colour in palette]
+    palette = find("palette", (list, tuple))
+    return find("classes", str), palette and [tuple(colour) for colour in palette]
 
 
 def _check(state: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:

@@ -1,5 +1,5 @@
 // nmf backward: runs forward again and keeps the factors and ratios of every step, 2 (steps + 2) N R + 2 (steps + 1) D R
-// accumulators per matrix, then goes back through the steps, one pass over x each.
+// accumulators per matrix, then goes back through the steps, one pass over x each. A step's dP and dU replace its ratios.
 //
 // C' = C P / Q with P = x^T B, Q = C B^T B + eps:
 //   dP = dC' C / Q,  dQ = -dC' C' / Q,  dC = dC' P / Q + dQ S,  dB += x dP + B (dS + dS^T) with S = B^T B, dS = C^T dQ
@@ -25,10 +25,8 @@ class NmfBackward : public Nmf<A> {
       : Base(x, bases, rank, steps, true, parallel),
         grad_out_(grad_out),
         d_c_(Base::c_size_),
-        d_p_((steps + 2) * Base::c_size_),
         d_b_(Base::b_size_),
         d_w_(Base::b_size_),
-        d_u_((steps + 1) * Base::b_size_),
         gram_(x.batch * s_.rank * s_.padded) {}
 
   void run(bool one_step, const Matrices& grad_x, void* grad_bases) {
@@ -45,10 +43,13 @@ class NmfBackward : public Nmf<A> {
   }
 
  private:
-  A* d_p(int64_t step, int64_t image, int64_t row) { return d_p_ + step * Base::c_size_ + (image * s_.N + row) * s_.padded; }
-  A* d_u(int64_t step, int64_t image) { return d_u_ + step * Base::b_size_ + image * s_.D * s_.padded; }
+  // The ratios of C of step + 1 and of B of step, and what replaces them.
+  A* d_p(int64_t step, int64_t image, int64_t row) {
+    return Base::c_ratio_ + (step + 1) * Base::c_size_ + (image * s_.N + row) * s_.padded;
+  }
+  A* d_u(int64_t step, int64_t image) { return Base::b_ratio_ + step * Base::b_size_ + image * s_.D * s_.padded; }
 
-  // C of step + 1 was made from C and B of step. Leaves dC of step in d_c_, dP in d_p_, and x dP and C^T dQ in the chunks'
+  // C of step + 1 was made from C and B of step. Leaves dC of step in d_c_, dP in d_p(step), and x dP and C^T dQ in the chunks'
   // sums.
   void back_through_coefficients(int64_t step, bool only_p) {
     Base::sum_bb(step);
@@ -60,7 +61,6 @@ class NmfBackward : public Nmf<A> {
         Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool add) {
           const int64_t size = columns * s_.padded, at = (image * s_.N + first) * s_.padded;
           const A *before = Base::coefficients(step, image, first), *after = Base::coefficients(step + 1, image, first);
-          const A* ratio = Base::c_ratio_ + (after - Base::c_);
           A *d_c = d_c_ + at, *dp = d_p(step, image, first);
           x.load_from(x_, image, first, columns);
           if (step == steps_) {
@@ -73,9 +73,9 @@ class NmfBackward : public Nmf<A> {
           gemm<A>({before, s_.padded, 1}, columns, s_.rank, Base::bb(image), s_.padded, s_.vectors, den, s_.padded, false);
           for (int64_t i = 0; i < size; i += L) {
             const Vector<A> q = load<A>(d_c + i) / (load<A>(den + i) + epsilon<A>());
-            store<A>(dp + i, q * load<A>(before + i));
             store<A>(d_q + i, -q * load<A>(after + i));
-            store<A>(d_c + i, load<A>(d_c + i) * load<A>(ratio + i));
+            store<A>(d_c + i, load<A>(d_c + i) * load<A>(dp + i));
+            store<A>(dp + i, q * load<A>(before + i));
           }
           if (only_p) return;
           gemm<A>({d_q, s_.padded, 1}, columns, s_.rank, Base::bb(image), s_.padded, s_.vectors, d_c, s_.padded, true);
@@ -116,7 +116,7 @@ class NmfBackward : public Nmf<A> {
     });
   }
 
-  // B of step was made from B of step - 1 and C of step. Leaves dB of step - 1 in d_b_, dU in d_u_ and dT + dT^T in gram_.
+  // B of step was made from B of step - 1 and C of step. Leaves dB of step - 1 in d_b_, dU in d_u(step) and dT + dT^T in gram_.
   void back_through_bases(int64_t step) {
     sum_cc(step);
     Base::parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
@@ -125,14 +125,13 @@ class NmfBackward : public Nmf<A> {
         const auto [image, first, rows] = Base::row_block(item);
         const int64_t at = first * s_.padded, all = image * s_.D * s_.padded + at;
         const A *before = Base::bases(step - 1, image) + at, *after = Base::bases(step, image) + at;
-        const A* ratio = Base::b_ratio_ + (after - Base::b_);
         A *d_b = d_b_ + all, *d_w = d_w_ + all, *du = d_u(step, image) + at;
         gemm<A>({before, s_.padded, 1}, rows, s_.rank, Base::cc(image), s_.padded, s_.vectors, den, s_.padded, false);
         for (int64_t i = 0; i < rows * s_.padded; i += L) {
           const Vector<A> q = load<A>(d_b + i) / (load<A>(den + i) + epsilon<A>());
-          store<A>(du + i, q * load<A>(before + i));
           store<A>(d_w + i, -q * load<A>(after + i));
-          store<A>(d_b + i, load<A>(d_b + i) * load<A>(ratio + i));
+          store<A>(d_b + i, load<A>(d_b + i) * load<A>(du + i));
+          store<A>(du + i, q * load<A>(before + i));
         }
         gemm<A>({d_w, s_.padded, 1}, rows, s_.rank, Base::cc(image), s_.padded, s_.vectors, d_b, s_.padded, true);
       }
@@ -194,7 +193,7 @@ class NmfBackward : public Nmf<A> {
   }
 
   const Matrices& grad_out_;
-  Buffer<A> d_c_, d_p_, d_b_, d_w_, d_u_, gram_;
+  Buffer<A> d_c_, d_b_, d_w_, gram_;
 };
 
 }  // namespace

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, functional
 from tqdm import tqdm
 
-from ..images import read_image, read_labels
+from ..images import read_image, read_labels, visible_files
 from ..palette import IGNORED
 
 
@@ -19,7 +19,7 @@ class DataError(RuntimeError):
 
 
 class Folder(Dataset):
-    """Photographs with masks, all checked, decoded and resized once and kept in memory (10 000 at 240x180: 1.7 GB).
+    """Photographs with masks, all checked, decoded and resized once and kept in memory (10 000 at 180x240: 1.7 GB).
 
     Args:
         root: holds classes.txt, with one class a line, and for every split ``images/`` and ``masks/``. An image and its mask
@@ -78,9 +78,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
+    for path in visible_files(folder):
         if path.stem in files:
             raise DataError(f"{path} and {files[path.stem].name}: two files of the same name before the ending")
         files[path.stem] = path
@@ -107,4 +105,4 @@ def _read_pair(image_path: Path, mask_path: Path, classes: list[str], short_side
 
 
 def _size(picture: Tensor) -> str:
-    return f"{picture.shape[-1]}x{picture.shape[-2]}"
+    return f"{picture.shape[-2]}x{picture.shape[-1]}"
