@@ -1,4 +1,4 @@
-"""What every operator must do, whatever it computes; each function is called by every operator's test file."""
+"""What every operator must do, whatever it computes; called by test_image_operators.py and test_nmf.py."""
 
 from __future__ import annotations
 

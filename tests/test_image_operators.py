@@ -1,0 +1,117 @@
+"""What msca_strips and dwconv_gelu, the operators on images, must both do, whatever they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import checks
+import pytest
+import torch
+from operators import (
+    HALVES,
+    IMAGE_LAYOUTS,
+    Sample,
+    arranged,
+    check,
+    compiled,
+    dtypes,
+    dwconv_gelu_sample,
+    grad_like,
+    image_layouts,
+    msca_strips_sample,
+)
+
+COMPILE_SHAPES = [(2, 5, 9, 12), (3, 5, 8, 31), (4, 5, 40, 7), (2, 5, 9, 12)]
+
+
+@pytest.fixture(params=[msca_strips_sample, dwconv_gelu_sample], ids=["msca_strips", "dwconv_gelu"])
+def sample_of(request) -> Callable[..., Sample]:
+    """Makes a sample of the operator under test from the shape of x."""
+    return request.param
+
+
+@dtypes
+@pytest.mark.parametrize("layout", ["sliced", "expanded", "transposed"])
+def test_strides_that_are_copied(sample_of, layout, dtype, backend):
+    sample = arranged(sample_of((3, 17, 6, 23)).to(dtype), layout)
+    check(sample, backend, grad_like(sample.x))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 37), (2, 17, 1, 1), (2, 17, 1, 9), (1, 17, 9, 1), (2, 33, 7, 9)], ids=str)
+@image_layouts
+def test_layout_is_kept(sample_of, shape, layout, backend):
+    checks.check_layout(arranged(sample_of(shape).to(torch.float32), layout), backend)
+
+
+def test_channel_slice_of_one_image(sample_of, backend):
+    """With a batch of one such a slice is dense, though its batch stride is that of the larger image."""
+    sample = sample_of((1, 17, 9, 11)).to(torch.float32)
+    sample = sample.with_x(torch.full((1, 40, 9, 11), torch.nan)[:, 5:22].copy_(sample.x))
+    check(sample, backend, grad_like(sample.x))
+
+
+@image_layouts
+@pytest.mark.parametrize("grad_layout", [*IMAGE_LAYOUTS, "sliced", "expanded"])
+@compiled
+def test_grad_out_layouts(sample_of, grad_layout, layout, backend):
+    sample = arranged(sample_of((3, 17, 13, 9)).to(torch.float32), layout)
+    checks.check_grad_out_layouts(sample, backend, grad_layout)
+    checks.check_expanded_grad_out(sample, backend)
+
+
+@compiled
+def test_no_double_backward(sample_of, backend):
+    checks.check_no_double_backward(sample_of((1, 3, 4, 5)).to(torch.float32))
+
+
+def test_compile(sample_of, backend):
+    checks.check_compile([sample_of(shape).to(torch.float32) for shape in COMPILE_SHAPES], backend, "aot_eager")
+
+
+@compiled
+def test_compile_inductor(sample_of, backend):
+    samples = [arranged(sample_of(shape).to(torch.float32), "channels_last") for shape in COMPILE_SHAPES]
+    checks.check_compile(samples, backend, "inductor")
+
+
+@image_layouts
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_autocast(sample_of, batch, dtype, layout, backend):
+    checks.check_autocast(arranged(sample_of((batch, 17, 9, 11)).to(torch.float32), layout), backend, dtype)
+
+
+@image_layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(3, 33, 45, 41), (1, 3, 120, 130), (1, 130, 19, 17)], ids=str)
+@compiled
+def test_threads(sample_of, shape, dtype, layout, backend, set_threads):
+    checks.check_threads(arranged(sample_of(shape).to(dtype), layout), set_threads)
+
+
+@image_layouts
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 17, 5, 37), (1, 33, 33, 13), (1, 3, 1, 40), (1, 5, 23, 1)], ids=str)
+@compiled
+def test_nothing_is_read_outside(sample_of, shape, dtype, layout, backend):
+    checks.check_poison(arranged(sample_of(shape).to(dtype), layout), backend)
+
+
+def test_no_gradient_needed(sample_of, backend):
+    checks.check_nothing_needed(sample_of((2, 17, 13, 9)).to(torch.float32), backend)
+
+
+@image_layouts
+@compiled
+def test_keeps_only_its_arguments(sample_of, layout, backend):
+    checks.check_saved_tensors(arranged(sample_of((2, 17, 13, 9)).to(torch.float32), layout), backend)
+
+
+@image_layouts
+@pytest.mark.parametrize("shape", [(2, 17, 5, 9), (2, 1, 4, 3), (1, 3, 1, 7)], ids=str)
+def test_fake_tensors(sample_of, shape, layout, backend):
+    checks.check_fake(arranged(sample_of(shape).to(torch.float32), layout), backend)
+
+
+def test_meta(sample_of):
+    checks.check_meta(sample_of((2, 3, 4, 5)).to(torch.bfloat16))
