@@ -1,4 +1,4 @@
-"""msca_strips against its float64 reference, the golden values, and everything that an operator must do."""
+"""msca_strips against its float64 reference and the golden values."""
 
 from __future__ import annotations
 
