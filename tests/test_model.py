@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import segnext
+import segnext_kernels
 from segnext.model import HEADS, SIZES, Config
 from segnext.mscan import MSCAN, DropPath
 
@@ -22,7 +23,8 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 
 # A batch norm takes away again what the bias of the convolution before it adds, so that its true gradient is zero.
 ZERO_GRADIENTS = [f"backbone.patch_embed{part}.bias" for part in ("1.proj.0", "1.proj.3", "2.proj", "3.proj", "4.proj")]
-# The terms of these sums over all pixels cancel to a hundredth of their size, but their rounding does not.
+# The terms of these sums over all pixels cancel to a hundredth of their size, but their rounding does not: plain PyTorch is off
+# by 1.7e-5. With the compiled kernels on a contiguous input they need no exception.
 STEM_NORM = ("backbone.patch_embed1.proj.1.weight", "backbone.patch_embed1.proj.1.bias")
 STEM_NORM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5}
 
@@ -61,7 +63,8 @@ def test_golden_training(dtype, layout):
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         scale = expected[name.replace("bias", "weight") if name in ZERO_GRADIENTS else name]
-        limit = STEM_NORM_TOLERANCE[dtype] if name in STEM_NORM else tolerance
+        exact = layout == torch.contiguous_format and segnext_kernels.build_info()["isa"]
+        limit = STEM_NORM_TOLERANCE[dtype] if name in STEM_NORM and not exact else tolerance
         assert relative_error(gradient, expected[name], scale) < limit, name
 
 
