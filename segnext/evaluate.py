@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from .images import normalise
-from .model import label_map
 from .palette import IGNORED
+from .predict import segment
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,11 @@ def confusion_matrix(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 def evaluate(model: nn.Module, dataset: Dataset, classes: int) -> Scores:
     """Scores of a model on (uint8 [3, H, W], labels [H, W]) pairs of any sizes, one after another, at their full size."""
-    device, training = next(model.parameters()).device, model.training
+    training = model.training
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     model.eval()
-    with torch.inference_mode():
-        for image, labels in (dataset[i] for i in range(len(dataset))):
-            logits = model(normalise(image[None].to(device)).contiguous(memory_format=torch.channels_last))
-            confusion += confusion_matrix(label_map(logits, labels.shape)[0].cpu(), labels, classes)
+    for image, labels in (dataset[i] for i in range(len(dataset))):
+        confusion += confusion_matrix(segment(model, image, 0).cpu(), labels, classes)
     model.train(training)
     return Scores(confusion)
 

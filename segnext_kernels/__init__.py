@@ -7,7 +7,7 @@ from importlib.metadata import version as _version
 import torch
 
 from . import _load
-from ._select import explain
+from ._select import ABSENT, explain
 from .dwconv_gelu import dwconv_gelu
 from .msca_strips import msca_strips
 from .nmf import nmf
@@ -24,9 +24,7 @@ def build_info() -> dict[str, object]:
         isa: the instruction set in use ("avx512_bf16", "avx512", "avx2", "baseline") or None. cuda_architectures: a list,
         empty without CUDA kernels. missing: for every absent backend one sentence that says why.
     """
-    missing = {"cuda": "this version has no CUDA kernels", "triton": "this version has no Triton kernels"}
-    if _load.failure is not None:
-        missing["cpu"] = _load.failure
+    missing = ABSENT | ({"cpu": _load.failure} if _load.failure is not None else {})
     return {
         "version": __version__,
         "isa": _load.facts.get("isa"),

@@ -11,6 +11,7 @@ from . import _load
 OPERATORS = ("msca_strips", "dwconv_gelu", "nmf")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_BRANCHES = (7, 11, 21)
+ABSENT = {"cuda": "this version has no CUDA kernels", "triton": "this version has no Triton kernels"}
 
 
 def why_not(backend: str, operator: str, x: Tensor, branch_sizes: tuple[int, ...] = COMPILED_BRANCHES) -> str | None:
@@ -19,8 +20,8 @@ def why_not(backend: str, operator: str, x: Tensor, branch_sizes: tuple[int, ...
         return None
     if backend not in BACKENDS:
         return f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}"
-    if backend in ("cuda", "triton"):
-        return f"this version has no {'CUDA' if backend == 'cuda' else 'Triton'} kernels"
+    if backend in ABSENT:
+        return ABSENT[backend]
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, the compiled kernels are for the CPU"
     if _load.failure is not None:

@@ -100,12 +100,15 @@ void backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filt
               const Parts<A>& parts, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
   const int64_t width = x.width, height = x.height, out_group = width * L;
-  Buffer<A> taps(parts.block * kTaps * L), transposed((kTaps - 1) * L), out(parts.block * out_group),
+  Buffer<A> taps(parts.block * kTaps * L), transposed(parts.block * (kTaps - 1) * L), out(parts.block * out_group),
       grad(parts.block * out_group);
   RowRing<A> x_rows(kK, width, kK / 2, parts.block), dz_rows(kK, width, kK / 2, parts.block);
   for (int64_t item = begin; item < end; ++item) {
     const Part<A> part(x, parts, item);
     load_taps<A>(x, filter, part, taps);
+    for (int64_t g = 0; g < part.groups; ++g) {
+      reverse_taps<A>(taps + g * kTaps * L, kTaps - 1, transposed + g * (kTaps - 1) * L);
+    }
     A* sums = partial == nullptr ? nullptr : partial + (part.index * parts.groups + part.group) * kTaps * L;
     if (sums != nullptr) std::memset(sums, 0, sizeof(A) * part.groups * kTaps * L);
 
@@ -113,8 +116,7 @@ void backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filt
       for (int64_t g = 0; g < part.groups; ++g) {
         const A* rows[kK];
         dz_rows.window(row, g, height, rows);
-        reverse_taps<A>(taps + g * kTaps * L, kTaps - 1, transposed);
-        depthwise<A, kK>(rows, transposed, Vector<A>{}, width, out + g * out_group);
+        depthwise<A, kK>(rows, transposed + g * (kTaps - 1) * L, Vector<A>{}, width, out + g * out_group);
       }
       store_row<A>(grad_x, part.n, part.c, row, out, part.groups, out_group);
     };

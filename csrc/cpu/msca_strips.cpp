@@ -6,9 +6,6 @@
 namespace segnext {
 namespace {
 
-constexpr int kColumns[kBranches] = {column_taps(0), column_taps(1), column_taps(2)};
-constexpr int kRows[kBranches] = {row_taps(0), row_taps(1), row_taps(2)};
-
 // What the biases add to a whole output row: bv_k + bh_k * (the sum of V_k's taps that fall inside the image). The sums of a
 // range of taps are differences of running sums.
 template <class A>
@@ -68,9 +65,9 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, const 
     stem.restart(n, c, first - kReach);
     for (int64_t row = first; row < last; row += kStripRows) {
       stem.advance(row + kStripRows - 1 + kReach);
-      column_pass<A>(Window<A>(stem.a(), row, x.height), taps, kColumns, x.width, strips);
+      column_pass<A>(Window<A>(stem.a(), row, x.height), taps, x.width, strips);
       for (int64_t r = row; r < row + kStripRows && r < last; ++r) {
-        row_pass<A>(strips, r - row, taps, kRows, stem.a()[r], starts(r), x.width, out);
+        row_pass<A>(strips, r - row, taps, stem.a()[r], starts(r), x.width, out);
         store_row<A>(y, n, c, r, out);
       }
     }

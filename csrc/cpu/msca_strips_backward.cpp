@@ -12,10 +12,6 @@
 namespace segnext {
 namespace {
 
-// Taps of the transposed filters, in one block like the filters' own.
-constexpr int kTransposedColumns[kBranches] = {25, 32, 43};
-constexpr int kTransposedRows[kBranches] = {64, 71, 82};
-constexpr int kTransposedTaps = 103;
 constexpr int kChunk = kRegisters == 32 ? 21 : 7;  // taps whose sums fit in registers together
 
 // Calls f(first, count) for runs of at most kChunk taps that cover K taps.
@@ -25,12 +21,6 @@ SEGNEXT_INLINE void for_chunks(const F& f) {
   int first = 0;
   for (; first + kFull <= K; first += kFull) f(first, std::integral_constant<int, kFull>{});
   if constexpr (K % kFull != 0) f(first, std::integral_constant<int, K % kFull>{});
-}
-
-template <class A, int N>
-SEGNEXT_INLINE void add_to(A* total, const Vector<A> (&sums)[N]) {
-  SEGNEXT_UNROLL
-  for (int i = 0; i < N; ++i) store<A>(total + i * kLanes<A>, load<A>(total + i * kLanes<A>) + sums[i]);
 }
 
 // grad[t] += sum over w of u[w] * a[w + t - K / 2]
@@ -88,13 +78,12 @@ void strip(const A* row, const A* taps, int64_t width, A* out) {
   });
 }
 
+// The transposed filters, each in its own filter's place.
 template <class A>
 void transpose_taps(const A* taps, A* transposed) {
-  constexpr int L = kLanes<A>;
-  reverse_taps<A>(taps + kW5 * L, 25, transposed);
-  for (int b = 0; b < kBranches; ++b) {
-    reverse_taps<A>(taps + column_taps(b) * L, kBranchTaps[b], transposed + kTransposedColumns[b] * L);
-    reverse_taps<A>(taps + row_taps(b) * L, kBranchTaps[b], transposed + kTransposedRows[b] * L);
+  for (int i = 0; i < kStripTensors; ++i) {
+    const int offset = tensor_offset(i) * kLanes<A>;
+    reverse_taps<A>(taps + offset, kStripTaps[i], transposed + offset);
   }
 }
 
@@ -125,7 +114,7 @@ class TapGrads {
 
   void add_row(int64_t row, int64_t in_block, const A* g, const StripRows<A>& u, const A* da, const A* transposed) {
     for_branches([&](auto b) {
-      strip<A, kBranchTaps[b]>(g, transposed + kTransposedRows[b] * L, width_, strips_(b, in_block));
+      strip<A, kBranchTaps[b]>(g, transposed + kRowTaps[b] * L, width_, strips_(b, in_block));
       row_grad<A, kBranchTaps[b]>(u(b, in_block), stem_.a()[row], width_, total_ + row_taps(b) * L);
       add_row_sum<A>(u(b, in_block), width_, total_ + row_bias(b) * L);
     });
@@ -178,7 +167,7 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
   constexpr int L = kLanes<A>;
   const Groups<A> groups(x);
   const int64_t width = x.width, height = x.height;
-  Buffer<A> taps(kTaps * L), transposed(kTransposedTaps * L), out(width * L);
+  Buffer<A> taps(kTaps * L), transposed(kTaps * L), out(width * L);
   RowRing<A> g_rows(kWindow, width, kReach), da_rows(5, width, 2);
   StripRows<A> u(width);
   std::optional<TapGrads<A>> grads;
@@ -192,7 +181,7 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
     auto write_grad_x = [&](int64_t row) {
       const A* rows[5];
       da_rows.window(row, 0, height, rows);
-      depthwise<A, 5>(rows, transposed, Vector<A>{}, width, out);
+      depthwise<A, 5>(rows, transposed + kW5 * L, Vector<A>{}, width, out);
       store_row<A>(grad_x, n, c, row, out);
     };
     int64_t next_g = 0;
@@ -200,9 +189,9 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
       const int64_t last = row + kStripRows - 1 + kReach;
       for (; next_g <= last && next_g < height; ++next_g) load_row<A>(grad_out, n, c, next_g, g_rows[next_g]);
       if (grads) grads->advance(last);
-      column_pass<A>(Window<A>(g_rows, row, height), transposed, kTransposedColumns, width, u);
+      column_pass<A>(Window<A>(g_rows, row, height), transposed, width, u);
       for (int64_t r = row; r < row + kStripRows && r < height; ++r) {
-        row_pass<A>(u, r - row, transposed, kTransposedRows, g_rows[r], Vector<A>{}, width, da_rows[r]);
+        row_pass<A>(u, r - row, transposed, g_rows[r], Vector<A>{}, width, da_rows[r]);
         if (grads) grads->add_row(r, r - row, g_rows[r], u, da_rows[r], transposed);
         if (grad_x.data != nullptr && r >= 2) write_grad_x(r - 2);
       }

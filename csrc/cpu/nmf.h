@@ -4,8 +4,6 @@
 // it updates the tile's rows of C and adds the tile's share to x C and C^T C. Sums over N are kept per chunk and then added in
 // order.
 #pragma once
-#include <vector>
-
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 

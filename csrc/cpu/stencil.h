@@ -53,6 +53,13 @@ void depthwise(const A* const (&rows)[K], const A* taps, Vector<A> start, int64_
   });
 }
 
+// total[i] += sums[i]
+template <class A, int N>
+SEGNEXT_INLINE void add_to(A* total, const Vector<A> (&sums)[N]) {
+  SEGNEXT_UNROLL
+  for (int i = 0; i < N; ++i) store<A>(total + i * kLanes<A>, load<A>(total + i * kLanes<A>) + sums[i]);
+}
+
 // grad[s][t] += sum over w of out[w] * rows[s][w + t - K / 2]
 template <class A, int K>
 void depthwise_grad(const A* out, const A* const (&rows)[K], int64_t width, A* grad) {
@@ -60,23 +67,16 @@ void depthwise_grad(const A* out, const A* const (&rows)[K], int64_t width, A* g
   constexpr int kRows = kRegisters == 32 ? K : 12 / K;  // filter rows whose taps fit in registers together
   auto some_rows = [&](int first, auto size) {
     constexpr int count = size;
-    Vector<A> acc[count][K] = {};
+    Vector<A> acc[count * K] = {};
     for (int64_t w = 0; w < width; ++w) {
       const Vector<A> g = load<A>(out + w * L);
       SEGNEXT_UNROLL
       for (int s = 0; s < count; ++s) {
         SEGNEXT_UNROLL
-        for (int t = 0; t < K; ++t) acc[s][t] += g * load<A>(rows[first + s] + (w + t - K / 2) * L);
+        for (int t = 0; t < K; ++t) acc[s * K + t] += g * load<A>(rows[first + s] + (w + t - K / 2) * L);
       }
     }
-    SEGNEXT_UNROLL
-    for (int s = 0; s < count; ++s) {
-      SEGNEXT_UNROLL
-      for (int t = 0; t < K; ++t) {
-        A* total = grad + ((first + s) * K + t) * L;
-        store<A>(total, load<A>(total) + acc[s][t]);
-      }
-    }
+    add_to<A>(grad + first * K * L, acc);
   };
   for (int s = 0; s + kRows <= K; s += kRows) some_rows(s, std::integral_constant<int, kRows>{});
   if constexpr (K % kRows != 0) some_rows(K - K % kRows, std::integral_constant<int, K % kRows>{});

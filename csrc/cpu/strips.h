@@ -21,11 +21,13 @@ constexpr int tensor_offset(int tensor) {
   return offset;
 }
 inline constexpr int kTaps = tensor_offset(kStripTensors);
-inline constexpr int kW5 = 0, kB5 = 25;
+inline constexpr int kW5 = tensor_offset(0), kB5 = tensor_offset(1);
 constexpr int row_taps(int branch) { return tensor_offset(2 + 4 * branch); }
 constexpr int row_bias(int branch) { return tensor_offset(3 + 4 * branch); }
 constexpr int column_taps(int branch) { return tensor_offset(4 + 4 * branch); }
 constexpr int column_bias(int branch) { return tensor_offset(5 + 4 * branch); }
+inline constexpr int kRowTaps[kBranches] = {row_taps(0), row_taps(1), row_taps(2)};
+inline constexpr int kColumnTaps[kBranches] = {column_taps(0), column_taps(1), column_taps(2)};
 
 template <class A>
 void load_strip_taps(const StripFilters& filters, const Image& x, int64_t c, A* taps) {
@@ -68,8 +70,7 @@ class StripRows {
 
 // out(b, j)[w] = sum over t of taps_b[t] * row (j + t - k_b / 2)[w], for kStripRows rows j and all branches
 template <class A>
-void column_pass(const Window<A>& window, const A* taps, const int (&offsets)[kBranches], int64_t width,
-                 const StripRows<A>& out) {
+void column_pass(const Window<A>& window, const A* taps, int64_t width, const StripRows<A>& out) {
   constexpr int L = kLanes<A>;
   constexpr int kPixels = kRegisters == 32 ? 2 : 1;
   for_tiles<kPixels>(width, [&](int64_t w, auto size) {
@@ -87,7 +88,7 @@ void column_pass(const Window<A>& window, const A* taps, const int (&offsets)[kB
         for (int j = 0; j < kStripRows; ++j) {
           const int t = i - j - kReach + kBranchTaps[b] / 2;
           if (t < 0 || t >= kBranchTaps[b]) continue;
-          const Vector<A> tap = load<A>(taps + (offsets[b] + t) * L);
+          const Vector<A> tap = load<A>(taps + (kColumnTaps[b] + t) * L);
           SEGNEXT_UNROLL
           for (int p = 0; p < tile; ++p) acc[b][j][p] += tap * v[p];
         }
@@ -121,15 +122,14 @@ SEGNEXT_INLINE void strip_tile(const A* row, const A* taps, int64_t w, Vector<A>
 
 // out[w] = start + base[w] + sum over branches of (taps_b * strips(b, row))[w]
 template <class A>
-void row_pass(const StripRows<A>& strips, int row, const A* taps, const int (&offsets)[kBranches], const A* base,
-              Vector<A> start, int64_t width, A* out) {
+void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base, Vector<A> start, int64_t width, A* out) {
   constexpr int L = kLanes<A>;
   for_tiles<kTile>(width, [&](int64_t w, auto size) {
     constexpr int tile = size;
     Vector<A> acc[tile];
     SEGNEXT_UNROLL
     for (int i = 0; i < tile; ++i) acc[i] = start + load<A>(base + (w + i) * L);
-    for_branches([&](auto b) { strip_tile<A, kBranchTaps[b], tile>(strips(b, row), taps + offsets[b] * L, w, acc); });
+    for_branches([&](auto b) { strip_tile<A, kBranchTaps[b], tile>(strips(b, row), taps + kRowTaps[b] * L, w, acc); });
     SEGNEXT_UNROLL
     for (int i = 0; i < tile; ++i) store<A>(out + (w + i) * L, acc[i]);
   });
