@@ -1,100 +1,14 @@
-// Tensors -> pointers, and the registration of the CPU kernels. The only CPU file that knows torch; the schemas are Python's.
-#undef Py_LIMITED_API  // torch's build adds its own
-#define Py_LIMITED_API 0x030a0000
-#include <Python.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/version.h>
-
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "cpu/kernels.h"
+// The registration of the operators' CPU kernels. Only the bindings know torch; the schemas are Python's.
+#include "tensors.h"
 
 namespace {
 
+using namespace segnext::tensors;
 using segnext::DepthwiseFilter;
 using segnext::Dtype;
 using segnext::Image;
 using segnext::Matrices;
 using segnext::StripFilters;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "segnext_kernels: ", name, " must be float32, float64, bfloat16 or float16");
-  }
-}
-
-// Whether the strides are those of a dense tensor whose dimensions lie in memory in this order (strides of length 1 are free).
-bool dense(const Tensor& t, std::initializer_list<int> order) {
-  int64_t expected = 1;
-  for (auto d = std::rbegin(order); d != std::rend(order); ++d) {
-    if (t.size(*d) != 1 && t.stride(*d) != expected) return false;
-    expected *= t.size(*d);
-  }
-  return true;
-}
-
-Image image(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4, "segnext_kernels: ", name, " must be a CPU tensor [N, C, H, W]");
-  const bool contiguous = t.numel() == 0 || dense(t, {0, 1, 2, 3});
-  STD_TORCH_CHECK(contiguous || dense(t, {0, 2, 3, 1}), "segnext_kernels: ", name, " must be contiguous or channels_last");
-  return {t.data_ptr(), dtype_of(t, name), !contiguous, t.size(0), t.size(1), t.size(2), t.size(3)};
-}
-
-Image image_like(const Tensor& t, const Image& x, const char* name) {
-  Image other = image(t, name);
-  STD_TORCH_CHECK(other.dtype == x.dtype && other.images == x.images && other.channels == x.channels &&
-                      other.height == x.height && other.width == x.width,
-                  "segnext_kernels: ", name, " must have x's shape and dtype");
-  return other;
-}
-
-// A filter's or bias' memory; `count` elements of x's dtype. The caller keeps the returned tensor alive.
-Tensor filter(const Tensor& t, const Image& x, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && dtype_of(t, name) == x.dtype && t.numel() == x.channels * count, "segnext_kernels: ", name,
-                  " must hold ", x.channels * count, " elements of x's dtype on the CPU");
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-struct Filters {
-  std::vector<Tensor> kept;
-  StripFilters pointers;
-};
-
-Filters strip_filters(const std::vector<Tensor>& weights, const Image& x) {
-  STD_TORCH_CHECK(weights.size() == segnext::kStripTensors,
-                  "segnext_kernels: msca_strips on the CPU takes the 5x5 filter and branches of 7, 11 and 21 taps: 14 tensors");
-  Filters filters;
-  for (int i = 0; i < segnext::kStripTensors; ++i) {
-    filters.kept.push_back(filter(weights[i], x, segnext::kStripTaps[i], ("weights[" + std::to_string(i) + "]").c_str()));
-    filters.pointers.tensors[i] = filters.kept.back().data_ptr();
-  }
-  return filters;
-}
-
-Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
-Tensor empty(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
-
-segnext::Parallel parallel() {
-  return {torch::stable::get_num_threads(), [](int64_t items, const segnext::Range& body) {
-            if (items > 0) torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
-          }};
-}
 
 Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
   const Image in = image(x, "x");

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .fuse import fuse
 from .model import Config, SegNeXt, create, encoder
 from .weights import WeightsError, load, load_encoder, save
 
-__all__ = ["Config", "SegNeXt", "WeightsError", "create", "encoder", "load", "load_encoder", "save"]
+__all__ = ["Config", "SegNeXt", "WeightsError", "create", "encoder", "fuse", "load", "load_encoder", "save"]

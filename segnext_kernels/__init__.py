@@ -7,13 +7,31 @@ from importlib.metadata import version as _version
 import torch
 
 from . import _load
+from ._pack import pack
 from ._select import ABSENT, explain
+from .conv_act import conv_act
 from .dwconv_gelu import dwconv_gelu
+from .group_norm_relu import group_norm_relu
+from .mlp import mlp
 from .msca_strips import msca_strips
 from .nmf import nmf
+from .resize_concat_conv import resize_concat_conv
+from .spatial_attention import spatial_attention
 
 __version__ = _version("segnext-kernels")
-__all__ = ["build_info", "dwconv_gelu", "explain", "msca_strips", "nmf"]
+__all__ = [
+    "build_info",
+    "conv_act",
+    "dwconv_gelu",
+    "explain",
+    "group_norm_relu",
+    "mlp",
+    "msca_strips",
+    "nmf",
+    "pack",
+    "resize_concat_conv",
+    "spatial_attention",
+]
 
 
 def build_info() -> dict[str, object]:

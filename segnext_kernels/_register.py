@@ -42,6 +42,18 @@ def register(
         _register_autocast(name, device, autocast)
 
 
+def register_inference(schema: str, fake: Callable) -> None:
+    """Registers an operator that serves inference alone: going backward through it raises a sentence that says so."""
+    name = schema[: schema.index("(")]
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{name} serves inference and has no derivative; train the model that was fused")
+
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=library)
+
+
 def _no_double_backward(name: str) -> Callable:
     def backward(ctx, *grads):
         raise NotImplementedError(

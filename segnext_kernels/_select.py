@@ -8,7 +8,16 @@ from torch.autograd import forward_ad
 
 from . import _load
 
-OPERATORS = ("msca_strips", "dwconv_gelu", "nmf")
+OPERATORS = (
+    "msca_strips",
+    "dwconv_gelu",
+    "nmf",
+    "conv_act",
+    "spatial_attention",
+    "mlp",
+    "group_norm_relu",
+    "resize_concat_conv",
+)
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_BRANCHES = (7, 11, 21)
 ABSENT = {"cuda": "this version has no CUDA kernels", "triton": "this version has no Triton kernels"}
@@ -53,7 +62,7 @@ def explain(operator: str, x: Tensor, **details) -> dict[str, str]:
     """Says for every backend whether it serves a call of ``operator`` on ``x``: "serves", "could serve", or why not.
 
     Args:
-        operator: "msca_strips", "dwconv_gelu" or "nmf".
+        operator: its name, such as "msca_strips".
         x: the operator's first argument.
         details: ``branch_sizes`` for msca_strips, (7, 11, 21) unless told.
 

@@ -10,6 +10,9 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRADIENTS = ("exact", "one_step")
 AUTOCAST_DEVICES = ("cpu", "cuda")
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = ("none", "gelu", "relu")
+PANEL = 32  # columns of packed weights that lie together
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -93,6 +96,108 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str) -> None:
         raise ValueError(f"nmf: steps must be at least 0, got {steps}")
     if gradient not in GRADIENTS:
         raise ValueError(f"nmf: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+
+
+def conv_act(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, stride: int, activation: str) -> None:
+    """Checks the arguments of conv_act."""
+    channels_last("conv_act", "x", x[:0] if isinstance(x, Tensor) and x.dim() else x)
+    if kernel_size < 1 or kernel_size % 2 == 0 or stride < 1:
+        raise ValueError(f"conv_act: kernel_size must be odd and stride at least 1, got {kernel_size} and {stride}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"conv_act: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    packed("conv_act", "weight", weight, bias, x.shape[1] * kernel_size**2, x)
+
+
+def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Checks the arguments of spatial_attention and returns x in channels_last."""
+    op = "spatial_attention"
+    x = channels_last(op, "x", x)
+    if not isinstance(weights, (list, tuple)) or len(weights) != 21:
+        raise ValueError(f"{op}: weights must be 21 tensors: W1, b1, 14 strips, W3, b3, W2, b2, scale; got {len(weights)}")
+    channels = x.shape[1]
+    for name, i in (("W1", 0), ("W3", 16), ("W2", 18)):
+        packed(op, name, weights[i], weights[i + 1], channels, x)
+        _shape(op, f"the bias of {name}", weights[i + 1], (channels,))
+    sizes = msca_strips(x, list(weights[2:16]))
+    if sizes != (7, 11, 21):
+        raise ValueError(f"{op}: the strips must have branch sizes (7, 11, 21), got {sizes}")
+    vector(op, "scale", weights[20], channels, x)
+    return x
+
+
+def mlp(
+    x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor
+) -> Tensor:
+    """Checks the arguments of mlp and returns x in channels_last."""
+    x = channels_last("mlp", "x", x)
+    packed("mlp", "fc1", fc1, bias1, x.shape[1], x)
+    packed("mlp", "fc2", fc2, bias2, bias1.shape[0], x)
+    vector("mlp", "bias2", bias2, x.shape[1], x)
+    vector("mlp", "depthwise_bias", depthwise_bias, bias1.shape[0], x)
+    if not isinstance(depthwise, Tensor) or depthwise.dtype != torch.float32:
+        raise TypeError("mlp: depthwise must be a float32 tensor")
+    _same_device("mlp", "depthwise", depthwise, x)
+    _shape("mlp", "depthwise", depthwise, (bias1.shape[0], 1, 3, 3))
+    return x
+
+
+def group_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Checks the arguments of group_norm_relu and returns x and the residual in channels_last."""
+    op = "group_norm_relu"
+    x = channels_last(op, "x", x)
+    vector(op, "weight", weight, x.shape[1], x)
+    vector(op, "bias", bias, x.shape[1], x)
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"{op}: groups must divide the {x.shape[1]} channels, got {groups}")
+    if residual is None:
+        return x, None
+    _companion(op, "residual", residual, x)
+    _shape(op, "residual", residual, tuple(x.shape))
+    return x, channels_last(op, "residual", residual)
+
+
+def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> list[Tensor]:
+    """Checks the arguments of resize_concat_conv and returns the maps in channels_last."""
+    op = "resize_concat_conv"
+    if not maps or len(maps) != len(weights):
+        raise ValueError(f"{op}: as many weights as maps are needed and at least one, got {len(maps)} and {len(weights)}")
+    maps = [channels_last(op, f"maps[{i}]", x) for i, x in enumerate(maps)]
+    for i, (x, weight) in enumerate(zip(maps, weights, strict=True)):
+        _companion(op, f"maps[{i}]", x, maps[0])
+        if x.shape[0] != maps[0].shape[0] or x.numel() == 0:
+            raise ValueError(f"{op}: maps must have one batch size and not be empty, got {[list(m.shape) for m in maps]}")
+        packed(op, f"weights[{i}]", weight, bias, x.shape[1], x)
+    return maps
+
+
+def channels_last(op: str, name: str, x: Tensor) -> Tensor:
+    """Checks an image for inference and returns it in channels_last: itself where it is, else a copy."""
+    _tensor(op, name, x, "[N, C, H, W]")
+    if x.dtype not in PACKED_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32 or bfloat16, got {x.dtype}")
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Tensor) -> None:
+    """Checks packed weights of a linear layer on ``inputs`` values and their bias, which tells the number of outputs."""
+    if not isinstance(bias, Tensor) or bias.dim() != 1:
+        raise TypeError(f"{op}: the bias of {name} must be a tensor [outputs]")
+    vector(op, f"the bias of {name}", bias, bias.shape[0], x)
+    _companion(op, name, weight, x)
+    step = 2 if x.dtype == torch.bfloat16 else 1
+    panels = -(-bias.shape[0] // PANEL)
+    shape = (panels, inputs, PANEL) if step == 1 else (panels, -(-inputs // step), PANEL, step)
+    _shape(op, f"{name}, packed,", weight, shape)
+
+
+def vector(op: str, name: str, tensor: Tensor, count: int, x: Tensor) -> None:
+    """Checks ``count`` float32 numbers on x's device."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be a float32 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    _same_device(op, name, tensor, x)
+    _shape(op, name, tensor, (count,))
 
 
 def _image(op: str, x: Tensor) -> None:

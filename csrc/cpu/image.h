@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "cpu/simd.h"
 
@@ -43,19 +44,69 @@ SEGNEXT_INLINE void with_storage(Dtype dtype, const F& f) {
   }
 }
 
+// Freed blocks of scratch memory, kept by every thread for its next calls: fresh pages of the system cost more than the kernels
+// that fill them. Under AddressSanitizer nothing is kept, so that it sees every block.
+class FreeBlocks {
+ public:
+  struct Block {
+    void* data;
+    size_t size;
+  };
+
+  static Block take(size_t size) {
+    for (Block& kept : mine().blocks_) {
+      if (kept.size < size || kept.size > 2 * size) continue;
+      mine().total_ -= kept.size;
+      return std::exchange(kept, {});
+    }
+    return {::operator new(size, kAlignment), size};
+  }
+
+  static void give(Block block) {
+    FreeBlocks& free = mine();
+    for (Block& kept : free.blocks_) {
+      if (!kKeep || kept.data != nullptr || free.total_ + block.size > kMost) continue;
+      kept = block;
+      free.total_ += block.size;
+      return;
+    }
+    ::operator delete(block.data, kAlignment);
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool kKeep = false;
+#else
+  static constexpr bool kKeep = true;
+#endif
+  static constexpr size_t kMost = 64 << 20;
+  static constexpr std::align_val_t kAlignment{64};
+
+  static FreeBlocks& mine() {
+    thread_local FreeBlocks blocks;
+    return blocks;
+  }
+  ~FreeBlocks() {
+    for (Block& kept : blocks_) ::operator delete(kept.data, kAlignment);
+  }
+
+  Block blocks_[16] = {};
+  size_t total_ = 0;
+};
+
 // Aligned scratch memory that frees itself.
 template <class A>
 class Buffer {
  public:
   explicit Buffer(int64_t size)
-      : data_(static_cast<A*>(::operator new(static_cast<size_t>(size > 0 ? size : 1) * sizeof(A), std::align_val_t{64}))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+      : block_(FreeBlocks::take(static_cast<size_t>(size > 0 ? size : 1) * sizeof(A))) {}
+  ~Buffer() { FreeBlocks::give(block_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  operator A*() const { return data_; }
+  operator A*() const { return static_cast<A*>(block_.data); }
 
  private:
-  A* data_;
+  FreeBlocks::Block block_;
 };
 
 // A ring of rows, each of `groups` times [pad + width + pad][kLanes], of which the `count` newest are kept; the pads are zero,

@@ -53,4 +53,74 @@ void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t ste
 void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool one_step,
                   const Matrices& grad_x, void* grad_bases, const Parallel& parallel);
 
+// Weights of a matrix product, packed as segnext_kernels/_pack.py says, in x's dtype, and their bias.
+struct PackedWeights {
+  const void* data;
+  const float* bias;
+};
+enum class Activation { kNone, kGelu, kRelu };
+
+template <Activation act>
+SEGNEXT_INLINE Vector<float> activate(Vector<float> z) {
+  if constexpr (act == Activation::kGelu) return z * normal_cdf(z);
+  if constexpr (act == Activation::kRelu) return z < 0.0f ? Vector<float>{} : z;  // NaN stays
+  return z;
+}
+
+// Calls f with a null pointer of the type that products are stored in: float or BFloat16.
+template <class F>
+void with_dense_type(Dtype dtype, const F& f) {
+  dtype == Dtype::kBFloat16 ? f(static_cast<BFloat16*>(nullptr)) : f(static_cast<float*>(nullptr));
+}
+
+// Calls f with the activation as an integral constant.
+template <class F>
+void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kGelu:
+      return f(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kRelu:
+      return f(std::integral_constant<Activation, Activation::kRelu>{});
+    default:
+      return f(std::integral_constant<Activation, Activation::kNone>{});
+  }
+}
+
+// For inference, float or BFloat16. Images are channels_last, but conv_act's x may have either layout.
+struct Convolution {
+  PackedWeights weights;
+  int64_t kernel, stride;  // the padding is half the kernel
+  Activation activation;
+};
+void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, const Parallel& parallel);
+
+struct AttentionWeights {
+  PackedWeights in;
+  StripFilters strips;
+  PackedWeights gate, out;
+  const float* scale;
+};
+void spatial_attention_forward(const Image& x, const AttentionWeights& w, const Image& y, const Parallel& parallel);
+
+struct MlpWeights {
+  PackedWeights fc1;
+  const float *depthwise, *depthwise_bias;  // [hidden][9], [hidden]
+  PackedWeights fc2;
+  int64_t hidden;
+};
+void mlp_forward(const Image& x, const MlpWeights& w, const Image& y, const Parallel& parallel);
+
+struct GroupNorm {
+  const float *weight, *bias;
+  int64_t groups;
+  float epsilon;
+};
+// residual.data may be null.
+void group_norm_relu_forward(const Image& x, const GroupNorm& norm, const Image& residual, const Image& y,
+                             const Parallel& parallel);
+
+// `count` maps of y's dtype, the first of y's size, and as many packed weights.
+void resize_concat_conv_forward(const Image* maps, const void* const* weights, int64_t count, const float* bias, const Image& y,
+                                const Parallel& parallel);
+
 }  // namespace segnext

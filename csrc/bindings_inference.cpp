@@ -1,0 +1,136 @@
+// The registration of the operators that serve inference alone.
+#include "tensors.h"
+
+namespace {
+
+using namespace segnext::tensors;
+using segnext::Activation;
+using segnext::AttentionWeights;
+using segnext::Convolution;
+using segnext::Dtype;
+using segnext::GroupNorm;
+using segnext::Image;
+using segnext::kStripTensors;
+using segnext::MlpWeights;
+using segnext::PackedWeights;
+
+// An image that is stored pixel by pixel.
+Image pixels(const Tensor& t, const char* name) {
+  Image x = image(t, name);
+  STD_TORCH_CHECK(x.dtype == Dtype::kFloat32 || x.dtype == Dtype::kBFloat16, "segnext_kernels: ", name,
+                  " must be float32 or bfloat16");
+  STD_TORCH_CHECK(t.numel() == 0 || dense(t, {0, 2, 3, 1}), "segnext_kernels: ", name, " must be channels_last");
+  x.channels_last = true;
+  return x;
+}
+
+const float* floats(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count,
+                  "segnext_kernels: ", name, " must hold ", count, " contiguous float32 elements on the CPU");
+  return static_cast<const float*>(t.data_ptr());
+}
+
+PackedWeights packed(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t columns, const Image& x, const char* name) {
+  const int64_t padded = x.dtype == Dtype::kBFloat16 ? depth + depth % 2 : depth, panels = (columns + 31) / 32;
+  STD_TORCH_CHECK(weight.is_cpu() && dtype_of(weight, name) == x.dtype && weight.is_contiguous() &&
+                      weight.numel() == panels * padded * 32,
+                  "segnext_kernels: ", name, " must be packed weights [", depth, ", ", columns, "] in x's dtype on the CPU");
+  return {weight.data_ptr(), floats(bias, columns, name)};
+}
+
+Tensor empty_pixels(const Tensor& like, int64_t images, int64_t channels, int64_t height, int64_t width) {
+  Tensor t = torch::stable::new_empty(like, {images, height, width, channels});
+  return torch::stable::transpose(torch::stable::transpose(t, 1, 3), 2, 3);
+}
+
+Tensor conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t kernel_size, int64_t stride,
+                const std::string& activation) {
+  const Image in = image(x, "x");
+  STD_TORCH_CHECK(in.dtype == Dtype::kFloat32 || in.dtype == Dtype::kBFloat16,
+                  "segnext_kernels: x must be float32 or bfloat16");
+  STD_TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1 && stride > 0,
+                  "segnext_kernels: kernel_size must be odd and stride positive");
+  const int64_t columns = bias.numel();
+  Convolution conv{packed(weight, bias, in.channels * kernel_size * kernel_size, columns, in, "weight"), kernel_size, stride,
+                   activation == "gelu"   ? Activation::kGelu
+                   : activation == "relu" ? Activation::kRelu
+                                          : Activation::kNone};
+  STD_TORCH_CHECK(conv.activation != Activation::kNone || activation == "none",
+                  "segnext_kernels: activation must be none, gelu or relu, got ", activation);
+  auto size = [&](int64_t n) { return n > 0 ? (n - 1) / stride + 1 : 0; };
+  Tensor y = empty_pixels(x, in.images, columns, size(in.height), size(in.width));
+  segnext::conv_act_forward(in, conv, pixels(y, "y"), parallel());
+  return y;
+}
+
+// weights: of the first projection, 14 strips, the gate, the second projection, scale; packed weights are followed by a bias.
+Tensor spatial_attention(const Tensor& x, const std::vector<Tensor>& weights) {
+  constexpr size_t kStrips = kStripTensors;
+  const Image in = pixels(x, "x");
+  STD_TORCH_CHECK(weights.size() == kStrips + 7, "segnext_kernels: spatial_attention takes ", kStrips + 7, " weights");
+  const Filters strips = strip_filters({weights.begin() + 2, weights.begin() + 2 + kStrips}, in);
+  auto dense_at = [&](size_t i, const char* name) {
+    return packed(weights[i], weights[i + 1], in.channels, in.channels, in, name);
+  };
+  const AttentionWeights w{dense_at(0, "proj_1"), strips.pointers, dense_at(kStrips + 2, "conv3"),
+                           dense_at(kStrips + 4, "proj_2"), floats(weights[kStrips + 6], in.channels, "scale")};
+  Tensor y = torch::stable::empty_like(x);
+  segnext::spatial_attention_forward(in, w, pixels(y, "y"), parallel());
+  return y;
+}
+
+Tensor mlp(const Tensor& x, const Tensor& fc1, const Tensor& bias1, const Tensor& depthwise, const Tensor& depthwise_bias,
+           const Tensor& fc2, const Tensor& bias2) {
+  const Image in = pixels(x, "x");
+  const int64_t hidden = bias1.numel();
+  const MlpWeights w{packed(fc1, bias1, in.channels, hidden, in, "fc1"), floats(depthwise, hidden * 9, "depthwise"),
+                     floats(depthwise_bias, hidden, "depthwise_bias"), packed(fc2, bias2, hidden, in.channels, in, "fc2"), hidden};
+  Tensor y = torch::stable::empty_like(x);
+  segnext::mlp_forward(in, w, pixels(y, "y"), parallel());
+  return y;
+}
+
+Tensor group_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
+                       const std::optional<Tensor>& residual) {
+  const Image in = pixels(x, "x");
+  STD_TORCH_CHECK(groups > 0 && in.channels % groups == 0, "segnext_kernels: ", groups, " groups do not divide ", in.channels,
+                  " channels");
+  const GroupNorm norm{floats(weight, in.channels, "weight"), floats(bias, in.channels, "bias"), groups,
+                       static_cast<float>(eps)};
+  Image add{};
+  if (residual) {
+    add = image_like(*residual, in, "residual");
+    pixels(*residual, "residual");
+  }
+  Tensor y = torch::stable::empty_like(x);
+  if (x.numel() > 0) segnext::group_norm_relu_forward(in, norm, add, pixels(y, "y"), parallel());
+  return y;
+}
+
+Tensor resize_concat_conv(const std::vector<Tensor>& maps, const std::vector<Tensor>& weights, const Tensor& bias) {
+  STD_TORCH_CHECK(!maps.empty() && maps.size() == weights.size(), "segnext_kernels: as many maps as weights are needed");
+  std::vector<Image> images;
+  std::vector<const void*> pointers;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    images.push_back(pixels(maps[i], "maps"));
+    STD_TORCH_CHECK(images[i].dtype == images[0].dtype && images[i].images == images[0].images,
+                    "segnext_kernels: maps must have one dtype and batch size");
+    STD_TORCH_CHECK(maps[i].numel() > 0, "segnext_kernels: maps must not be empty");
+    pointers.push_back(packed(weights[i], bias, images[i].channels, bias.numel(), images[i], "weights").data);
+  }
+  const Image& first = images[0];
+  Tensor y = empty_pixels(maps[0], first.images, bias.numel(), first.height, first.width);
+  segnext::resize_concat_conv_forward(images.data(), pointers.data(), static_cast<int64_t>(images.size()),
+                                      floats(bias, bias.numel(), "bias"), pixels(y, "y"), parallel());
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
+  m.impl("conv_act", TORCH_BOX(&conv_act));
+  m.impl("spatial_attention", TORCH_BOX(&spatial_attention));
+  m.impl("mlp", TORCH_BOX(&mlp));
+  m.impl("group_norm_relu", TORCH_BOX(&group_norm_relu));
+  m.impl("resize_concat_conv", TORCH_BOX(&resize_concat_conv));
+}

@@ -1,0 +1,122 @@
+// conv_act: a 1x1 or larger convolution as matrix products with packed weights, with bias and activation on the way out.
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/matmul.h"
+
+namespace segnext {
+namespace {
+
+constexpr int64_t kBlock = 96;  // pixels of one product
+
+// y pixels <- activation(a * weights + bias)
+template <class T, Activation act>
+void multiply(const Pixels<T>& a, const Packed<T>& weights, const float* bias, T* y) {
+  const int64_t C = weights.columns;
+  matmul<T>(a, weights, [&](int64_t m, int rows, int64_t column, const float* tile) {
+    for_vectors(column, C, [&](int64_t c, int lanes) {
+      const Vector<float> b = load_lanes(bias + c, lanes);
+      for (int i = 0; i < rows; ++i) {
+        const Vector<float> z = load<float>(tile + i * kPanel + c - column) + b;
+        store_lanes(y + (m + i) * C + c, activate<act>(z), lanes);
+      }
+    });
+  });
+}
+
+// The input rows under one output row, [kernel][pad + width + pad][channels] with zeros outside the image.
+template <class T>
+class InputRows {
+ public:
+  InputRows(const Image& x, const Convolution& conv)
+      : x_(x), conv_(conv), pad_(conv.kernel / 2 * x.channels), row_(x.width * x.channels + 2 * pad_), rows_(conv.kernel * row_) {}
+
+  void load(int64_t n, int64_t row) {
+    for (int64_t s = 0; s < conv_.kernel; ++s) {
+      const int64_t h = row * conv_.stride + s - conv_.kernel / 2;
+      T* out = rows_ + s * row_;
+      if (h < 0 || h >= x_.height) {
+        std::memset(out, 0, sizeof(T) * row_);
+        continue;
+      }
+      std::memset(out, 0, sizeof(T) * pad_);
+      std::memset(out + row_ - pad_, 0, sizeof(T) * pad_);
+      copy_row(n, h, out + pad_);
+    }
+  }
+
+  // out [pixels][kernel * kernel * channels], pixels [first, last) of the output row
+  void gather(int64_t first, int64_t last, T* out) const {
+    const int64_t run = conv_.kernel * x_.channels;
+    if (run == kPhotoRun) return gather_runs(first, last, std::integral_constant<int64_t, kPhotoRun>{}, out);
+    gather_runs(first, last, run, out);
+  }
+
+ private:
+  static constexpr int64_t kPhotoRun = 9;  // three pixels of a photograph
+
+  void copy_row(int64_t n, int64_t h, T* out) const {
+    const int64_t C = x_.channels, plane = x_.height * x_.width;
+    const T* image = static_cast<const T*>(x_.data) + n * C * plane;
+    if (x_.channels_last) {
+      std::memcpy(out, image + h * x_.width * C, sizeof(T) * x_.width * C);
+      return;
+    }
+    for (int64_t c = 0; c < C; ++c) {
+      const T* in = image + c * plane + h * x_.width;
+      for (int64_t w = 0; w < x_.width; ++w) out[w * C + c] = in[w];
+    }
+  }
+
+  template <class Run>
+  void gather_runs(int64_t first, int64_t last, Run run, T* out) const {
+    for (int64_t w = first; w < last; ++w) {
+      const T* in = rows_ + w * conv_.stride * x_.channels;
+      for (int64_t s = 0; s < conv_.kernel; ++s, out += run) std::memcpy(out, in + s * row_, sizeof(T) * run);
+    }
+  }
+
+  const Image& x_;
+  const Convolution& conv_;
+  const int64_t pad_, row_;
+  Buffer<T> rows_;
+};
+
+}  // namespace
+
+void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, const Parallel& parallel) {
+  with_dense_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Packed<T> weights(static_cast<const T*>(conv.weights.data), conv.kernel * conv.kernel * x.channels, y.channels);
+    T* out = static_cast<T*>(y.data);
+    with_activation(conv.activation, [&](auto act) {
+      auto product = [&](const T* a, int64_t first, int64_t count) {
+        multiply<T, act>({a, weights.depth, count, weights.depth}, weights, conv.weights.bias, out + first * y.channels);
+      };
+      if (conv.kernel == 1 && conv.stride == 1 && x.channels_last) {
+        const int64_t pixels = x.images * x.height * x.width;
+        return parallel((pixels + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
+          for (int64_t first = begin * kBlock; first < std::min(end * kBlock, pixels); first += kBlock)
+            product(static_cast<const T*>(x.data) + first * x.channels, first, std::min(kBlock, pixels - first));
+        });
+      }
+      // Where rows are short, several are gathered for one product.
+      parallel(y.images * y.height, [&](int64_t begin, int64_t end) {
+        const int64_t most = std::max(kBlock, 2 * y.width);
+        InputRows<T> rows(x, conv);
+        Buffer<T> gathered(std::min(most, (end - begin) * y.width) * weights.depth);
+        int64_t count = 0;
+        for (int64_t row = begin; row < end; ++row) {
+          rows.load(row / y.height, row % y.height);
+          rows.gather(0, y.width, gathered + count * weights.depth);
+          count += y.width;
+          if (count + y.width <= most && row + 1 < end) continue;
+          product(gathered, (row + 1) * y.width - count, count);
+          count = 0;
+        }
+      });
+    });
+  });
+}
+
+}  // namespace segnext

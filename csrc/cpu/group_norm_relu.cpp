@@ -1,0 +1,106 @@
+// group_norm_relu: y = relu(group norm of x + residual) in channels_last: one pass for the statistics, one for the result.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/matmul.h"
+
+namespace segnext {
+namespace {
+
+constexpr int64_t kBlock = 64;  // pixels whose statistics are kept apart
+
+// Mean and sum of squared deviations of `count` values.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  void add(const Moments& other) {
+    if (other.count == 0) return;
+    const double total = count + other.count, shift = other.mean - mean;
+    mean += shift * other.count / total;
+    squares += other.squares + shift * shift * count * other.count / total;
+    count = total;
+  }
+};
+
+// out [3][C]: the first pixel and, of the differences from it, the sum and the sum of squares.
+template <class T>
+void block_sums(const T* x, int64_t C, int64_t pixels, float* out) {
+  constexpr int L = kLanes<float>;
+  for (int64_t c = 0; c < C; c += L) {
+    const int lanes = C - c < L ? static_cast<int>(C - c) : L;
+    const Vector<float> first = load_lanes(x + c, lanes);
+    Vector<float> sum = {}, squares = {};
+    for (int64_t m = 1; m < pixels; ++m) {
+      const Vector<float> d = load_lanes(x + m * C + c, lanes) - first;
+      sum += d;
+      squares += d * d;
+    }
+    store_lanes(out + c, first, lanes);
+    store_lanes(out + C + c, sum, lanes);
+    store_lanes(out + 2 * C + c, squares, lanes);
+  }
+}
+
+// scale, shift [C] of one image, from the sums of its blocks
+void affine(const GroupNorm& norm, int64_t C, int64_t pixels, const float* sums, float* scale, float* shift) {
+  const int64_t size = C / norm.groups;
+  for (int64_t group = 0; group < norm.groups; ++group) {
+    Moments all;
+    for (int64_t first = 0; first < pixels; first += kBlock, sums += 3 * C) {
+      const double count = static_cast<double>(std::min(kBlock, pixels - first));
+      for (int64_t c = group * size; c < (group + 1) * size; ++c) {
+        const double sum = sums[C + c];
+        all.add({count, sums[c] + sum / count, sums[2 * C + c] - sum * sum / count});
+      }
+    }
+    sums -= (pixels + kBlock - 1) / kBlock * 3 * C;
+    const double deviation = std::sqrt(all.squares / all.count + norm.epsilon);
+    for (int64_t c = group * size; c < (group + 1) * size; ++c) {
+      scale[c] = static_cast<float>(norm.weight[c] / deviation);
+      shift[c] = static_cast<float>(norm.bias[c] - norm.weight[c] / deviation * all.mean);
+    }
+  }
+}
+
+template <class T>
+void apply(const T* x, const T* residual, const float* scale, const float* shift, int64_t C, int64_t pixels, T* y) {
+  constexpr int L = kLanes<float>;
+  for (int64_t m = 0; m < pixels * C; m += C) {
+    for (int64_t c = 0; c < C; c += L) {
+      const int lanes = C - c < L ? static_cast<int>(C - c) : L;
+      Vector<float> z = load_lanes(x + m + c, lanes) * load_lanes(scale + c, lanes) + load_lanes(shift + c, lanes);
+      if (residual != nullptr) z += load_lanes(residual + m + c, lanes);
+      store_lanes(y + m + c, activate<Activation::kRelu>(z), lanes);
+    }
+  }
+}
+
+}  // namespace
+
+void group_norm_relu_forward(const Image& x, const GroupNorm& norm, const Image& residual, const Image& y,
+                             const Parallel& parallel) {
+  const int64_t C = x.channels, pixels = x.height * x.width, blocks = (pixels + kBlock - 1) / kBlock;
+  with_dense_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *in = static_cast<const T*>(x.data), *add = static_cast<const T*>(residual.data);
+    Buffer<float> sums(x.images * blocks * 3 * C), scale(x.images * C), shift(x.images * C);
+    auto for_blocks = [&](const auto& f) {  // f(item, image, first element, pixels)
+      parallel(x.images * blocks, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t n = item / blocks, first = item % blocks * kBlock;
+          f(item, n, (n * pixels + first) * C, std::min(kBlock, pixels - first));
+        }
+      });
+    };
+    for_blocks([&](int64_t item, int64_t, int64_t at, int64_t count) { block_sums(in + at, C, count, sums + item * 3 * C); });
+    parallel(x.images, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) affine(norm, C, pixels, sums + n * blocks * 3 * C, scale + n * C, shift + n * C);
+    });
+    for_blocks([&](int64_t, int64_t n, int64_t at, int64_t count) {
+      apply(in + at, add == nullptr ? nullptr : add + at, scale + n * C, shift + n * C, C, count, static_cast<T*>(y.data) + at);
+    });
+  });
+}
+
+}  // namespace segnext

@@ -1,0 +1,203 @@
+// Products of pixels [rows][depth] with packed weights [depth][columns], accumulated in float.
+//
+// A panel holds 32 columns of the weights, so that a tile of 8 rows by 32 columns is summed in registers while its operands come
+// from the first two caches. Every sum runs over the depth in order, wherever the tiles begin.
+#pragma once
+#include "cpu/image.h"
+
+namespace segnext {
+
+inline constexpr int kPanel = 32;                                 // columns that are packed together
+inline constexpr int kTileRows = kRegisters == 32 ? 8 : 4;        // what the registers hold of two vectors each
+inline constexpr int kTileVectors = 2;
+
+// bfloat16 is multiplied in pairs by the processor's dot products where it has them; elsewhere it is widened first.
+#if defined(__AVX512BF16__)
+template <class T>
+using Operand = T;
+#else
+template <class T>
+using Operand = float;
+#endif
+
+// Weights in panels, zero past the last column: float [panels][depth][32], bfloat16 [panels][depth / 2, rounded up][32][2].
+template <class T>
+struct Packed {
+  const T* data;
+  int64_t depth, columns, panel_size;
+
+  Packed(const T* data, int64_t depth, int64_t columns)
+      : data(data), depth(depth), columns(columns), panel_size((depth + depth % step()) * kPanel) {}
+  static constexpr int step() { return std::is_same_v<T, float> ? 1 : 2; }
+  // Some rows of the weights, the first of them even; some columns, the first of them a panel's.
+  Packed rows(int64_t first, int64_t last) const { return {data + first * kPanel, last - first, columns, panel_size}; }
+  Packed from_column(int64_t first, int64_t last) const {
+    return {data + first / kPanel * panel_size, depth, last - first, panel_size};
+  }
+
+ private:
+  Packed(const T* data, int64_t depth, int64_t columns, int64_t panel_size)
+      : data(data), depth(depth), columns(columns), panel_size(panel_size) {}
+};
+
+// Rows of pixels, `depth` elements each, `row` elements apart.
+template <class T>
+struct Pixels {
+  const T* data;
+  int64_t row, count, depth;
+};
+
+// sum += the product of one element of the left side with a vector of the right, or of a pair with a vector of pairs.
+SEGNEXT_INLINE void multiply_add(Vector<float>& sum, const float* left, const float* right) {
+  sum += *left * load<float>(right);
+}
+
+#if defined(__AVX512BF16__)
+SEGNEXT_INLINE void multiply_add(Vector<float>& sum, const BFloat16* left, const BFloat16* right) {
+  int32_t pair;
+  std::memcpy(&pair, left, sizeof pair);
+  const __m512 dot = _mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(right));
+  sum = bit_cast<Vector<float>>(dot);
+}
+#endif
+
+// out [M][32] (+)= left [M][depth] * panel
+template <int M, class O>
+void panel_tile(const O* left, int64_t left_row, const O* panel, int64_t depth, float* out, int64_t out_row, bool add) {
+  constexpr int L = kLanes<float>, step = Packed<O>::step();
+  for (int column = 0; column < kPanel; column += kTileVectors * L) {
+    Vector<float> acc[M][kTileVectors];
+    SEGNEXT_UNROLL
+    for (int m = 0; m < M; ++m) {
+      SEGNEXT_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) acc[m][v] = add ? load<float>(out + m * out_row + column + v * L) : Vector<float>{};
+    }
+    for (int64_t k = 0; k < depth; k += step) {
+      const O* right = panel + k * kPanel + column * step;
+      SEGNEXT_UNROLL
+      for (int m = 0; m < M; ++m) {
+        SEGNEXT_UNROLL
+        for (int v = 0; v < kTileVectors; ++v) multiply_add(acc[m][v], left + m * left_row + k, right + v * L * step);
+      }
+    }
+    SEGNEXT_UNROLL
+    for (int m = 0; m < M; ++m) {
+      SEGNEXT_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) store<float>(out + m * out_row + column + v * L, acc[m][v]);
+    }
+  }
+}
+
+// The operands of one product in the form that panel_tile takes: as they are, or in scratch memory, widened or padded to pairs.
+template <class T>
+class Operands {
+  typedef Operand<T> O;
+  static constexpr bool kSame = std::is_same_v<O, T>;
+
+ public:
+  Operands(const Pixels<T>& a, const Packed<T>& w)
+      : w_(w),
+        depth_(a.depth + a.depth % Packed<O>::step()),
+        staged_(!kSame || depth_ != a.depth),
+        left_(staged_ ? a.count * depth_ : 0),
+        panel_(kSame ? 0 : depth_ * kPanel),
+        data_(nullptr),
+        row_(staged_ ? depth_ : a.row) {
+    if constexpr (kSame) data_ = a.data;
+    if (!staged_) return;
+    for (int64_t m = 0; m < a.count; ++m) copy(a.data + m * a.row, a.depth, left_ + m * depth_);
+    data_ = left_;
+  }
+  const O* left() const { return data_; }
+  int64_t row() const { return row_; }
+  int64_t depth() const { return depth_; }
+  const O* panel(int64_t p) const {
+    const T* panel = w_.data + p * w_.panel_size;
+    if constexpr (kSame) {
+      return panel;
+    } else {
+      for (int64_t k = 0; k < depth_; ++k) {
+        for (int i = 0; i < kPanel; ++i) panel_[k * kPanel + i] = widen_one(panel[(k / 2 * kPanel + i) * 2 + k % 2]);
+      }
+      return panel_;
+    }
+  }
+
+ private:
+  static float widen_one(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+  void copy(const T* from, int64_t count, O* to) {
+    for (int64_t k = 0; k < count; ++k) {
+      if constexpr (kSame) {
+        to[k] = from[k];
+      } else {
+        to[k] = widen_one(from[k]);
+      }
+    }
+    if (count < depth_) to[count] = O{};
+  }
+
+  const Packed<T> w_;
+  const int64_t depth_;
+  const bool staged_;
+  Buffer<O> left_, panel_;
+  const O* data_;
+  const int64_t row_;
+};
+
+// Calls f(first row, number of rows as an integral constant) for tiles of `rows` rows.
+template <class F>
+SEGNEXT_INLINE void for_row_tiles(int64_t rows, const F& f) {
+  int64_t m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows) f(m, std::integral_constant<int, kTileRows>{});
+  if constexpr (kTileRows > 4) {
+    for (; m + 4 <= rows; m += 4) f(m, std::integral_constant<int, 4>{});
+  }
+  for (; m < rows; ++m) f(m, std::integral_constant<int, 1>{});
+}
+
+// Calls done(first row, rows, first column, tile [rows][32]) for every tile of a * w.
+template <class T, class F>
+void matmul(const Pixels<T>& a, const Packed<T>& w, const F& done) {
+  const Operands<T> operands(a, w);
+  alignas(64) float out[kTileRows * kPanel];
+  for (int64_t column = 0; column < w.columns; column += kPanel) {
+    const auto* panel = operands.panel(column / kPanel);
+    for_row_tiles(a.count, [&](int64_t m, auto size) {
+      panel_tile<size>(operands.left() + m * operands.row(), operands.row(), panel, operands.depth(), out, kPanel, false);
+      done(m, static_cast<int>(size), column, out);
+    });
+  }
+}
+
+// sum [rows][columns rounded up to panels] (+)= a * w
+template <class T>
+void matmul_sum(const Pixels<T>& a, const Packed<T>& w, float* sum, int64_t sum_row, bool add) {
+  const Operands<T> operands(a, w);
+  for (int64_t column = 0; column < w.columns; column += kPanel) {
+    const auto* panel = operands.panel(column / kPanel);
+    for_row_tiles(a.count, [&](int64_t m, auto size) {
+      panel_tile<size>(operands.left() + m * operands.row(), operands.row(), panel, operands.depth(), sum + m * sum_row + column,
+                       sum_row, add);
+    });
+  }
+}
+
+// Calls f(column, lanes that exist) for the vectors of a tile's columns.
+template <class F>
+SEGNEXT_INLINE void for_vectors(int64_t first, int64_t columns, const F& f) {
+  constexpr int L = kLanes<float>;
+  const int64_t last = first + kPanel < columns ? first + kPanel : columns;
+  for (int64_t c = first; c < last; c += L) f(c, last - c < L ? static_cast<int>(last - c) : L);
+}
+
+template <class T>
+SEGNEXT_INLINE Vector<float> load_lanes(const T* p, int lanes) {
+  return lanes == kLanes<float> ? load_as<float>(p) : load_some<float>(p, lanes);
+}
+
+template <class T>
+SEGNEXT_INLINE void store_lanes(T* p, Vector<float> v, int lanes) {
+  lanes == kLanes<float> ? store_as<float>(p, v) : store_some<float>(p, v, lanes);
+}
+
+}  // namespace segnext

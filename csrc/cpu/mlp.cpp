@@ -1,0 +1,158 @@
+// mlp: y = x + W2 GELU(depthwise 3x3 (W1 x + b1) + bd) + b2 in channels_last, without the widened activations ever being held.
+//
+// An item is a band of rows of one image. It is walked in steps of a few rows; in each step the widened channels pass through
+// the cache a chunk at a time:
+//
+//   x (rows + 2) --W1--> wide (chunk) --depthwise, GELU--> narrow (chunk) --W2--> sum (rows), added up over the chunks
+//
+// The last two widened rows of every chunk are carried over to the next step.
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/matmul.h"
+#include "cpu/stencil.h"
+
+namespace segnext {
+namespace {
+
+constexpr int kK = 3;
+constexpr int kTaps = kK * kK + 1;  // the bias comes last
+constexpr int64_t kChunk = 64;
+constexpr int64_t kCache = 640 * 1024;  // bytes of one step
+
+template <class T>
+class Band {
+  static constexpr int L = kLanes<float>, kGroups = kChunk / L;
+
+ public:
+  Band(const Image& x, const MlpWeights& w, const Image& y)
+      : x_(x),
+        w_(w),
+        y_(y),
+        C_(x.channels),
+        W_(x.width),
+        chunks_((w.hidden + kChunk - 1) / kChunk),
+        sum_row_((C_ + kPanel - 1) / kPanel * kPanel),
+        step_(std::clamp<int64_t>(kCache / ((2 * sum_row_ + 2 * kChunk) * W_ * 4), 1, x.height)),
+        row_((W_ + 2) * L),
+        group_((step_ + 2) * row_),
+        wide_(kGroups * group_),
+        carried_(chunks_ * kGroups * 2 * row_),
+        narrow_(step_ * W_ * kChunk),
+        sum_(step_ * W_ * sum_row_),
+        taps_(chunks_ * kGroups * kTaps * L),
+        place_((step_ + 2) * W_),
+        fc1_(static_cast<const T*>(w.fc1.data), C_, w.hidden),
+        fc2_(static_cast<const T*>(w.fc2.data), w.hidden, C_) {
+    std::memset(wide_, 0, sizeof(float) * kGroups * group_);  // the pixels beside the rows stay zero
+    for (int64_t m = 0; m < (step_ + 2) * W_; ++m) place_[m] = m / W_ * row_ + (m % W_ + 1) * L;
+    const int64_t groups = (w.hidden + L - 1) / L;
+    std::memset(taps_, 0, sizeof(float) * chunks_ * kGroups * kTaps * L);
+    load_row<float>(filter_row(const_cast<float*>(w.depthwise), Dtype::kFloat32, w.hidden, kTaps - 1), 0, 0, 0, taps_, groups, kTaps * L);
+    load_row<float>(filter_row(const_cast<float*>(w.depthwise_bias), Dtype::kFloat32, w.hidden, 1), 0, 0, 0,
+                    taps_ + (kTaps - 1) * L, groups, kTaps * L);
+  }
+
+  // y <- rows [first, last) of image n
+  void run(int64_t n, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row += step_) {
+      const int64_t rows = std::min(step_, last - row);
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+        widen(n, row, rows, chunk, row == first);
+        depthwise_gelu(rows, chunk);
+        const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, w_.hidden);
+        matmul_sum<T>({narrow_, kChunk, rows * W_, end - begin}, fc2_.rows(begin, end), sum_, sum_row_, chunk > 0);
+      }
+      finish((n * x_.height + row) * W_, rows * W_);
+    }
+  }
+
+ private:
+  float* wide(int64_t group, int64_t row) const { return wide_ + group * group_ + row * row_; }
+
+  // wide <- rows row - 1 to row + rows of a chunk; where the step isn't the band's first, two of them are there already.
+  void widen(int64_t n, int64_t row, int64_t rows, int64_t chunk, bool begins) {
+    const int64_t begin = std::max<int64_t>(begins ? row - 1 : row + 1, 0), end = std::min(row + rows + 1, x_.height);
+    float* carried = carried_ + chunk * kGroups * 2 * row_;
+    for (int64_t g = 0; g < kGroups; ++g) {
+      if (begins && row == 0) std::memset(wide(g, 0), 0, sizeof(float) * row_);
+      if (!begins) std::memcpy(wide(g, 0), carried + g * 2 * row_, sizeof(float) * 2 * row_);
+      if (row + rows == x_.height) std::memset(wide(g, rows + 1), 0, sizeof(float) * row_);
+    }
+    if (begin < end) {
+      const int64_t first = chunk * kChunk, last = std::min(first + kChunk, w_.hidden), up = (begin - row + 1) * row_;
+      const T* in = static_cast<const T*>(x_.data) + (n * x_.height + begin) * W_ * C_;
+      const Packed<T> weights = fc1_.from_column(first, last);
+      matmul<T>({in, C_, (end - begin) * W_, C_}, weights, [&](int64_t m, int count, int64_t column, const float* tile) {
+        for_vectors(column, last - first, [&](int64_t c, int lanes) {
+          const Vector<float> bias = load_lanes(w_.fc1.bias + first + c, lanes);
+          float* group = wide_ + c / L * group_ + up;
+          for (int i = 0; i < count; ++i)
+            store<float>(group + place_[m + i], load<float>(tile + i * kPanel + c - column) + bias);
+        });
+      });
+    }
+    for (int64_t g = 0; g < kGroups; ++g) std::memcpy(carried + g * 2 * row_, wide(g, rows), sizeof(float) * 2 * row_);
+  }
+
+  void depthwise_gelu(int64_t rows, int64_t chunk) {
+    for (int64_t g = 0; g < kGroups && chunk * kChunk + g * L < w_.hidden; ++g) {
+      const float* taps = taps_ + (chunk * kGroups + g) * kTaps * L;
+      const Vector<float> bias = load<float>(taps + (kTaps - 1) * L);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* window[kK] = {wide(g, r) + L, wide(g, r + 1) + L, wide(g, r + 2) + L};
+        T* out = narrow_ + r * W_ * kChunk + g * L;
+        for_tiles<kTile>(W_, [&](int64_t w, auto size) {
+          constexpr int tile = size;
+          Vector<float> z[tile];
+          depthwise_tile<float, kK, tile>(window, taps, bias, w, z);
+          SEGNEXT_UNROLL
+          for (int i = 0; i < tile; ++i) store_as<float>(out + (w + i) * kChunk, activate<Activation::kGelu>(z[i]));
+        });
+      }
+    }
+  }
+
+  // y <- sum + bias + x
+  void finish(int64_t pixel, int64_t count) {
+    const T* in = static_cast<const T*>(x_.data) + pixel * C_;
+    T* out = static_cast<T*>(y_.data) + pixel * C_;
+    for (int64_t m = 0; m < count; ++m) {
+      for (int64_t c = 0; c < C_; c += L) {
+        const int lanes = C_ - c < L ? static_cast<int>(C_ - c) : L;
+        const Vector<float> z = load<float>(sum_ + m * sum_row_ + c) + load_lanes(w_.fc2.bias + c, lanes);
+        store_lanes(out + m * C_ + c, z + load_lanes(in + m * C_ + c, lanes), lanes);
+      }
+    }
+  }
+
+  const Image &x_;
+  const MlpWeights& w_;
+  const Image& y_;
+  const int64_t C_, W_, chunks_, sum_row_, step_, row_, group_;
+  Buffer<float> wide_, carried_;
+  Buffer<T> narrow_;
+  Buffer<float> sum_, taps_;
+  Buffer<int64_t> place_;  // of a pixel in a group of wide
+  const Packed<T> fc1_, fc2_;
+};
+
+}  // namespace
+
+void mlp_forward(const Image& x, const MlpWeights& w, const Image& y, const Parallel& parallel) {
+  constexpr int64_t kLeastRows = 4;  // a band computes two widened rows more than it has
+  const int64_t wanted = x.images % parallel.threads == 0 ? 1 : parallel.threads;
+  const int64_t parts = std::clamp<int64_t>(x.height / kLeastRows, 1, wanted), rows = (x.height + parts - 1) / parts;
+  with_dense_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    parallel(x.images * parts, [&](int64_t begin, int64_t end) {
+      Band<T> band(x, w, y);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t first = item % parts * rows;
+        band.run(item / parts, std::min(first, x.height), std::min(first + rows, x.height));
+      }
+    });
+  });
+}
+
+}  // namespace segnext

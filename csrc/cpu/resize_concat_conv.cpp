@@ -1,0 +1,111 @@
+// resize_concat_conv: a 1x1 convolution of several maps, resized bilinearly to the first one's size and concatenated.
+//
+// Resizing and a 1x1 convolution commute: each map is convolved at its own size with its own part of the weights, and the first
+// one's product takes up the others' while it is written, resized. No concatenation is ever held.
+#include <algorithm>
+#include <deque>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/matmul.h"
+
+namespace segnext {
+namespace {
+
+// Where bilinear sampling without aligned corners finds the value of one output row or column.
+struct Sample {
+  int64_t low, high;
+  float weight;  // of high
+
+  Sample(int64_t at, int64_t in, int64_t out) {
+    const float scale = static_cast<float>(in) / static_cast<float>(out);
+    const float source = std::max((static_cast<float>(at) + 0.5f) * scale - 0.5f, 0.0f);
+    low = std::min(static_cast<int64_t>(source), in - 1);
+    high = std::min(low + 1, in - 1);
+    weight = std::clamp(source - static_cast<float>(low), 0.0f, 1.0f);
+  }
+};
+
+SEGNEXT_INLINE Vector<float> lerp(const float* low, const float* high, float weight) {
+  const Vector<float> a = load<float>(low);
+  return a + (load<float>(high) - a) * weight;
+}
+
+// The product of one coarser map with its weights, [images][h][w][padded channels], and its rows at the output's rows.
+struct Coarse {
+  int64_t height, width, row;
+  Buffer<float> product;
+
+  Coarse(const Image& x, int64_t padded) : height(x.height), width(x.width), row(x.width * padded), product(x.images * x.height * row) {}
+
+  // out [w][padded channels]
+  void resize_row(int64_t n, int64_t at, int64_t out_height, float* out) const {
+    const Sample sample(at, height, out_height);
+    const float* image = product + n * height * row;
+    for (int64_t i = 0; i < row; i += kLanes<float>)
+      store<float>(out + i, lerp(image + sample.low * row + i, image + sample.high * row + i, sample.weight));
+  }
+};
+
+}  // namespace
+
+void resize_concat_conv_forward(const Image* maps, const void* const* weights, int64_t count, const float* bias, const Image& y,
+                                const Parallel& parallel) {
+  constexpr int64_t kRows = 64;
+  const int64_t C = y.channels, padded = (C + kPanel - 1) / kPanel * kPanel;
+  with_dense_type(y.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    std::deque<Coarse> coarse;
+    for (int64_t i = 1; i < count; ++i) {
+      const Image& x = maps[i];
+      coarse.emplace_back(x, padded);
+      float* product = coarse.back().product;
+      const Packed<T> packed(static_cast<const T*>(weights[i]), x.channels, C);
+      const int64_t pixels = x.images * x.height * x.width;
+      parallel((pixels + kRows - 1) / kRows, [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin * kRows; first < std::min(end * kRows, pixels); first += kRows) {
+          const T* in = static_cast<const T*>(x.data) + first * x.channels;
+          matmul_sum<T>({in, x.channels, std::min(kRows, pixels - first), x.channels}, packed, product + first * padded, padded, false);
+        }
+      });
+    }
+    const Packed<T> packed(static_cast<const T*>(weights[0]), maps[0].channels, C);
+    parallel(y.images * y.height, [&](int64_t begin, int64_t end) {
+      int64_t size = 0;
+      for (const Coarse& map : coarse) size += map.row;
+      Buffer<float> resized(size);
+      std::vector<Sample> samples;
+      for (const Coarse& map : coarse) {
+        for (int64_t w = 0; w < y.width; ++w) samples.emplace_back(w, map.width, y.width);
+      }
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t n = item / y.height, row = item % y.height;
+        float* at = resized;
+        for (const Coarse& map : coarse) {
+          map.resize_row(n, row, y.height, at);
+          at += map.row;
+        }
+        const T* in = static_cast<const T*>(maps[0].data) + item * y.width * maps[0].channels;
+        T* out = static_cast<T*>(y.data) + item * y.width * C;
+        matmul<T>({in, maps[0].channels, y.width, maps[0].channels}, packed, [&](int64_t m, int rows, int64_t column, const float* tile) {
+          for_vectors(column, C, [&](int64_t c, int lanes) {
+            const Vector<float> b = load_lanes(bias + c, lanes);
+            for (int i = 0; i < rows; ++i) {
+              Vector<float> z = load<float>(tile + i * kPanel + c - column) + b;
+              const float* map_row = resized + c;
+              const Sample* sample = samples.data() + m + i;
+              for (const Coarse& map : coarse) {
+                z += lerp(map_row + sample->low * padded, map_row + sample->high * padded, sample->weight);
+                map_row += map.row;
+                sample += y.width;
+              }
+              store_lanes(out + (m + i) * C + c, z, lanes);
+            }
+          });
+        });
+      }
+    });
+  });
+}
+
+}  // namespace segnext

@@ -1,0 +1,59 @@
+// spatial_attention: y = scale x + W2 ((W3 msca_strips(u) + b3) u) + b2 with u = GELU(W1 x + b1), in channels_last.
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/matmul.h"
+
+namespace segnext {
+namespace {
+
+constexpr int64_t kBlock = 64;  // pixels whose gated values stay in the first cache
+
+// y, where the strips of u are, <- the gate and the second projection of pixels [first, last).
+template <class T>
+void gate_and_project(const Image& x, const AttentionWeights& w, const T* u, T* y, int64_t first, int64_t last, T* gated) {
+  const int64_t C = x.channels, count = last - first;
+  const T* in = static_cast<const T*>(x.data) + first * C;
+  const Packed<T> gate(static_cast<const T*>(w.gate.data), C, C), out(static_cast<const T*>(w.out.data), C, C);
+  u += first * C;
+  y += first * C;
+  matmul<T>({y, C, count, C}, gate, [&](int64_t m, int rows, int64_t column, const float* tile) {
+    for_vectors(column, C, [&](int64_t c, int lanes) {
+      const Vector<float> bias = load_lanes(w.gate.bias + c, lanes);
+      for (int i = 0; i < rows; ++i) {
+        const Vector<float> z = load<float>(tile + i * kPanel + c - column) + bias;
+        store_lanes(gated + (m + i) * C + c, z * load_lanes(u + (m + i) * C + c, lanes), lanes);
+      }
+    });
+  });
+  matmul<T>({gated, C, count, C}, out, [&](int64_t m, int rows, int64_t column, const float* tile) {
+    for_vectors(column, C, [&](int64_t c, int lanes) {
+      const Vector<float> bias = load_lanes(w.out.bias + c, lanes), scale = load_lanes(w.scale + c, lanes);
+      for (int i = 0; i < rows; ++i) {
+        const Vector<float> z = load<float>(tile + i * kPanel + c - column) + bias;
+        store_lanes(y + (m + i) * C + c, z + scale * load_lanes(in + (m + i) * C + c, lanes), lanes);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+void spatial_attention_forward(const Image& x, const AttentionWeights& w, const Image& y, const Parallel& parallel) {
+  with_dense_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t pixels = x.images * x.height * x.width, blocks = (pixels + kBlock - 1) / kBlock;
+    Buffer<T> u(pixels * x.channels);
+    Image in = x;
+    in.data = u;
+    conv_act_forward(x, {w.in, 1, 1, Activation::kGelu}, in, parallel);
+    msca_strips_forward(in, w.strips, y, parallel);
+    parallel(blocks, [&](int64_t begin, int64_t end) {
+      Buffer<T> gated(kBlock * x.channels);
+      for (int64_t block = begin; block < end; ++block)
+        gate_and_project<T>(x, w, u, static_cast<T*>(y.data), block * kBlock, std::min((block + 1) * kBlock, pixels), gated);
+    });
+  });
+}
+
+}  // namespace segnext

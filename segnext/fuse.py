@@ -1,0 +1,216 @@
+"""The model for inference: norms and scales folded into packed weights, every half of a block one operator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import segnext_kernels as kernels
+
+from .heads import Head
+from .model import SegNeXt, label_map
+from .mscan import MLP, MSCAN, Block, SpatialAttention
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def fuse(model: SegNeXt, dtype: torch.dtype = torch.float32) -> FusedSegNeXt:
+    """An inference model with the same outputs: batch norms and layer scales folded, weights packed once, channels_last.
+
+    Args:
+        model: left as it is. Its batch norms' running statistics are used, as in evaluation.
+        dtype: of the weights and activations, float32 or bfloat16; sums are kept in float32.
+
+    Returns:
+        A module with ``forward`` and ``predict`` of :class:`segnext.SegNeXt`, without gradients.
+
+    Raises:
+        TypeError: another dtype, or no SegNeXt.
+    """
+    if not isinstance(model, SegNeXt):
+        raise TypeError(f"fuse: model must be a SegNeXt, got {type(model).__name__}")
+    if dtype not in DTYPES:
+        raise TypeError(f"fuse: dtype must be float32 or bfloat16, got {dtype}")
+    with torch.no_grad():
+        return FusedSegNeXt(model, dtype).eval()
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False)
+
+
+def matrix(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """A convolution's filters and bias in float64."""
+    weight = convolution.weight.double()
+    return weight, weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias.double()
+
+
+def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies with and adds in evaluation, in float64."""
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def norm_first(norm: nn.BatchNorm2d, convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """The matrix and bias of a batch norm followed by a 1x1 convolution."""
+    (scale, shift), (weight, bias) = affine(norm), matrix(convolution)
+    return weight.flatten(1) * scale, bias + weight.flatten(1) @ shift
+
+
+class ConvAct(nn.Module):
+    """A convolution, the batch norm that follows it if any, and an activation."""
+
+    def __init__(
+        self, convolution: nn.Conv2d, dtype: torch.dtype, activation: str = "none", norm: nn.BatchNorm2d | None = None
+    ) -> None:
+        super().__init__()
+        weight, bias = matrix(convolution)
+        if norm is not None:
+            scale, shift = affine(norm)
+            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+        self.weight, self.bias = frozen(kernels.pack(weight, dtype)), frozen(bias.float())
+        self.options = convolution.kernel_size[0], convolution.stride[0], activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.conv_act(x, self.weight, self.bias, *self.options)
+
+
+class FusedAttention(nn.Module):
+    """x + layer_scale * attention(norm(x)), or attention(x) alone, whose own shortcut then is all there is."""
+
+    def __init__(
+        self, attention: SpatialAttention, dtype: torch.dtype, norm: nn.BatchNorm2d | None, layer_scale: Tensor | None
+    ) -> None:
+        super().__init__()
+        (weight_1, bias_1), (weight_2, bias_2) = matrix(attention.proj_1), matrix(attention.proj_2)
+        gate, gate_bias = matrix(attention.spatial_gating_unit.conv3)
+        scale = torch.ones_like(bias_2)
+        if norm is not None:
+            weight_1, bias_1 = norm_first(norm, attention.proj_1)
+            norm_scale, norm_shift = affine(norm)
+            weight_2 = weight_2 * layer_scale.double()[:, None, None, None]
+            bias_2 = (bias_2 + norm_shift) * layer_scale.double()
+            scale = 1 + layer_scale.double() * norm_scale
+        strips = [tensor.to(dtype) for tensor in attention.spatial_gating_unit.strip_weights()]
+        tensors = [kernels.pack(weight_1, dtype), bias_1.float(), *strips, kernels.pack(gate, dtype), gate_bias.float()]
+        tensors += [kernels.pack(weight_2, dtype), bias_2.float(), scale.float()]
+        self.weights = nn.ParameterList(map(frozen, tensors))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.spatial_attention(x, list(self.weights))
+
+
+class FusedMLP(nn.Module):
+    """x + layer_scale * mlp(norm(x))."""
+
+    def __init__(self, mlp: MLP, dtype: torch.dtype, norm: nn.BatchNorm2d, layer_scale: Tensor) -> None:
+        super().__init__()
+        weight_1, bias_1 = norm_first(norm, mlp.fc1)
+        weight_2, bias_2 = matrix(mlp.fc2)
+        scale, depthwise = layer_scale.double(), mlp.dwconv.dwconv
+        tensors = [kernels.pack(weight_1, dtype), bias_1.float(), depthwise.weight.float(), depthwise.bias.float()]
+        tensors += [kernels.pack(weight_2 * scale[:, None, None, None], dtype), (bias_2 * scale).float()]
+        self.weights = nn.ParameterList(map(frozen, tensors))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.mlp(x, *self.weights)
+
+
+class GroupNormReLU(nn.Module):
+    """relu(group norm of x + residual)."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = frozen(norm.weight.float()), frozen(norm.bias.float())
+        self.groups, self.eps = norm.num_groups, norm.eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return kernels.group_norm_relu(x, self.weight, self.bias, self.groups, self.eps, residual)
+
+
+def fused_block(block: Block, dtype: torch.dtype) -> nn.Sequential:
+    attention = FusedAttention(block.attn, dtype, block.norm1, block.layer_scale_1)
+    return nn.Sequential(attention, FusedMLP(block.mlp, dtype, block.norm2, block.layer_scale_2))
+
+
+class FusedMSCAN(nn.Module):
+    """The encoder."""
+
+    def __init__(self, encoder: MSCAN, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stages, self.norms = nn.ModuleList(), nn.ModuleList()
+        for i in range(1, len(encoder.channels) + 1):
+            embed, norm = getattr(encoder, f"patch_embed{i}"), getattr(encoder, f"norm{i}")
+            if i == 1:
+                conv_1, norm_1, _, conv_2, norm_2 = embed.proj
+                layers = [ConvAct(conv_1, dtype, "gelu", norm_1), ConvAct(conv_2, dtype, norm=norm_2)]
+            else:
+                layers = [ConvAct(embed.proj, dtype, norm=embed.norm)]
+            layers += [fused_block(block, dtype) for block in getattr(encoder, f"block{i}")]
+            self.stages.append(nn.Sequential(*layers))
+            self.norms.append(copy.deepcopy(norm).to(dtype))
+        self.norms.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for stage, norm in zip(self.stages, self.norms, strict=True):
+            x = norm(stage(x))
+            features.append(x)
+        return features
+
+
+class FusedHead(nn.Module):
+    """Either decode head."""
+
+    def __init__(self, head: Head, in_channels: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        parts = head.squeeze.conv.weight.flatten(1).split(list(in_channels), dim=1)
+        self.squeeze = nn.ParameterList(frozen(kernels.pack(part, dtype)) for part in parts)
+        self.squeeze_bias = frozen(torch.zeros(head.squeeze.conv.out_channels, device=parts[0].device))
+        self.squeeze_norm, self.align_norm = GroupNormReLU(head.squeeze.gn), GroupNormReLU(head.align.gn)
+        self.align, self.conv_seg = ConvAct(head.align.conv, dtype), ConvAct(head.conv_seg, dtype)
+        self.hamburger = getattr(head, "hamburger", None) is not None
+        if self.hamburger:
+            self.ham_in = ConvAct(head.hamburger.ham_in.conv, dtype, "relu")
+            self.ham = copy.deepcopy(head.hamburger.ham)
+            self.ham_out, self.ham_norm = ConvAct(head.hamburger.ham_out.conv, dtype), GroupNormReLU(head.hamburger.ham_out.gn)
+        else:
+            self.attention = FusedAttention(head.attention, dtype, None, None)
+
+    def forward(self, features: Sequence[Tensor], bases: Tensor | None = None) -> Tensor:
+        x = self.squeeze_norm(kernels.resize_concat_conv(features[1:], list(self.squeeze), self.squeeze_bias))
+        if self.hamburger:
+            x = self.ham_norm(self.ham_out(self.ham(self.ham_in(x), bases)), x)
+        elif bases is not None:
+            raise ValueError("the MSCA head has no matrix decomposition, so it takes no bases")
+        else:
+            x = self.attention(x)
+        return self.conv_seg(self.align_norm(self.align(x)))
+
+
+class FusedSegNeXt(nn.Module):
+    """What :func:`fuse` returns; attributes as of :class:`segnext.SegNeXt`."""
+
+    def __init__(self, model: SegNeXt, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype = model.config, dtype
+        self.classes, self.palette, self.short_side = model.classes, model.palette, model.short_side
+        self.backbone = FusedMSCAN(model.backbone, dtype)
+        self.decode_head = FusedHead(model.decode_head, model.config.channels[1:], dtype)
+
+    def forward(self, images: Tensor, bases: Tensor | None = None) -> Tensor:
+        """The logits [B, num_classes, ceil(H / 8), ceil(W / 8)] at stride 8, in ``dtype``; see :meth:`SegNeXt.forward`."""
+        return self.decode_head(self.backbone(images.to(self.dtype)), bases)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The label maps, int64 [B, H, W]; see :meth:`SegNeXt.predict`."""
+        return label_map(self(images), images.shape[-2:])
+
+    def train(self, mode: bool = True) -> FusedSegNeXt:
+        if mode:
+            raise RuntimeError("a fused model serves inference; train the model that was fused")
+        return super().train(False)

@@ -1,0 +1,55 @@
+"""conv_act: convolution, bias and activation of a fused model as one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _select, _validate
+from . import autograd as _autograd  # noqa: F401 (registers the operator)
+from . import reference as _reference
+
+
+def conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel_size: int = 1,
+    stride: int = 1,
+    activation: str = "none",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolves with packed weights, adds the bias and applies an activation; for inference.
+
+    ``y = activation(W * x + b)`` with zero padding of half the kernel.
+
+    Equivalent to::
+
+        y = F.gelu(F.conv2d(x, W, bias, stride, padding=kernel_size // 2))  # weight = pack(W, x.dtype), activation "gelu"
+
+    Args:
+        x: [N, C, H, W], float32 or bfloat16, in either layout.
+        weight: :func:`segnext_kernels.pack` of [outputs, C, kernel_size, kernel_size], in x's dtype.
+        bias: float32 [outputs].
+        kernel_size: odd.
+        stride: at least 1.
+        activation: "none", "gelu" (the erf form) or "relu".
+        backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
+
+    Returns:
+        y: [N, outputs, H / stride rounded up, W / stride rounded up], x's dtype, channels_last.
+
+    Raises:
+        TypeError: an argument is no tensor, or a dtype is not supported.
+        ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
+        NotImplementedError: from backward.
+
+    Source:
+        SegNeXt (NeurIPS 2022), section 3.1: its stem, downsampling and projections, batch norms folded.
+    """
+    _validate.conv_act(x, weight, bias, kernel_size, stride, activation)
+    x = _validate.dense_image(x)
+    if _select.select("conv_act", backend, x) == "reference":
+        return _reference.conv_act(x, weight, bias, kernel_size, stride, activation)
+    return torch.ops.segnext_kernels.conv_act(x, weight, bias, kernel_size, stride, activation)

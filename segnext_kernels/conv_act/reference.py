@@ -1,0 +1,19 @@
+"""conv_act in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._pack import unpack
+
+ACTIVATIONS = {"none": lambda z: z, "gelu": F.gelu, "relu": F.relu}
+
+
+def conv_act(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, stride: int, activation: str) -> Tensor:
+    """Accumulates in float32."""
+    outputs, channels = bias.shape[0], x.shape[1]
+    filters = unpack(weight, outputs, channels * kernel_size**2).unflatten(1, (kernel_size, kernel_size, channels))
+    z = F.conv2d(x.float(), filters.permute(0, 3, 1, 2), bias, stride, kernel_size // 2)
+    return ACTIVATIONS[activation](z).to(x.dtype).contiguous(memory_format=torch.channels_last)

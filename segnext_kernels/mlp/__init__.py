@@ -1,0 +1,54 @@
+"""mlp: the MLP half of a SegNeXt block, folded for inference, as one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _select, _validate
+from . import autograd as _autograd  # noqa: F401 (registers the operator)
+from . import reference as _reference
+
+
+def mlp(
+    x: Tensor,
+    fc1: Tensor,
+    bias1: Tensor,
+    depthwise: Tensor,
+    depthwise_bias: Tensor,
+    fc2: Tensor,
+    bias2: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Widens, convolves depthwise, applies GELU, narrows and adds the input; for inference.
+
+    ``y = x + W2 GELU(D * (W1 x + b1) + bd) + b2``. The widened activations pass through the cache and are never held.
+
+    Equivalent to::
+
+        y = x + F.conv2d(dwconv_gelu(F.conv2d(x, W1, bias1), depthwise, depthwise_bias), W2, bias2)
+
+    Args:
+        x: [N, C, H, W], float32 or bfloat16; copied to channels_last where it isn't.
+        fc1, fc2: :func:`segnext_kernels.pack` of W1 [hidden, C] and W2 [C, hidden], in x's dtype.
+        bias1, bias2: float32 [hidden] and [C].
+        depthwise, depthwise_bias: float32 [hidden, 1, 3, 3] and [hidden].
+        backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
+
+    Returns:
+        y: like ``x`` in shape and dtype, channels_last.
+
+    Raises:
+        TypeError: an argument is no tensor, or a dtype is not supported.
+        ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
+        NotImplementedError: from backward.
+
+    Source:
+        SegNeXt (NeurIPS 2022), section 3.1; ``Mlp`` of the official code.
+    """
+    x = _validate.mlp(x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2)
+    args = (x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2)
+    if _select.select("mlp", backend, x) == "reference":
+        return _reference.mlp(*args)
+    return torch.ops.segnext_kernels.mlp(*args)

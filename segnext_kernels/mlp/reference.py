@@ -1,0 +1,21 @@
+"""mlp in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._pack import unpack
+from ..dwconv_gelu.reference import dwconv_gelu
+
+
+def mlp(
+    x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor
+) -> Tensor:
+    """Accumulates in float32."""
+    hidden, channels = bias1.shape[0], x.shape[1]
+    wide = F.conv2d(x.float(), unpack(fc1, hidden, channels)[:, :, None, None], bias1)
+    narrow = dwconv_gelu(wide, depthwise, depthwise_bias)
+    y = x.float() + F.conv2d(narrow, unpack(fc2, channels, hidden)[:, :, None, None], bias2)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)

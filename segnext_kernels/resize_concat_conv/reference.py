@@ -1,0 +1,20 @@
+"""resize_concat_conv in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._pack import unpack
+
+
+def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> Tensor:
+    """Accumulates in float32."""
+    size = maps[0].shape[2:]
+    resized = [F.interpolate(x.float(), size, mode="bilinear", align_corners=False) for x in maps]
+    filters = [unpack(w, bias.shape[0], x.shape[1]) for w, x in zip(weights, maps, strict=True)]
+    y = F.conv2d(torch.cat(resized, dim=1), torch.cat(filters, dim=1)[:, :, None, None], bias)
+    return y.to(maps[0].dtype).contiguous(memory_format=torch.channels_last)
