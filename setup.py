@@ -41,7 +41,7 @@ def check_toolchain() -> None:
 def extensions() -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension
 
-    sources = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+    sources = sorted(str(path) for pattern in ("bindings*.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern))
     cpu = Extension(
         "segnext_kernels._cpu",
         ["csrc/cpu_features.cpp"],

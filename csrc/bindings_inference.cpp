@@ -30,11 +30,12 @@ const float* floats(const Tensor& t, int64_t count, const char* name) {
   return static_cast<const float*>(t.data_ptr());
 }
 
-PackedWeights packed(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t columns, const Image& x, const char* name) {
+PackedWeights packed(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t columns, const Image& x,
+                     const char* name) {
   const int64_t padded = x.dtype == Dtype::kBFloat16 ? depth + depth % 2 : depth, panels = (columns + 31) / 32;
-  STD_TORCH_CHECK(weight.is_cpu() && dtype_of(weight, name) == x.dtype && weight.is_contiguous() &&
-                      weight.numel() == panels * padded * 32,
-                  "segnext_kernels: ", name, " must be packed weights [", depth, ", ", columns, "] in x's dtype on the CPU");
+  STD_TORCH_CHECK(
+      weight.is_cpu() && dtype_of(weight, name) == x.dtype && weight.is_contiguous() && weight.numel() == panels * padded * 32,
+      "segnext_kernels: ", name, " must be packed weights [", depth, ", ", columns, "] in x's dtype on the CPU");
   return {weight.data_ptr(), floats(bias, columns, name)};
 }
 
@@ -84,7 +85,8 @@ Tensor mlp(const Tensor& x, const Tensor& fc1, const Tensor& bias1, const Tensor
   const Image in = pixels(x, "x");
   const int64_t hidden = bias1.numel();
   const MlpWeights w{packed(fc1, bias1, in.channels, hidden, in, "fc1"), floats(depthwise, hidden * 9, "depthwise"),
-                     floats(depthwise_bias, hidden, "depthwise_bias"), packed(fc2, bias2, hidden, in.channels, in, "fc2"), hidden};
+                     floats(depthwise_bias, hidden, "depthwise_bias"), packed(fc2, bias2, hidden, in.channels, in, "fc2"),
+                     hidden};
   Tensor y = torch::stable::empty_like(x);
   segnext::mlp_forward(in, w, pixels(y, "y"), parallel());
   return y;

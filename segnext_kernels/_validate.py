@@ -125,9 +125,7 @@ def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return x
 
 
-def mlp(
-    x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor
-) -> Tensor:
+def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor) -> Tensor:
     """Checks the arguments of mlp and returns x in channels_last."""
     x = channels_last("mlp", "x", x)
     packed("mlp", "fc1", fc1, bias1, x.shape[1], x)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
+import inference
 import pytest
 import torch
 from operators import (
@@ -178,3 +179,7 @@ def check_all_operators() -> None:
     for (sample, layout), dtype in itertools.product(samples, DTYPES):
         sample = arranged(sample.to(dtype), layout)
         check(sample, "cpu", grad_like(sample.x))
+    for (operator, make), shape, dtype in itertools.product(
+        inference.MAKE.items(), inference.SHAPES[3:8], inference.PACKED_DTYPES
+    ):
+        inference.check(operator, make(shape, dtype), dtype, "channels_last", "cpu")

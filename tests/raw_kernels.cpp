@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -24,7 +26,7 @@ const Parallel kSerial = {3, [](int64_t items, const Range& body) {
 
 // [N, C, H, W], or [N, H, W, C] in memory with channels_last.
 Image image(const py::array& a, bool channels_last) {
-  const auto *s = a.shape();
+  const auto* s = a.shape();
   if (channels_last) return {data(a), dtype_of(a), true, s[0], s[3], s[1], s[2]};
   return {data(a), dtype_of(a), false, s[0], s[1], s[2], s[3]};
 }
@@ -41,6 +43,12 @@ StripFilters filters(const py::list& tensors) {
   return f;
 }
 
+PackedWeights packed(const py::array& weight, const py::array& bias) {
+  return {data(weight), static_cast<const float*>(data(bias))};
+}
+
+const float* floats(const py::array& a) { return static_cast<const float*>(data(a)); }
+
 }  // namespace
 
 PYBIND11_MODULE(raw_kernels, m) {
@@ -56,8 +64,8 @@ PYBIND11_MODULE(raw_kernels, m) {
   m.def("dwconv_gelu", [](py::array x, py::array w, py::array b, py::array y, bool channels_last) {
     dwconv_gelu_forward(image(x, channels_last), {data(w), data(b)}, image(y, channels_last), kSerial);
   });
-  m.def("dwconv_gelu_backward", [](py::array grad_out, py::array x, py::array w, py::array b, py::array grad_x, py::array grad_w,
-                                   py::array grad_b, bool channels_last) {
+  m.def("dwconv_gelu_backward", [](py::array grad_out, py::array x, py::array w, py::array b, py::array grad_x,
+                                   py::array grad_w, py::array grad_b, bool channels_last) {
     const DepthwiseFilter grads{data(grad_w), data(grad_b)};
     dwconv_gelu_backward(image(grad_out, channels_last), image(x, channels_last), {data(w), data(b)},
                          image(grad_x, channels_last), &grads, kSerial);
@@ -69,5 +77,34 @@ PYBIND11_MODULE(raw_kernels, m) {
                            py::array grad_bases, bool transposed) {
     nmf_backward(matrices(grad_out, transposed), matrices(x, transposed), data(bases), bases.shape(2), steps, one_step,
                  matrices(grad_x, transposed), data(grad_bases), kSerial);
+  });
+  m.def("conv_act", [](py::array x, py::array weight, py::array bias, int64_t kernel, int64_t stride, bool gelu, py::array y,
+                       bool channels_last) {
+    const Activation activation = gelu ? Activation::kGelu : Activation::kNone;
+    conv_act_forward(image(x, channels_last), {packed(weight, bias), kernel, stride, activation}, image(y, true), kSerial);
+  });
+  m.def("spatial_attention", [](py::array x, py::array matrix, py::array bias, py::list strips, py::array y) {
+    const PackedWeights weights = packed(matrix, bias);
+    spatial_attention_forward(image(x, true), {weights, filters(strips), weights, weights, floats(bias)}, image(y, true),
+                              kSerial);
+  });
+  m.def("mlp",
+        [](py::array x, py::array fc1, py::array bias1, py::array depthwise, py::array fc2, py::array bias2, py::array y) {
+          const MlpWeights weights{packed(fc1, bias1), floats(depthwise), floats(bias1), packed(fc2, bias2), bias1.size()};
+          mlp_forward(image(x, true), weights, image(y, true), kSerial);
+        });
+  m.def("group_norm_relu", [](py::array x, py::array weight, int64_t groups, py::array residual, py::array y) {
+    group_norm_relu_forward(image(x, true), {floats(weight), floats(weight), groups, 1e-5f}, image(residual, true),
+                            image(y, true), kSerial);
+  });
+  m.def("resize_concat_conv", [](py::list maps, py::list weights, py::array bias, py::array y) {
+    std::vector<Image> images;
+    std::vector<const void*> matrices;
+    for (size_t i = 0; i < maps.size(); ++i) {
+      images.push_back(image(maps[i].cast<py::array>(), true));
+      matrices.push_back(data(weights[i].cast<py::array>()));
+    }
+    resize_concat_conv_forward(images.data(), matrices.data(), static_cast<int64_t>(maps.size()), floats(bias), image(y, true),
+                               kSerial);
   });
 }

@@ -13,6 +13,7 @@ import raw_kernels
 
 rng = np.random.default_rng(0)
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.uint16}
+PACKED_DTYPES = ("float32", "bfloat16")
 SIZES = [(1, 1, 1, 1), (2, 3, 1, 40), (1, 17, 33, 2), (2, 16, 9, 13), (1, 33, 5, 37), (1, 1, 3, 8)]
 STRIPS = [25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1]
 MATRICES = [(1, 1, 1, 1, 0), (2, 5, 45, 3, 2), (1, 70, 130, 64, 1), (1, 33, 300, 17, 1), (2, 7, 16, 100, 1)]
@@ -64,12 +65,42 @@ def matrices(dtype, size, transposed):
         yield from (y, grad_x, grad_bases)
 
 
+def packed(outputs, inputs, dtype):
+    panels = -(-outputs // 32)
+    return normal((panels, -(-inputs // 2), 32, 2) if dtype == "bfloat16" else (panels, inputs, 32), dtype)
+
+
+def inference(dtype, size, channels_last):
+    """channels_last: of conv_act's x; the others take no other layout."""
+    n, c, h, w = size
+    columns, groups = 2 * c + 5, c if c % 4 else 4
+    x, bias, wide = normal((n, h, w, c), dtype), normal((c,), "float32"), normal((columns,), "float32")
+    for kernel, stride in ((1, 1), (3, 2)):
+        y = poisoned(np.empty((n, -(-h // stride), -(-w // stride), columns)), dtype)
+        image = x if channels_last else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+        raw_kernels.conv_act(image, packed(columns, c * kernel**2, dtype), wide, kernel, stride, True, y, channels_last)
+        yield y
+    y = poisoned(x, dtype)
+    raw_kernels.spatial_attention(x, packed(c, c, dtype), bias, [normal((c, taps), dtype) for taps in STRIPS], y)
+    yield y
+    y, depthwise = poisoned(x, dtype), normal((columns, 9), "float32")
+    raw_kernels.mlp(x, packed(columns, c, dtype), wide, depthwise, packed(c, columns, dtype), bias, y)
+    yield y
+    y = poisoned(x, dtype)
+    raw_kernels.group_norm_relu(x, bias, groups, normal(x.shape, dtype), y)
+    yield y
+    maps = [x, normal((n, -(-h // 2), -(-w // 3), c), dtype)]
+    y = poisoned(np.empty((n, h, w, columns)), dtype)
+    raw_kernels.resize_concat_conv(maps, [packed(columns, c, dtype) for _ in maps], wide, y)
+    yield y
+
+
 def main():
     if "planted" in sys.argv:
         x = normal((1, 16, 9, 13), "float32")
         return raw_kernels.dwconv_gelu(x, normal((16, 9), "float32"), normal((16,), "float32"), x[:, :, :-1].copy(), False)
-    for run, sizes in ((images, SIZES), (matrices, MATRICES)):
-        for dtype, size, layout in itertools.product(DTYPES, sizes, (False, True)):
+    for run, sizes, dtypes in ((images, SIZES, DTYPES), (matrices, MATRICES, DTYPES), (inference, SIZES, PACKED_DTYPES)):
+        for dtype, size, layout in itertools.product(dtypes, sizes, (False, True)):
             for array in run(dtype, size, layout):
                 assert finite(array), (run.__name__, dtype, size, layout)
     print("clean")

@@ -29,7 +29,11 @@ template <class T>
 class InputRows {
  public:
   InputRows(const Image& x, const Convolution& conv)
-      : x_(x), conv_(conv), pad_(conv.kernel / 2 * x.channels), row_(x.width * x.channels + 2 * pad_), rows_(conv.kernel * row_) {}
+      : x_(x),
+        conv_(conv),
+        pad_(conv.kernel / 2 * x.channels),
+        row_(x.width * x.channels + 2 * pad_),
+        rows_(conv.kernel * row_) {}
 
   void load(int64_t n, int64_t row) {
     for (int64_t s = 0; s < conv_.kernel; ++s) {

@@ -42,8 +42,8 @@ void block_sums(const T* x, int64_t C, int64_t pixels, float* out) {
   }
 }
 
-// scale, shift [C] of one image, from the sums of its blocks
-void affine(const GroupNorm& norm, int64_t C, int64_t pixels, const float* sums, float* scale, float* shift) {
+// mean, scale [C] of one image, from the sums of its blocks
+void statistics(const GroupNorm& norm, int64_t C, int64_t pixels, const float* sums, float* mean, float* scale) {
   const int64_t size = C / norm.groups;
   for (int64_t group = 0; group < norm.groups; ++group) {
     Moments all;
@@ -57,19 +57,21 @@ void affine(const GroupNorm& norm, int64_t C, int64_t pixels, const float* sums,
     sums -= (pixels + kBlock - 1) / kBlock * 3 * C;
     const double deviation = std::sqrt(all.squares / all.count + norm.epsilon);
     for (int64_t c = group * size; c < (group + 1) * size; ++c) {
+      mean[c] = static_cast<float>(all.mean);
       scale[c] = static_cast<float>(norm.weight[c] / deviation);
-      shift[c] = static_cast<float>(norm.bias[c] - norm.weight[c] / deviation * all.mean);
     }
   }
 }
 
 template <class T>
-void apply(const T* x, const T* residual, const float* scale, const float* shift, int64_t C, int64_t pixels, T* y) {
+void apply(const T* x, const T* residual, const float* mean, const float* scale, const float* bias, int64_t C, int64_t pixels,
+           T* y) {
   constexpr int L = kLanes<float>;
   for (int64_t m = 0; m < pixels * C; m += C) {
     for (int64_t c = 0; c < C; c += L) {
       const int lanes = C - c < L ? static_cast<int>(C - c) : L;
-      Vector<float> z = load_lanes(x + m + c, lanes) * load_lanes(scale + c, lanes) + load_lanes(shift + c, lanes);
+      const Vector<float> deviation = load_lanes(x + m + c, lanes) - load_lanes(mean + c, lanes);
+      Vector<float> z = deviation * load_lanes(scale + c, lanes) + load_lanes(bias + c, lanes);
       if (residual != nullptr) z += load_lanes(residual + m + c, lanes);
       store_lanes(y + m + c, activate<Activation::kRelu>(z), lanes);
     }
@@ -84,7 +86,7 @@ void group_norm_relu_forward(const Image& x, const GroupNorm& norm, const Image&
   with_dense_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T *in = static_cast<const T*>(x.data), *add = static_cast<const T*>(residual.data);
-    Buffer<float> sums(x.images * blocks * 3 * C), scale(x.images * C), shift(x.images * C);
+    Buffer<float> sums(x.images * blocks * 3 * C), mean(x.images * C), scale(x.images * C);
     auto for_blocks = [&](const auto& f) {  // f(item, image, first element, pixels)
       parallel(x.images * blocks, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
@@ -95,10 +97,11 @@ void group_norm_relu_forward(const Image& x, const GroupNorm& norm, const Image&
     };
     for_blocks([&](int64_t item, int64_t, int64_t at, int64_t count) { block_sums(in + at, C, count, sums + item * 3 * C); });
     parallel(x.images, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) affine(norm, C, pixels, sums + n * blocks * 3 * C, scale + n * C, shift + n * C);
+      for (int64_t n = begin; n < end; ++n) statistics(norm, C, pixels, sums + n * blocks * 3 * C, mean + n * C, scale + n * C);
     });
     for_blocks([&](int64_t, int64_t n, int64_t at, int64_t count) {
-      apply(in + at, add == nullptr ? nullptr : add + at, scale + n * C, shift + n * C, C, count, static_cast<T*>(y.data) + at);
+      apply(in + at, add == nullptr ? nullptr : add + at, mean + n * C, scale + n * C, norm.bias, C, count,
+            static_cast<T*>(y.data) + at);
     });
   });
 }

@@ -98,8 +98,7 @@ class FreeBlocks {
 template <class A>
 class Buffer {
  public:
-  explicit Buffer(int64_t size)
-      : block_(FreeBlocks::take(static_cast<size_t>(size > 0 ? size : 1) * sizeof(A))) {}
+  explicit Buffer(int64_t size) : block_(FreeBlocks::take(static_cast<size_t>(size > 0 ? size : 1) * sizeof(A))) {}
   ~Buffer() { FreeBlocks::give(block_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

@@ -1,14 +1,14 @@
 // Products of pixels [rows][depth] with packed weights [depth][columns], accumulated in float.
 //
-// A panel holds 32 columns of the weights, so that a tile of 8 rows by 32 columns is summed in registers while its operands come
-// from the first two caches. Every sum runs over the depth in order, wherever the tiles begin.
+// A panel holds 32 columns of the weights, so that a tile of 8 rows by 32 columns is summed in registers while its operands
+// come from the first two caches. Every sum runs over the depth in order, wherever the tiles begin.
 #pragma once
 #include "cpu/image.h"
 
 namespace segnext {
 
-inline constexpr int kPanel = 32;                                 // columns that are packed together
-inline constexpr int kTileRows = kRegisters == 32 ? 8 : 4;        // what the registers hold of two vectors each
+inline constexpr int kPanel = 32;                           // columns that are packed together
+inline constexpr int kTileRows = kRegisters == 32 ? 8 : 4;  // what the registers hold of two vectors each
 inline constexpr int kTileVectors = 2;
 
 // bfloat16 is multiplied in pairs by the processor's dot products where it has them; elsewhere it is widened first.
@@ -56,7 +56,8 @@ SEGNEXT_INLINE void multiply_add(Vector<float>& sum, const float* left, const fl
 SEGNEXT_INLINE void multiply_add(Vector<float>& sum, const BFloat16* left, const BFloat16* right) {
   int32_t pair;
   std::memcpy(&pair, left, sizeof pair);
-  const __m512 dot = _mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(right));
+  const __m512 dot =
+      _mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(right));
   sum = bit_cast<Vector<float>>(dot);
 }
 #endif
@@ -70,7 +71,8 @@ void panel_tile(const O* left, int64_t left_row, const O* panel, int64_t depth, 
     SEGNEXT_UNROLL
     for (int m = 0; m < M; ++m) {
       SEGNEXT_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) acc[m][v] = add ? load<float>(out + m * out_row + column + v * L) : Vector<float>{};
+      for (int v = 0; v < kTileVectors; ++v)
+        acc[m][v] = add ? load<float>(out + m * out_row + column + v * L) : Vector<float>{};
     }
     for (int64_t k = 0; k < depth; k += step) {
       const O* right = panel + k * kPanel + column * step;
@@ -176,8 +178,8 @@ void matmul_sum(const Pixels<T>& a, const Packed<T>& w, float* sum, int64_t sum_
   for (int64_t column = 0; column < w.columns; column += kPanel) {
     const auto* panel = operands.panel(column / kPanel);
     for_row_tiles(a.count, [&](int64_t m, auto size) {
-      panel_tile<size>(operands.left() + m * operands.row(), operands.row(), panel, operands.depth(), sum + m * sum_row + column,
-                       sum_row, add);
+      panel_tile<size>(operands.left() + m * operands.row(), operands.row(), panel, operands.depth(),
+                       sum + m * sum_row + column, sum_row, add);
     });
   }
 }

@@ -48,7 +48,8 @@ class Band {
     for (int64_t m = 0; m < (step_ + 2) * W_; ++m) place_[m] = m / W_ * row_ + (m % W_ + 1) * L;
     const int64_t groups = (w.hidden + L - 1) / L;
     std::memset(taps_, 0, sizeof(float) * chunks_ * kGroups * kTaps * L);
-    load_row<float>(filter_row(const_cast<float*>(w.depthwise), Dtype::kFloat32, w.hidden, kTaps - 1), 0, 0, 0, taps_, groups, kTaps * L);
+    load_row<float>(filter_row(const_cast<float*>(w.depthwise), Dtype::kFloat32, w.hidden, kTaps - 1), 0, 0, 0, taps_, groups,
+                    kTaps * L);
     load_row<float>(filter_row(const_cast<float*>(w.depthwise_bias), Dtype::kFloat32, w.hidden, 1), 0, 0, 0,
                     taps_ + (kTaps - 1) * L, groups, kTaps * L);
   }
@@ -126,7 +127,7 @@ class Band {
     }
   }
 
-  const Image &x_;
+  const Image& x_;
   const MlpWeights& w_;
   const Image& y_;
   const int64_t C_, W_, chunks_, sum_row_, step_, row_, group_;

@@ -36,7 +36,8 @@ struct Coarse {
   int64_t height, width, row;
   Buffer<float> product;
 
-  Coarse(const Image& x, int64_t padded) : height(x.height), width(x.width), row(x.width * padded), product(x.images * x.height * row) {}
+  Coarse(const Image& x, int64_t padded)
+      : height(x.height), width(x.width), row(x.width * padded), product(x.images * x.height * row) {}
 
   // out [w][padded channels]
   void resize_row(int64_t n, int64_t at, int64_t out_height, float* out) const {
@@ -65,7 +66,8 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
       parallel((pixels + kRows - 1) / kRows, [&](int64_t begin, int64_t end) {
         for (int64_t first = begin * kRows; first < std::min(end * kRows, pixels); first += kRows) {
           const T* in = static_cast<const T*>(x.data) + first * x.channels;
-          matmul_sum<T>({in, x.channels, std::min(kRows, pixels - first), x.channels}, packed, product + first * padded, padded, false);
+          matmul_sum<T>({in, x.channels, std::min(kRows, pixels - first), x.channels}, packed, product + first * padded, padded,
+                        false);
         }
       });
     }
@@ -87,22 +89,23 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
         }
         const T* in = static_cast<const T*>(maps[0].data) + item * y.width * maps[0].channels;
         T* out = static_cast<T*>(y.data) + item * y.width * C;
-        matmul<T>({in, maps[0].channels, y.width, maps[0].channels}, packed, [&](int64_t m, int rows, int64_t column, const float* tile) {
-          for_vectors(column, C, [&](int64_t c, int lanes) {
-            const Vector<float> b = load_lanes(bias + c, lanes);
-            for (int i = 0; i < rows; ++i) {
-              Vector<float> z = load<float>(tile + i * kPanel + c - column) + b;
-              const float* map_row = resized + c;
-              const Sample* sample = samples.data() + m + i;
-              for (const Coarse& map : coarse) {
-                z += lerp(map_row + sample->low * padded, map_row + sample->high * padded, sample->weight);
-                map_row += map.row;
-                sample += y.width;
-              }
-              store_lanes(out + (m + i) * C + c, z, lanes);
-            }
-          });
-        });
+        matmul<T>({in, maps[0].channels, y.width, maps[0].channels}, packed,
+                  [&](int64_t m, int rows, int64_t column, const float* tile) {
+                    for_vectors(column, C, [&](int64_t c, int lanes) {
+                      const Vector<float> b = load_lanes(bias + c, lanes);
+                      for (int i = 0; i < rows; ++i) {
+                        Vector<float> z = load<float>(tile + i * kPanel + c - column) + b;
+                        const float* map_row = resized + c;
+                        const Sample* sample = samples.data() + m + i;
+                        for (const Coarse& map : coarse) {
+                          z += lerp(map_row + sample->low * padded, map_row + sample->high * padded, sample->weight);
+                          map_row += map.row;
+                          sample += y.width;
+                        }
+                        store_lanes(out + (m + i) * C + c, z, lanes);
+                      }
+                    });
+                  });
       }
     });
   });

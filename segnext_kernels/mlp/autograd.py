@@ -12,5 +12,6 @@ def _fake(x, *args):
 
 
 register_inference(
-    "mlp(Tensor x, Tensor fc1, Tensor bias1, Tensor depthwise, Tensor depthwise_bias, Tensor fc2, Tensor bias2) -> Tensor", _fake
+    "mlp(Tensor x, Tensor fc1, Tensor bias1, Tensor depthwise, Tensor depthwise_bias, Tensor fc2, Tensor bias2) -> Tensor",
+    _fake,
 )

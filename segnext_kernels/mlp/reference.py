@@ -10,9 +10,7 @@ from .._pack import unpack
 from ..dwconv_gelu.reference import dwconv_gelu
 
 
-def mlp(
-    x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor
-) -> Tensor:
+def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor) -> Tensor:
     """Accumulates in float32."""
     hidden, channels = bias1.shape[0], x.shape[1]
     wide = F.conv2d(x.float(), unpack(fc1, hidden, channels)[:, :, None, None], bias1)

@@ -11,6 +11,4 @@ def _fake(x, *args):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-register_inference(
-    "spatial_attention(Tensor x, Tensor[] weights) -> Tensor", _fake
-)
+register_inference("spatial_attention(Tensor x, Tensor[] weights) -> Tensor", _fake)

@@ -1,0 +1,118 @@
+"""The fused model has the outputs of the model that it was made from."""
+
+from __future__ import annotations
+
+import golden
+import pytest
+import small
+import torch
+from operators import error
+from torch import nn
+
+import segnext
+from segnext.data import Scenes
+from segnext.images import normalise
+from segnext.train import Recipe, fit
+
+HEADS = ("ham", "msca")
+SCENE = (64, 96)
+
+
+def harsh(head: str = "ham", **changes) -> nn.Module:
+    """A small model whose norms and scales are far from the identity."""
+    model = small.model(head=head, **changes)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("size", [(64, 96), (33, 71), (1, 1), (130, 37)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_float32_agrees_with_the_model(head, size, layout):
+    model, images = harsh(head), torch.randn(2, 3, *size).contiguous(memory_format=layout)
+    fused = segnext.fuse(model)
+    want = model.double()(images.double())
+    assert error(fused(images), want) < 1e-5
+
+
+def test_golden_logits():
+    images, bases = golden.inputs(torch.float32)
+    fused = segnext.fuse(golden.model(torch.float32).eval())
+    want = golden.model().eval()(*golden.inputs())
+    assert error(fused(images, bases), want) < 1e-5
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def trained(request):
+    """A small model after a hundred steps on drawn scenes, and scenes that it has not seen."""
+    model, held_out = small.model(head=request.param, num_classes=10, drop_path=0.0), Scenes(16, SCENE, seed=1)
+    fit(model, Scenes(64, SCENE), Recipe(steps=100, lr=5e-3, batch=8))
+    return model, normalise(torch.stack([image for image, _ in held_out]))
+
+
+def test_bfloat16_is_close_on_a_trained_model(trained):
+    model, images = trained
+    fused = segnext.fuse(model, torch.bfloat16)
+    logits = fused(images)
+    assert logits.dtype == torch.bfloat16
+    assert error(logits, model(images)) < 2e-2
+    assert (fused.predict(images) == model.predict(images)).float().mean() > 0.995
+
+
+def test_labels_are_those_of_the_model(trained):
+    model, images = trained
+    assert model.predict(images).unique().numel() > 3
+    assert (segnext.fuse(model).predict(images) == model.predict(images)).float().mean() > 0.9999
+
+
+def test_the_model_is_left_as_it_is():
+    model = harsh().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fused = segnext.fuse(model)
+    assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    assert torch.isfinite(fused(torch.randn(1, 3, 32, 32))).all()
+
+
+def test_saved_and_loaded(tmp_path):
+    first, second, images = segnext.fuse(harsh()), segnext.fuse(harsh(), torch.float32), torch.randn(1, 3, 32, 32)
+    torch.save(first.state_dict(), tmp_path / "fused.pt")
+    for parameter in second.parameters():
+        parameter.zero_()
+    second.load_state_dict(torch.load(tmp_path / "fused.pt"))
+    assert torch.equal(first(images), second(images))
+
+
+def test_other_classes_sizes_and_odd_channels():
+    for changes in ({"num_classes": 1}, {"in_channels": 4, "channels": (9, 15, 33, 50)}, {"decoder_channels": 96}):
+        model = harsh(**changes)
+        images = torch.randn(1, changes.get("in_channels", 3), 65, 40)
+        assert error(segnext.fuse(model)(images), model(images)) < 1e-5
+        assert error(segnext.fuse(model, torch.bfloat16)(images), model(images)) < 3e-2
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="dtype must be float32 or bfloat16"):
+        segnext.fuse(harsh(), torch.float16)
+    with pytest.raises(TypeError, match="must be a SegNeXt, got Linear"):
+        segnext.fuse(nn.Linear(1, 1))
+    with pytest.raises(RuntimeError, match="serves inference"):
+        segnext.fuse(harsh()).train()
+    with pytest.raises(ValueError, match="takes no bases"):
+        segnext.fuse(harsh("msca"))(torch.randn(1, 3, 32, 32), torch.rand(1, 64, 16))
