@@ -13,14 +13,14 @@ constexpr int64_t kBlock = 96;  // pixels of one product
 template <class T, Activation act>
 void multiply(const Pixels<T>& a, const Packed<T>& weights, const float* bias, T* y) {
   const int64_t C = weights.columns;
-  matmul<T>(a, weights, [&](int64_t m, int rows, int64_t column, const float* tile) {
-    for_vectors(column, C, [&](int64_t c, int lanes) {
-      const Vector<float> b = load_lanes(bias + c, lanes);
-      for (int i = 0; i < rows; ++i) {
-        const Vector<float> z = load<float>(tile + i * kPanel + c - column) + b;
-        store_lanes(y + (m + i) * C + c, activate<act>(z), lanes);
-      }
-    });
+  matmul<T>(a, weights, [&](int64_t m, auto rows, int64_t c, int lanes, auto& z) {
+    constexpr int count = rows;
+    const Vector<float> b = load_lanes(bias + c, lanes);
+    SEGNEXT_UNROLL
+    for (int i = 0; i < count; ++i) z[i] += b;
+    activate<act, T>(z);
+    SEGNEXT_UNROLL
+    for (int i = 0; i < count; ++i) store_lanes(y + (m + i) * C + c, z[i], lanes);
   });
 }
 

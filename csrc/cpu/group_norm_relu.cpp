@@ -73,7 +73,7 @@ void apply(const T* x, const T* residual, const float* mean, const float* scale,
       const Vector<float> deviation = load_lanes(x + m + c, lanes) - load_lanes(mean + c, lanes);
       Vector<float> z = deviation * load_lanes(scale + c, lanes) + load_lanes(bias + c, lanes);
       if (residual != nullptr) z += load_lanes(residual + m + c, lanes);
-      store_lanes(y + m + c, activate<Activation::kRelu>(z), lanes);
+      store_lanes(y + m + c, relu(z), lanes);
     }
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <functional>
 
+#include "cpu/activation.h"
 #include "cpu/image.h"
 
 namespace segnext {
@@ -58,32 +59,10 @@ struct PackedWeights {
   const void* data;
   const float* bias;
 };
-enum class Activation { kNone, kGelu, kRelu };
-
-template <Activation act>
-SEGNEXT_INLINE Vector<float> activate(Vector<float> z) {
-  if constexpr (act == Activation::kGelu) return z * normal_cdf(z);
-  if constexpr (act == Activation::kRelu) return z < 0.0f ? Vector<float>{} : z;  // NaN stays
-  return z;
-}
-
 // Calls f with a null pointer of the type that products are stored in: float or BFloat16.
 template <class F>
 void with_dense_type(Dtype dtype, const F& f) {
   dtype == Dtype::kBFloat16 ? f(static_cast<BFloat16*>(nullptr)) : f(static_cast<float*>(nullptr));
-}
-
-// Calls f with the activation as an integral constant.
-template <class F>
-void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::kGelu:
-      return f(std::integral_constant<Activation, Activation::kGelu>{});
-    case Activation::kRelu:
-      return f(std::integral_constant<Activation, Activation::kRelu>{});
-    default:
-      return f(std::integral_constant<Activation, Activation::kNone>{});
-  }
 }
 
 // For inference, float or BFloat16. Images are channels_last, but conv_act's x may have either layout.

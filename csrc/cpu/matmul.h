@@ -62,35 +62,22 @@ SEGNEXT_INLINE void multiply_add(Vector<float>& sum, const BFloat16* left, const
 }
 #endif
 
-// out [M][32] (+)= left [M][depth] * panel
+// acc[v][m] += row m of left [M][depth] * vector v of a panel
 template <int M, class O>
-void panel_tile(const O* left, int64_t left_row, const O* panel, int64_t depth, float* out, int64_t out_row, bool add) {
-  constexpr int L = kLanes<float>, step = Packed<O>::step();
-  for (int column = 0; column < kPanel; column += kTileVectors * L) {
-    Vector<float> acc[M][kTileVectors];
+SEGNEXT_INLINE void multiply_tile(const O* left, int64_t left_row, const O* right, int64_t depth,
+                                  Vector<float> (&acc)[kTileVectors][M]) {
+  constexpr int step = Packed<O>::step();
+  for (int64_t k = 0; k < depth; k += step, right += step * kPanel) {
     SEGNEXT_UNROLL
     for (int m = 0; m < M; ++m) {
       SEGNEXT_UNROLL
-      for (int v = 0; v < kTileVectors; ++v)
-        acc[m][v] = add ? load<float>(out + m * out_row + column + v * L) : Vector<float>{};
-    }
-    for (int64_t k = 0; k < depth; k += step) {
-      const O* right = panel + k * kPanel + column * step;
-      SEGNEXT_UNROLL
-      for (int m = 0; m < M; ++m) {
-        SEGNEXT_UNROLL
-        for (int v = 0; v < kTileVectors; ++v) multiply_add(acc[m][v], left + m * left_row + k, right + v * L * step);
-      }
-    }
-    SEGNEXT_UNROLL
-    for (int m = 0; m < M; ++m) {
-      SEGNEXT_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) store<float>(out + m * out_row + column + v * L, acc[m][v]);
+      for (int v = 0; v < kTileVectors; ++v) multiply_add(acc[v][m], left + m * left_row + k, right + v * kLanes<float> * step);
     }
   }
 }
 
-// The operands of one product in the form that panel_tile takes: as they are, or in scratch memory, widened or padded to pairs.
+// The operands of one product in the form that multiply_tile takes: as they are, or in scratch memory, widened or padded to
+// pairs.
 template <class T>
 class Operands {
   typedef Operand<T> O;
@@ -146,6 +133,16 @@ class Operands {
   const int64_t row_;
 };
 
+// Calls f(vector, row) for every sum of a tile.
+template <int M, class F>
+SEGNEXT_INLINE void for_sums(Vector<float> (&)[kTileVectors][M], const F& f) {
+  SEGNEXT_UNROLL
+  for (int m = 0; m < M; ++m) {
+    SEGNEXT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) f(v, m);
+  }
+}
+
 // Calls f(first row, number of rows as an integral constant) for tiles of `rows` rows.
 template <class F>
 SEGNEXT_INLINE void for_row_tiles(int64_t rows, const F& f) {
@@ -157,39 +154,46 @@ SEGNEXT_INLINE void for_row_tiles(int64_t rows, const F& f) {
   for (; m < rows; ++m) f(m, std::integral_constant<int, 1>{});
 }
 
-// Calls done(first row, rows, first column, tile [rows][32]) for every tile of a * w.
+// Calls f(first row, number of rows as an integral constant, first column, left, panel) for every tile of a * w.
 template <class T, class F>
-void matmul(const Pixels<T>& a, const Packed<T>& w, const F& done) {
-  const Operands<T> operands(a, w);
-  alignas(64) float out[kTileRows * kPanel];
-  for (int64_t column = 0; column < w.columns; column += kPanel) {
-    const auto* panel = operands.panel(column / kPanel);
-    for_row_tiles(a.count, [&](int64_t m, auto size) {
-      panel_tile<size>(operands.left() + m * operands.row(), operands.row(), panel, operands.depth(), out, kPanel, false);
-      done(m, static_cast<int>(size), column, out);
+SEGNEXT_INLINE void for_product_tiles(const Operands<T>& operands, const Pixels<T>& a, const Packed<T>& w, const F& f) {
+  for (int64_t first = 0; first < w.columns; first += kPanel) {
+    const auto* panel = operands.panel(first / kPanel);
+    for_row_tiles(a.count, [&](int64_t m, auto rows) {
+      for (int column = 0; column < kPanel; column += kTileVectors * kLanes<float>)
+        f(m, rows, first + column, operands.left() + m * operands.row(), panel + column * Packed<Operand<T>>::step());
     });
   }
+}
+
+// Calls done(first row, number of rows as an integral constant, column, lanes that exist, their sums [rows]) for a * w.
+template <class T, class F>
+void matmul(const Pixels<T>& a, const Packed<T>& w, const F& done) {
+  constexpr int L = kLanes<float>;
+  const Operands<T> operands(a, w);
+  for_product_tiles<T>(operands, a, w, [&](int64_t m, auto rows, int64_t column, const auto* left, const auto* right) {
+    Vector<float> acc[kTileVectors][rows] = {};
+    multiply_tile<rows>(left, operands.row(), right, operands.depth(), acc);
+    SEGNEXT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) {
+      const int64_t c = column + v * L;
+      if (c < w.columns) done(m, rows, c, w.columns - c < L ? static_cast<int>(w.columns - c) : L, acc[v]);
+    }
+  });
 }
 
 // sum [rows][columns rounded up to panels] (+)= a * w
 template <class T>
 void matmul_sum(const Pixels<T>& a, const Packed<T>& w, float* sum, int64_t sum_row, bool add) {
-  const Operands<T> operands(a, w);
-  for (int64_t column = 0; column < w.columns; column += kPanel) {
-    const auto* panel = operands.panel(column / kPanel);
-    for_row_tiles(a.count, [&](int64_t m, auto size) {
-      panel_tile<size>(operands.left() + m * operands.row(), operands.row(), panel, operands.depth(),
-                       sum + m * sum_row + column, sum_row, add);
-    });
-  }
-}
-
-// Calls f(column, lanes that exist) for the vectors of a tile's columns.
-template <class F>
-SEGNEXT_INLINE void for_vectors(int64_t first, int64_t columns, const F& f) {
   constexpr int L = kLanes<float>;
-  const int64_t last = first + kPanel < columns ? first + kPanel : columns;
-  for (int64_t c = first; c < last; c += L) f(c, last - c < L ? static_cast<int>(last - c) : L);
+  const Operands<T> operands(a, w);
+  for_product_tiles<T>(operands, a, w, [&](int64_t m, auto rows, int64_t column, const auto* left, const auto* right) {
+    float* out = sum + m * sum_row + column;
+    Vector<float> acc[kTileVectors][rows] = {};
+    if (add) for_sums(acc, [&](int v, int i) { acc[v][i] = load<float>(out + i * sum_row + v * L); });
+    multiply_tile<rows>(left, operands.row(), right, operands.depth(), acc);
+    for_sums(acc, [&](int v, int i) { store<float>(out + i * sum_row + v * L, acc[v][i]); });
+  });
 }
 
 template <class T>

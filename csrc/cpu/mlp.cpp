@@ -84,13 +84,12 @@ class Band {
       const int64_t first = chunk * kChunk, last = std::min(first + kChunk, w_.hidden), up = (begin - row + 1) * row_;
       const T* in = static_cast<const T*>(x_.data) + (n * x_.height + begin) * W_ * C_;
       const Packed<T> weights = fc1_.from_column(first, last);
-      matmul<T>({in, C_, (end - begin) * W_, C_}, weights, [&](int64_t m, int count, int64_t column, const float* tile) {
-        for_vectors(column, last - first, [&](int64_t c, int lanes) {
-          const Vector<float> bias = load_lanes(w_.fc1.bias + first + c, lanes);
-          float* group = wide_ + c / L * group_ + up;
-          for (int i = 0; i < count; ++i)
-            store<float>(group + place_[m + i], load<float>(tile + i * kPanel + c - column) + bias);
-        });
+      matmul<T>({in, C_, (end - begin) * W_, C_}, weights, [&](int64_t m, auto rows, int64_t c, int lanes, const auto& z) {
+        constexpr int count = rows;
+        const Vector<float> bias = load_lanes(w_.fc1.bias + first + c, lanes);
+        float* group = wide_ + c / L * group_ + up;
+        SEGNEXT_UNROLL
+        for (int i = 0; i < count; ++i) store<float>(group + place_[m + i], z[i] + bias);
       });
     }
     for (int64_t g = 0; g < kGroups; ++g) std::memcpy(carried + g * 2 * row_, wide(g, rows), sizeof(float) * 2 * row_);
@@ -107,8 +106,9 @@ class Band {
           constexpr int tile = size;
           Vector<float> z[tile];
           depthwise_tile<float, kK, tile>(window, taps, bias, w, z);
+          gelu<T>(z);
           SEGNEXT_UNROLL
-          for (int i = 0; i < tile; ++i) store_as<float>(out + (w + i) * kChunk, activate<Activation::kGelu>(z[i]));
+          for (int i = 0; i < tile; ++i) store_as<float>(out + (w + i) * kChunk, z[i]);
         });
       }
     }

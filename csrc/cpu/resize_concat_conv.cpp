@@ -90,21 +90,21 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
         const T* in = static_cast<const T*>(maps[0].data) + item * y.width * maps[0].channels;
         T* out = static_cast<T*>(y.data) + item * y.width * C;
         matmul<T>({in, maps[0].channels, y.width, maps[0].channels}, packed,
-                  [&](int64_t m, int rows, int64_t column, const float* tile) {
-                    for_vectors(column, C, [&](int64_t c, int lanes) {
-                      const Vector<float> b = load_lanes(bias + c, lanes);
-                      for (int i = 0; i < rows; ++i) {
-                        Vector<float> z = load<float>(tile + i * kPanel + c - column) + b;
-                        const float* map_row = resized + c;
-                        const Sample* sample = samples.data() + m + i;
-                        for (const Coarse& map : coarse) {
-                          z += lerp(map_row + sample->low * padded, map_row + sample->high * padded, sample->weight);
-                          map_row += map.row;
-                          sample += y.width;
-                        }
-                        store_lanes(out + (m + i) * C + c, z, lanes);
+                  [&](int64_t m, auto rows, int64_t c, int lanes, auto& z) {
+                    constexpr int count = rows;
+                    const Vector<float> b = load_lanes(bias + c, lanes);
+                    SEGNEXT_UNROLL
+                    for (int i = 0; i < count; ++i) {
+                      z[i] += b;
+                      const float* map_row = resized + c;
+                      const Sample* sample = samples.data() + m + i;
+                      for (const Coarse& map : coarse) {
+                        z[i] += lerp(map_row + sample->low * padded, map_row + sample->high * padded, sample->weight);
+                        map_row += map.row;
+                        sample += y.width;
                       }
-                    });
+                      store_lanes(out + (m + i) * C + c, z[i], lanes);
+                    }
                   });
       }
     });

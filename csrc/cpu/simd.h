@@ -219,6 +219,18 @@ SEGNEXT_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
   }
 }
 
+SEGNEXT_INLINE Vector<float> absolute(Vector<float> z) {
+  return bit_cast<Vector<float>>(bit_cast<BitsVector<float>>(z) & 0x7fffffff);
+}
+
+SEGNEXT_INLINE Vector<float> minimum(Vector<float> z, float most) {
+#if defined(__AVX512F__)
+  return bit_cast<Vector<float>>(_mm512_min_ps(bit_cast<__m512>(z), _mm512_set1_ps(most)));
+#else
+  return z < most ? z : broadcast(most);
+#endif
+}
+
 // exp(x) for x <= 0, to 2 units in the last place, through the subnormals down to 0.
 SEGNEXT_INLINE Vector<float> exp_negative(Vector<float> x) {
   typedef Vector<float> V;

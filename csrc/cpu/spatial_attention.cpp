@@ -17,23 +17,23 @@ void gate_and_project(const Image& x, const AttentionWeights& w, const T* u, T* 
   const Packed<T> gate(static_cast<const T*>(w.gate.data), C, C), out(static_cast<const T*>(w.out.data), C, C);
   u += first * C;
   y += first * C;
-  matmul<T>({y, C, count, C}, gate, [&](int64_t m, int rows, int64_t column, const float* tile) {
-    for_vectors(column, C, [&](int64_t c, int lanes) {
-      const Vector<float> bias = load_lanes(w.gate.bias + c, lanes);
-      for (int i = 0; i < rows; ++i) {
-        const Vector<float> z = load<float>(tile + i * kPanel + c - column) + bias;
-        store_lanes(gated + (m + i) * C + c, z * load_lanes(u + (m + i) * C + c, lanes), lanes);
-      }
-    });
+  matmul<T>({y, C, count, C}, gate, [&](int64_t m, auto rows, int64_t c, int lanes, const auto& z) {
+    constexpr int count = rows;
+    const Vector<float> bias = load_lanes(w.gate.bias + c, lanes);
+    SEGNEXT_UNROLL
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = (m + i) * C + c;
+      store_lanes(gated + at, (z[i] + bias) * load_lanes(u + at, lanes), lanes);
+    }
   });
-  matmul<T>({gated, C, count, C}, out, [&](int64_t m, int rows, int64_t column, const float* tile) {
-    for_vectors(column, C, [&](int64_t c, int lanes) {
-      const Vector<float> bias = load_lanes(w.out.bias + c, lanes), scale = load_lanes(w.scale + c, lanes);
-      for (int i = 0; i < rows; ++i) {
-        const Vector<float> z = load<float>(tile + i * kPanel + c - column) + bias;
-        store_lanes(y + (m + i) * C + c, z + scale * load_lanes(in + (m + i) * C + c, lanes), lanes);
-      }
-    });
+  matmul<T>({gated, C, count, C}, out, [&](int64_t m, auto rows, int64_t c, int lanes, const auto& z) {
+    constexpr int count = rows;
+    const Vector<float> bias = load_lanes(w.out.bias + c, lanes), scale = load_lanes(w.scale + c, lanes);
+    SEGNEXT_UNROLL
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = (m + i) * C + c;
+      store_lanes(y + at, z[i] + bias + scale * load_lanes(in + at, lanes), lanes);
+    }
   });
 }
 
