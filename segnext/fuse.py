@@ -42,6 +42,11 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 
+def values(parameters: nn.ParameterList) -> list[nn.Parameter]:
+    """The same as ``list(parameters)``, which takes as long as a kernel."""
+    return list(parameters._parameters.values())
+
+
 def matrix(convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
     """A convolution's filters and bias in float64."""
     weight = convolution.weight.double()
@@ -100,7 +105,7 @@ class FusedAttention(nn.Module):
         self.weights = nn.ParameterList(map(frozen, tensors))
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.spatial_attention(x, list(self.weights))
+        return kernels.spatial_attention(x, values(self.weights))
 
 
 class FusedMLP(nn.Module):
@@ -116,7 +121,7 @@ class FusedMLP(nn.Module):
         self.weights = nn.ParameterList(map(frozen, tensors))
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.mlp(x, *self.weights)
+        return kernels.mlp(x, *values(self.weights))
 
 
 class GroupNormReLU(nn.Module):
@@ -181,7 +186,7 @@ class FusedHead(nn.Module):
             self.attention = FusedAttention(head.attention, dtype, None, None)
 
     def forward(self, features: Sequence[Tensor], bases: Tensor | None = None) -> Tensor:
-        x = self.squeeze_norm(kernels.resize_concat_conv(features[1:], list(self.squeeze), self.squeeze_bias))
+        x = self.squeeze_norm(kernels.resize_concat_conv(features[1:], values(self.squeeze), self.squeeze_bias))
         if self.hamburger:
             x = self.ham_norm(self.ham_out(self.ham(self.ham_in(x), bases)), x)
         elif bases is not None:
@@ -200,6 +205,9 @@ class FusedSegNeXt(nn.Module):
         self.classes, self.palette, self.short_side = model.classes, model.palette, model.short_side
         self.backbone = FusedMSCAN(model.backbone, dtype)
         self.decode_head = FusedHead(model.decode_head, model.config.channels[1:], dtype)
+        # glibc gives the memory of every large tensor back to the system, whose fresh pages then take a tenth of a small
+        # model's time; once a block of nearly 32 MiB was freed, it keeps what is smaller.
+        torch.empty((32 << 20) - 8192, dtype=torch.uint8)
 
     def forward(self, images: Tensor, bases: Tensor | None = None) -> Tensor:
         """The logits [B, num_classes, ceil(H / 8), ceil(W / 8)] at stride 8, in ``dtype``; see :meth:`SegNeXt.forward`."""

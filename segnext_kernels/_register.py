@@ -43,15 +43,9 @@ def register(
 
 
 def register_inference(schema: str, fake: Callable) -> None:
-    """Registers an operator that serves inference alone: going backward through it raises a sentence that says so."""
-    name = schema[: schema.index("(")]
-
-    def backward(ctx, *grads):
-        raise NotImplementedError(f"{name} serves inference and has no derivative; train the model that was fused")
-
+    """Registers an operator that serves inference alone; ``_inference.call`` refuses what needs a gradient."""
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{schema[: schema.index('(')]}", fake, lib=library)
 
 
 def _no_double_backward(name: str) -> Callable:

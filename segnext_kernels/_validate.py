@@ -98,18 +98,19 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str) -> None:
         raise ValueError(f"nmf: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
 
 
-def conv_act(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, stride: int, activation: str) -> None:
-    """Checks the arguments of conv_act."""
+def conv_act(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, stride: int, activation: str) -> tuple:
+    """Checks the arguments of conv_act and returns them, x in a dense layout."""
     channels_last("conv_act", "x", x[:0] if isinstance(x, Tensor) and x.dim() else x)
     if kernel_size < 1 or kernel_size % 2 == 0 or stride < 1:
         raise ValueError(f"conv_act: kernel_size must be odd and stride at least 1, got {kernel_size} and {stride}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv_act: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     packed("conv_act", "weight", weight, bias, x.shape[1] * kernel_size**2, x)
+    return dense_image(x), weight, bias, kernel_size, stride, activation
 
 
-def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Checks the arguments of spatial_attention and returns x in channels_last."""
+def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> tuple:
+    """Checks the arguments of spatial_attention and returns them, x in channels_last."""
     op = "spatial_attention"
     x = channels_last(op, "x", x)
     if not isinstance(weights, (list, tuple)) or len(weights) != 21:
@@ -122,11 +123,11 @@ def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     if sizes != (7, 11, 21):
         raise ValueError(f"{op}: the strips must have branch sizes (7, 11, 21), got {sizes}")
     vector(op, "scale", weights[20], channels, x)
-    return x
+    return x, list(weights)
 
 
-def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor) -> Tensor:
-    """Checks the arguments of mlp and returns x in channels_last."""
+def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor) -> tuple:
+    """Checks the arguments of mlp and returns them, x in channels_last."""
     x = channels_last("mlp", "x", x)
     packed("mlp", "fc1", fc1, bias1, x.shape[1], x)
     packed("mlp", "fc2", fc2, bias2, bias1.shape[0], x)
@@ -136,28 +137,26 @@ def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias
         raise TypeError("mlp: depthwise must be a float32 tensor")
     _same_device("mlp", "depthwise", depthwise, x)
     _shape("mlp", "depthwise", depthwise, (bias1.shape[0], 1, 3, 3))
-    return x
+    return x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2
 
 
-def group_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Checks the arguments of group_norm_relu and returns x and the residual in channels_last."""
+def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, residual: Tensor | None) -> tuple:
+    """Checks the arguments of group_norm_relu and returns them, x and the residual in channels_last."""
     op = "group_norm_relu"
     x = channels_last(op, "x", x)
     vector(op, "weight", weight, x.shape[1], x)
     vector(op, "bias", bias, x.shape[1], x)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"{op}: groups must divide the {x.shape[1]} channels, got {groups}")
-    if residual is None:
-        return x, None
-    _companion(op, "residual", residual, x)
-    _shape(op, "residual", residual, tuple(x.shape))
-    return x, channels_last(op, "residual", residual)
+    if residual is not None:
+        _companion(op, "residual", residual, x)
+        _shape(op, "residual", residual, tuple(x.shape))
+        residual = channels_last(op, "residual", residual)
+    return x, weight, bias, groups, eps, residual
 
 
-def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> list[Tensor]:
-    """Checks the arguments of resize_concat_conv and returns the maps in channels_last."""
+def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> tuple:
+    """Checks the arguments of resize_concat_conv and returns them, the maps in channels_last."""
     op = "resize_concat_conv"
     if not maps or len(maps) != len(weights):
         raise ValueError(f"{op}: as many weights as maps are needed and at least one, got {len(maps)} and {len(weights)}")
@@ -167,7 +166,7 @@ def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: 
         if x.shape[0] != maps[0].shape[0] or x.numel() == 0:
             raise ValueError(f"{op}: maps must have one batch size and not be empty, got {[list(m.shape) for m in maps]}")
         packed(op, f"weights[{i}]", weight, bias, x.shape[1], x)
-    return maps
+    return maps, list(weights), bias
 
 
 def channels_last(op: str, name: str, x: Tensor) -> Tensor:

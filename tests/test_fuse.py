@@ -104,7 +104,8 @@ def test_other_classes_sizes_and_odd_channels():
         model = harsh(**changes)
         images = torch.randn(1, changes.get("in_channels", 3), 65, 40)
         assert error(segnext.fuse(model)(images), model(images)) < 1e-5
-        assert error(segnext.fuse(model, torch.bfloat16)(images), model(images)) < 3e-2
+        model = small.model(**changes)
+        assert error(segnext.fuse(model, torch.bfloat16)(images), model(images)) < 2e-2
 
 
 def test_errors():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _inference, _validate
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -43,13 +42,10 @@ def conv_act(
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        NotImplementedError: from backward.
+        NotImplementedError: x needs a gradient.
 
     Source:
         SegNeXt (NeurIPS 2022), section 3.1: its stem, downsampling and projections, batch norms folded.
     """
-    _validate.conv_act(x, weight, bias, kernel_size, stride, activation)
-    x = _validate.dense_image(x)
-    if _select.select("conv_act", backend, x) == "reference":
-        return _reference.conv_act(x, weight, bias, kernel_size, stride, activation)
-    return torch.ops.segnext_kernels.conv_act(x, weight, bias, kernel_size, stride, activation)
+    args = (x, weight, bias, kernel_size, stride, activation)
+    return _inference.call("conv_act", backend, _validate.conv_act, _reference.conv_act, *args)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _inference, _validate
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -41,12 +40,10 @@ def group_norm_relu(
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        NotImplementedError: from backward.
+        NotImplementedError: x needs a gradient.
 
     Source:
         "Group Normalization" (ECCV 2018); ``LightHamHead`` of the official code.
     """
-    x, residual = _validate.group_norm_relu(x, weight, bias, groups, residual)
-    if _select.select("group_norm_relu", backend, x) == "reference":
-        return _reference.group_norm_relu(x, weight, bias, groups, eps, residual)
-    return torch.ops.segnext_kernels.group_norm_relu(x, weight, bias, groups, eps, residual)
+    args = (x, weight, bias, groups, eps, residual)
+    return _inference.call("group_norm_relu", backend, _validate.group_norm_relu, _reference.group_norm_relu, *args)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _inference, _validate
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -42,13 +41,10 @@ def mlp(
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        NotImplementedError: from backward.
+        NotImplementedError: x needs a gradient.
 
     Source:
         SegNeXt (NeurIPS 2022), section 3.1; ``Mlp`` of the official code.
     """
-    x = _validate.mlp(x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2)
     args = (x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2)
-    if _select.select("mlp", backend, x) == "reference":
-        return _reference.mlp(*args)
-    return torch.ops.segnext_kernels.mlp(*args)
+    return _inference.call("mlp", backend, _validate.mlp, _reference.mlp, *args)

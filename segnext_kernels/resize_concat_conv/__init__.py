@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _inference, _validate
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -38,12 +37,10 @@ def resize_concat_conv(
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        NotImplementedError: from backward.
+        NotImplementedError: x needs a gradient.
 
     Source:
         SegNeXt (NeurIPS 2022), section 3.2; ``LightHamHead`` of the official code.
     """
-    maps = _validate.resize_concat_conv(maps, weights, bias)
-    if _select.select("resize_concat_conv", backend, maps[0]) == "reference":
-        return _reference.resize_concat_conv(maps, weights, bias)
-    return torch.ops.segnext_kernels.resize_concat_conv(maps, list(weights), bias)
+    args = (maps, weights, bias)
+    return _inference.call("resize_concat_conv", backend, _validate.resize_concat_conv, _reference.resize_concat_conv, *args)

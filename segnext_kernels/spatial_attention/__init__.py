@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .. import _select, _validate
+from .. import _inference, _validate
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -34,12 +33,10 @@ def spatial_attention(x: Tensor, weights: Sequence[Tensor], *, backend: str | No
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        NotImplementedError: from backward.
+        NotImplementedError: x needs a gradient.
 
     Source:
         SegNeXt (NeurIPS 2022), figure 2 and equations 1 and 2; ``SpatialAttention`` of the official code.
     """
-    x = _validate.spatial_attention(x, weights)
-    if _select.select("spatial_attention", backend, x) == "reference":
-        return _reference.spatial_attention(x, weights)
-    return torch.ops.segnext_kernels.spatial_attention(x, list(weights))
+    args = (x, weights)
+    return _inference.call("spatial_attention", backend, _validate.spatial_attention, _reference.spatial_attention, *args)
