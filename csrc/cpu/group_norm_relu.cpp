@@ -10,19 +10,6 @@ namespace {
 
 constexpr int64_t kBlock = 64;  // pixels whose statistics are kept apart
 
-// Mean and sum of squared deviations of `count` values.
-struct Moments {
-  double count = 0, mean = 0, squares = 0;
-
-  void add(const Moments& other) {
-    if (other.count == 0) return;
-    const double total = count + other.count, shift = other.mean - mean;
-    mean += shift * other.count / total;
-    squares += other.squares + shift * shift * count * other.count / total;
-    count = total;
-  }
-};
-
 // out [3][C]: the first pixel and, of the differences from it, the sum and the sum of squares.
 template <class T>
 void block_sums(const T* x, int64_t C, int64_t pixels, float* out) {
@@ -42,24 +29,24 @@ void block_sums(const T* x, int64_t C, int64_t pixels, float* out) {
   }
 }
 
-// mean, scale [C] of one image, from the sums of its blocks
-void statistics(const GroupNorm& norm, int64_t C, int64_t pixels, const float* sums, float* mean, float* scale) {
-  const int64_t size = C / norm.groups;
-  for (int64_t group = 0; group < norm.groups; ++group) {
-    Moments all;
-    for (int64_t first = 0; first < pixels; first += kBlock, sums += 3 * C) {
-      const double count = static_cast<double>(std::min(kBlock, pixels - first));
-      for (int64_t c = group * size; c < (group + 1) * size; ++c) {
-        const double sum = sums[C + c];
-        all.add({count, sums[c] + sum / count, sums[2 * C + c] - sum * sum / count});
-      }
+// mean, scale [C] of one group, from the sums of its image's blocks: moments about one of the values, in double
+void statistics(const GroupNorm& norm, int64_t group, int64_t C, int64_t pixels, const float* sums, float* mean, float* scale) {
+  const int64_t size = C / norm.groups, first_channel = group * size, last_channel = first_channel + size;
+  const double origin = sums[first_channel];
+  double sum = 0, squares = 0;
+  for (int64_t first = 0; first < pixels; first += kBlock, sums += 3 * C) {
+    const double count = static_cast<double>(std::min(kBlock, pixels - first));
+    for (int64_t c = first_channel; c < last_channel; ++c) {
+      const double shift = sums[c] - origin, block_sum = sums[C + c];
+      sum += count * shift + block_sum;
+      squares += shift * (count * shift + 2 * block_sum) + sums[2 * C + c];
     }
-    sums -= (pixels + kBlock - 1) / kBlock * 3 * C;
-    const double deviation = std::sqrt(all.squares / all.count + norm.epsilon);
-    for (int64_t c = group * size; c < (group + 1) * size; ++c) {
-      mean[c] = static_cast<float>(all.mean);
-      scale[c] = static_cast<float>(norm.weight[c] / deviation);
-    }
+  }
+  const double count = static_cast<double>(pixels * size), deviation = sum / count;
+  const double variance = std::max(squares / count - deviation * deviation, 0.0);
+  for (int64_t c = first_channel; c < last_channel; ++c) {
+    mean[c] = static_cast<float>(origin + deviation);
+    scale[c] = static_cast<float>(norm.weight[c] / std::sqrt(variance + norm.epsilon));
   }
 }
 
@@ -96,8 +83,11 @@ void group_norm_relu_forward(const Image& x, const GroupNorm& norm, const Image&
       });
     };
     for_blocks([&](int64_t item, int64_t, int64_t at, int64_t count) { block_sums(in + at, C, count, sums + item * 3 * C); });
-    parallel(x.images, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) statistics(norm, C, pixels, sums + n * blocks * 3 * C, mean + n * C, scale + n * C);
+    parallel(x.images * norm.groups, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t n = item / norm.groups;
+        statistics(norm, item % norm.groups, C, pixels, sums + n * blocks * 3 * C, mean + n * C, scale + n * C);
+      }
     });
     for_blocks([&](int64_t, int64_t n, int64_t at, int64_t count) {
       apply(in + at, add == nullptr ? nullptr : add + at, mean + n * C, scale + n * C, norm.bias, C, count,
