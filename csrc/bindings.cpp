@@ -9,6 +9,7 @@ using segnext::Dtype;
 using segnext::Image;
 using segnext::Matrices;
 using segnext::StripFilters;
+using segnext::Targets;
 
 Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
   const Image in = image(x, "x");
@@ -101,6 +102,49 @@ std::tuple<Tensor, Tensor> nmf_backward(const Tensor& grad_out, const Tensor& x,
   return {grad_x, grad_bases};
 }
 
+Tensor upsample_argmax(const Tensor& logits, int64_t height, int64_t width) {
+  const Image in = image(logits, "logits");
+  STD_TORCH_CHECK(in.channels > 0 && height >= 0 && width >= 0 && (height * width == 0 || in.height * in.width > 0),
+                  "segnext_kernels: logits and size must not be empty");
+  Tensor labels = torch::stable::new_empty(logits, {in.images, height, width}, ScalarType::Long);
+  segnext::upsample_argmax_forward(in, height, width, static_cast<int64_t*>(labels.data_ptr()), parallel());
+  return labels;
+}
+
+Targets targets(const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index, const Image& logits) {
+  STD_TORCH_CHECK(target.is_cpu() && target.scalar_type() == ScalarType::Long && target.is_contiguous() && target.dim() == 3 &&
+                      target.size(0) == logits.images,
+                  "segnext_kernels: target must be contiguous int64 [N, H, W] on the CPU");
+  STD_TORCH_CHECK(logits.channels > 0 && (target.numel() == 0 || logits.height * logits.width > 0),
+                  "segnext_kernels: logits must not be empty");
+  const Dtype accumulator = logits.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  STD_TORCH_CHECK(!weight || (weight->is_cpu() && weight->is_contiguous() && weight->numel() == logits.channels &&
+                              dtype_of(*weight, "weight") == accumulator),
+                  "segnext_kernels: weight must be contiguous [C] on the CPU in the accumulator's dtype");
+  return {static_cast<const int64_t*>(target.data_ptr()), target.size(1), target.size(2), weight ? weight->data_ptr() : nullptr,
+          ignore_index};
+}
+
+Tensor upsample_cross_entropy(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                              int64_t ignore_index) {
+  const Image in = image(logits, "logits");
+  const double loss = segnext::upsample_cross_entropy_forward(in, targets(target, weight, ignore_index, in), parallel());
+  const ScalarType accumulator = in.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::fill_(torch::stable::new_empty(logits, {}, accumulator), loss);
+}
+
+Tensor upsample_cross_entropy_backward(const Tensor& grad_out, const Tensor& logits, const Tensor& target,
+                                       const std::optional<Tensor>& weight, int64_t ignore_index) {
+  const Image in = image(logits, "logits");
+  STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.numel() == 1, "segnext_kernels: grad_out must be one number on the CPU");
+  const double scale = dtype_of(grad_out, "grad_out") == Dtype::kFloat64 ? *static_cast<const double*>(grad_out.data_ptr())
+                                                                         : *static_cast<const float*>(grad_out.data_ptr());
+  Tensor grad_logits = torch::stable::empty_like(logits);
+  segnext::upsample_cross_entropy_backward(scale, in, targets(target, weight, ignore_index, in),
+                                           image_like(grad_logits, in, "grad_logits"), parallel());
+  return grad_logits;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
@@ -110,6 +154,9 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
   m.impl("dwconv_gelu_backward", TORCH_BOX(&dwconv_gelu_backward));
   m.impl("nmf", TORCH_BOX(&nmf));
   m.impl("nmf_backward", TORCH_BOX(&nmf_backward));
+  m.impl("upsample_argmax", TORCH_BOX(&upsample_argmax));
+  m.impl("upsample_cross_entropy", TORCH_BOX(&upsample_cross_entropy));
+  m.impl("upsample_cross_entropy_backward", TORCH_BOX(&upsample_cross_entropy_backward));
 }
 
 #define SEGNEXT_TEXT_(x) #x

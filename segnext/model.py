@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segnext_kernels import upsample_argmax
 from segnext_kernels.nn import NMF2D
 
 from .heads import HamHead, MSCAHead
@@ -16,7 +16,6 @@ from .mscan import MSCAN
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images, in units of 0..1
 HEADS = ("ham", "msca")
 CHOICES = {"head": HEADS, "bases": ("fixed", "random"), "gradient": ("exact", "one_step")}
-STRIP_ELEMENTS = 1 << 24  # upsampled logits held at a time: 64 MB in float32
 
 
 @dataclass(frozen=True)
@@ -119,33 +118,7 @@ class SegNeXt(nn.Module):
         Returns:
             labels: [B, H, W], int64.
         """
-        return label_map(self(images), images.shape[-2:])
-
-
-def label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The highest class at every pixel of bilinearly upsampled logits, which are held a few rows at a time.
-
-    Equivalent to: ``F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)``, up to rounding.
-
-    Args:
-        logits: [B, C, h, w]; 16-bit ones are upsampled in float32.
-
-    Returns:
-        int64 [B, *size].
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    batch, classes, height, _ = logits.shape
-    rows = max(1, STRIP_ELEMENTS // (batch * classes * size[1]))
-    y = (torch.arange(size[0], device=logits.device, dtype=logits.dtype) + 0.5) * (height / size[0]) - 0.5
-    y = y.clamp(0, height - 1)
-    above = y.long()
-    below, weight = (above + 1).clamp(max=height - 1), (y - above)[:, None]
-    labels = torch.empty(batch, *size, device=logits.device, dtype=torch.int64)
-    for start in range(0, size[0], rows):
-        strip = slice(start, start + rows)
-        tall = torch.lerp(logits[:, :, above[strip]], logits[:, :, below[strip]], weight[strip])
-        labels[:, strip] = F.interpolate(tall, (tall.shape[2], size[1]), mode="bilinear", align_corners=False).argmax(1)
-    return labels
+        return upsample_argmax(self(images), images.shape[-2:])
 
 
 def create(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from segnext_kernels import upsample_argmax
+
 from .images import ImageError, normalise, read_image, visible_files, write_png
-from .model import label_map
 from .palette import generated_palette, legend, mask_image, overlay
 from .weights import load
 
@@ -102,7 +103,7 @@ def segment(model: nn.Module, image: Tensor, short_side: int) -> Tensor:
     if 0 < short_side < min(size):
         seen = functional.resize(seen, [max(1, round(n * short_side / min(size))) for n in size], antialias=True)
     with torch.inference_mode():
-        return label_map(model(normalise(seen).contiguous(memory_format=torch.channels_last)), size)[0]
+        return upsample_argmax(model(normalise(seen).contiguous(memory_format=torch.channels_last)), size)[0]
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+from segnext_kernels import upsample_cross_entropy
 
 from .images import normalise
 from .palette import IGNORED
@@ -82,7 +83,7 @@ def fit(
         images = normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
             logits = model(images)
-        loss = segmentation_loss(logits.float(), labels.to(device), class_weights)
+        loss = upsample_cross_entropy(logits, labels.to(device), IGNORED, class_weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -101,16 +102,6 @@ def class_weights(dataset: Dataset, classes: int, power: float) -> Tensor:
     shares = counts[:classes] / counts[:classes].sum().clamp_min(1)
     weights = shares.clamp_min(1e-4) ** -power
     return weights / (shares * weights).sum().clamp_min(1e-4)
-
-
-def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of upsampled logits [B, C, h, w] over the labels [B, H, W] that are not 255; 0 where all are."""
-    upsampled = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-    labels = labels.long()
-    total = F.cross_entropy(upsampled, labels, class_weights, ignore_index=IGNORED, reduction="sum")
-    known = labels[labels != IGNORED]
-    weight = known.numel() if class_weights is None else class_weights[known].sum()
-    return total / max(weight, 1)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -17,6 +17,8 @@ from .msca_strips import msca_strips
 from .nmf import nmf
 from .resize_concat_conv import resize_concat_conv
 from .spatial_attention import spatial_attention
+from .upsample_argmax import upsample_argmax
+from .upsample_cross_entropy import upsample_cross_entropy
 
 __version__ = _version("segnext-kernels")
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "pack",
     "resize_concat_conv",
     "spatial_attention",
+    "upsample_argmax",
+    "upsample_cross_entropy",
 ]
 
 

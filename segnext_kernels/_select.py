@@ -12,6 +12,8 @@ OPERATORS = (
     "msca_strips",
     "dwconv_gelu",
     "nmf",
+    "upsample_argmax",
+    "upsample_cross_entropy",
     "conv_act",
     "spatial_attention",
     "mlp",

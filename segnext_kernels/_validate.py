@@ -98,6 +98,29 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str) -> None:
         raise ValueError(f"nmf: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
 
 
+def upsample_argmax(logits: Tensor, size: Sequence[int]) -> tuple[int, int]:
+    """Checks the arguments of upsample_argmax and returns the size."""
+    _logits("upsample_argmax", logits, size)
+    return tuple(size)
+
+
+def upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, weight: Tensor | None) -> None:
+    """Checks the arguments of upsample_cross_entropy."""
+    op = "upsample_cross_entropy"
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"{op}: target must be an integer tensor, got {getattr(target, 'dtype', type(target).__name__)}")
+    if target.dim() != 3:
+        raise ValueError(f"{op}: target must be [N, H, W], got shape {list(target.shape)}")
+    _logits(op, logits, target.shape[1:])
+    _same_device(op, "target", target, logits)
+    if target.shape[0] != logits.shape[0]:
+        raise ValueError(f"{op}: target must have the logits' {logits.shape[0]} images, got shape {list(target.shape)}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if weight is not None:
+        vector(op, "weight", weight, logits.shape[1], logits, accumulator(logits.dtype))
+
+
 def conv_act(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, stride: int, activation: str) -> tuple:
     """Checks the arguments of conv_act and returns them, x in a dense layout."""
     channels_last("conv_act", "x", x[:0] if isinstance(x, Tensor) and x.dim() else x)
@@ -189,12 +212,22 @@ def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Ten
     _shape(op, f"{name}, packed,", weight, shape)
 
 
-def vector(op: str, name: str, tensor: Tensor, count: int, x: Tensor) -> None:
-    """Checks ``count`` float32 numbers on x's device."""
-    if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
-        raise TypeError(f"{op}: {name} must be a float32 tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+def vector(op: str, name: str, tensor: Tensor, count: int, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Checks ``count`` numbers, float32 unless told, on x's device."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        found = getattr(tensor, "dtype", type(tensor).__name__)
+        raise TypeError(f"{op}: {name} must be a {str(dtype).removeprefix('torch.')} tensor, got {found}")
     _same_device(op, name, tensor, x)
     _shape(op, name, tensor, (count,))
+
+
+def _logits(op: str, logits: Tensor, size: Sequence[int]) -> None:
+    """Checks an image that can be resized to ``size``."""
+    _tensor(op, "logits", logits, "[N, C, h, w]")
+    if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in size):
+        raise ValueError(f"{op}: size must be two whole numbers (H, W), got {size!r}")
+    if 0 in logits.shape[1:] and 0 not in size:
+        raise ValueError(f"{op}: empty logits {list(logits.shape)} cannot be resized to {list(size)}")
 
 
 def _image(op: str, x: Tensor) -> None:

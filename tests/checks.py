@@ -9,6 +9,7 @@ from dataclasses import replace
 import inference
 import pytest
 import torch
+import upsample
 from operators import (
     DTYPES,
     FUNCTIONS,
@@ -183,3 +184,7 @@ def check_all_operators() -> None:
         inference.MAKE.items(), inference.SHAPES[3:8], inference.PACKED_DTYPES
     ):
         inference.check(operator, make(shape, dtype), dtype, "channels_last", "cpu")
+    for (shape, size), layout, dtype in itertools.product(upsample.CASES[2:6], IMAGE_LAYOUTS, DTYPES):
+        logits = upsample.draw_logits(shape, dtype, layout)
+        upsample.check_labels(logits, size, "cpu")
+        upsample.check_loss(logits, upsample.draw_target(shape, size), backend="cpu")

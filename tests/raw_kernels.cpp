@@ -78,6 +78,16 @@ PYBIND11_MODULE(raw_kernels, m) {
     nmf_backward(matrices(grad_out, transposed), matrices(x, transposed), data(bases), bases.shape(2), steps, one_step,
                  matrices(grad_x, transposed), data(grad_bases), kSerial);
   });
+  m.def("upsample_argmax", [](py::array logits, py::array_t<int64_t> labels, bool channels_last) {
+    upsample_argmax_forward(image(logits, channels_last), labels.shape(1), labels.shape(2), labels.mutable_data(), kSerial);
+  });
+  m.def("upsample_cross_entropy", [](py::array logits, py::array_t<int64_t> labels, py::array weights, py::array grad_logits,
+                                     bool channels_last) {
+    const Targets targets{labels.data(), labels.shape(1), labels.shape(2), data(weights), 255};
+    const Image in = image(logits, channels_last);
+    upsample_cross_entropy_backward(1.5, in, targets, image(grad_logits, channels_last), kSerial);
+    return upsample_cross_entropy_forward(in, targets, kSerial);
+  });
   m.def("conv_act", [](py::array x, py::array weight, py::array bias, int64_t kernel, int64_t stride, bool gelu, py::array y,
                        bool channels_last) {
     const Activation activation = gelu ? Activation::kGelu : Activation::kNone;

@@ -65,6 +65,19 @@ def matrices(dtype, size, transposed):
         yield from (y, grad_x, grad_bases)
 
 
+def upsampled(dtype, size, channels_last):
+    n, c, h, w = size
+    shape = (n, h, w, c) if channels_last else size
+    for out in ((1, 1), (5, 40), (3 * h, 8 * w)):
+        logits, labels = normal(shape, dtype), np.full((n, *out), -1)
+        raw_kernels.upsample_argmax(logits, labels, channels_last)
+        assert ((labels >= 0) & (labels < c)).all()
+        target = np.where(rng.random(labels.shape) < 0.2, 255, rng.integers(0, c, labels.shape))
+        weights, grad = normal((c,), "float64" if dtype == "float64" else "float32"), poisoned(logits, dtype)
+        assert np.isfinite(raw_kernels.upsample_cross_entropy(logits, target, weights, grad, channels_last))
+        yield grad
+
+
 def packed(outputs, inputs, dtype):
     panels = -(-outputs // 32)
     return normal((panels, -(-inputs // 2), 32, 2) if dtype == "bfloat16" else (panels, inputs, 32), dtype)
@@ -99,7 +112,8 @@ def main():
     if "planted" in sys.argv:
         x = normal((1, 16, 9, 13), "float32")
         return raw_kernels.dwconv_gelu(x, normal((16, 9), "float32"), normal((16,), "float32"), x[:, :, :-1].copy(), False)
-    for run, sizes, dtypes in ((images, SIZES, DTYPES), (matrices, MATRICES, DTYPES), (inference, SIZES, PACKED_DTYPES)):
+    runs = [(images, SIZES, DTYPES), (matrices, MATRICES, DTYPES), (upsampled, SIZES, DTYPES)]
+    for run, sizes, dtypes in (*runs, (inference, SIZES, PACKED_DTYPES)):
         for dtype, size, layout in itertools.product(dtypes, sizes, (False, True)):
             for array in run(dtype, size, layout):
                 assert finite(array), (run.__name__, dtype, size, layout)

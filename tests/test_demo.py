@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import small
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision import tv_tensors
 
@@ -24,7 +23,7 @@ from segnext.demo import demo
 from segnext.evaluate import Scores, confusion_matrix, evaluate, table
 from segnext.images import normalise
 from segnext.palette import photo_image
-from segnext.train import Recipe, batches, fit, parameter_groups, photo_augmentation, segmentation_loss
+from segnext.train import Recipe, batches, fit, parameter_groups, photo_augmentation
 
 SCENES = Scenes(8, (32, 48))
 
@@ -76,24 +75,6 @@ def test_parameter_groups():
     assert len(decays) == len(list(model.parameters()))
     decayed = {"backbone.norm1.weight": 0.0, "decode_head.conv_seg.weight": 0.01, "decode_head.conv_seg.bias": 0.0}
     assert {name: decays[id(model.get_parameter(name))] for name in decayed} == decayed
-
-
-@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2.0, 0.5])], ids=["equal", "weighted"])
-def test_loss_is_the_mean_over_known_pixels(weights):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 4, 5, generator=generator)
-    labels = torch.randint(0, 3, (2, 13, 9), generator=generator, dtype=torch.uint8)
-    labels[0, :5] = 255
-    upsampled = F.interpolate(logits, (13, 9), mode="bilinear").permute(0, 2, 3, 1)[labels != 255]
-    expected = F.cross_entropy(upsampled, labels[labels != 255].long(), weights)
-    torch.testing.assert_close(segmentation_loss(logits, labels, weights), expected)
-
-
-def test_loss_without_known_pixels_is_zero():
-    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
-    loss = segmentation_loss(logits, torch.full((1, 4, 4), 255, dtype=torch.uint8))
-    loss.backward()
-    assert loss == 0 and (logits.grad == 0).all()
 
 
 def test_batches_show_every_picture_before_any_again():

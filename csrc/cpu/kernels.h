@@ -54,6 +54,21 @@ void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t ste
 void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool one_step,
                   const Matrices& grad_x, void* grad_bases, const Parallel& parallel);
 
+// labels [N, height, width] <- the highest class of upsampled logits
+void upsample_argmax_forward(const Image& logits, int64_t height, int64_t width, int64_t* labels, const Parallel& parallel);
+
+// labels [N, height, width]; weights: of the classes, accumulators, may be null.
+struct Targets {
+  const int64_t* labels;
+  int64_t height, width;
+  const void* weights;
+  int64_t ignored;
+};
+// The weighted mean of the losses, 0 without any; throws std::runtime_error where a label is out of range.
+double upsample_cross_entropy_forward(const Image& logits, const Targets& targets, const Parallel& parallel);
+void upsample_cross_entropy_backward(double grad_out, const Image& logits, const Targets& targets, const Image& grad_logits,
+                                     const Parallel& parallel);
+
 // Weights of a matrix product, packed as segnext_kernels/_pack.py says, in x's dtype, and their bias.
 struct PackedWeights {
   const void* data;

@@ -8,28 +8,10 @@
 
 #include "cpu/kernels.h"
 #include "cpu/matmul.h"
+#include "cpu/sample.h"
 
 namespace segnext {
 namespace {
-
-// Where bilinear sampling without aligned corners finds the value of one output row or column.
-struct Sample {
-  int64_t low, high;
-  float weight;  // of high
-
-  Sample(int64_t at, int64_t in, int64_t out) {
-    const float scale = static_cast<float>(in) / static_cast<float>(out);
-    const float source = std::max((static_cast<float>(at) + 0.5f) * scale - 0.5f, 0.0f);
-    low = std::min(static_cast<int64_t>(source), in - 1);
-    high = std::min(low + 1, in - 1);
-    weight = std::clamp(source - static_cast<float>(low), 0.0f, 1.0f);
-  }
-};
-
-SEGNEXT_INLINE Vector<float> lerp(const float* low, const float* high, float weight) {
-  const Vector<float> a = load<float>(low);
-  return a + (load<float>(high) - a) * weight;
-}
 
 // The product of one coarser map with its weights, [images][h][w][padded channels], and its rows at the output's rows.
 struct Coarse {
@@ -41,10 +23,10 @@ struct Coarse {
 
   // out [w][padded channels]
   void resize_row(int64_t n, int64_t at, int64_t out_height, float* out) const {
-    const Sample sample(at, height, out_height);
+    const Sample<float> sample(at, height, out_height);
     const float* image = product + n * height * row;
     for (int64_t i = 0; i < row; i += kLanes<float>)
-      store<float>(out + i, lerp(image + sample.low * row + i, image + sample.high * row + i, sample.weight));
+      store<float>(out + i, lerp<float>(image + sample.low * row + i, image + sample.high * row + i, sample.weight));
   }
 };
 
@@ -76,7 +58,7 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
       int64_t size = 0;
       for (const Coarse& map : coarse) size += map.row;
       Buffer<float> resized(size);
-      std::vector<Sample> samples;
+      std::vector<Sample<float>> samples;
       for (const Coarse& map : coarse) {
         for (int64_t w = 0; w < y.width; ++w) samples.emplace_back(w, map.width, y.width);
       }
@@ -97,9 +79,9 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
                     for (int i = 0; i < count; ++i) {
                       z[i] += b;
                       const float* map_row = resized + c;
-                      const Sample* sample = samples.data() + m + i;
+                      const Sample<float>* sample = samples.data() + m + i;
                       for (const Coarse& map : coarse) {
-                        z[i] += lerp(map_row + sample->low * padded, map_row + sample->high * padded, sample->weight);
+                        z[i] += lerp<float>(map_row + sample->low * padded, map_row + sample->high * padded, sample->weight);
                         map_row += map.row;
                         sample += y.width;
                       }

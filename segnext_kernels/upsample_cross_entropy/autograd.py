@@ -1,0 +1,43 @@
+"""Schema, fake, autograd and autocast of upsample_cross_entropy."""
+
+from __future__ import annotations
+
+import torch
+
+from .._register import register
+from .._validate import accumulator
+
+
+def _fake(logits, target, weight, ignore_index):
+    return logits.new_empty((), dtype=accumulator(logits.dtype))
+
+
+def _backward_fake(grad_out, logits, target, weight, ignore_index):
+    return torch.empty_like(logits)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, target, weight, ctx.ignore_index = inputs
+    ctx.save_for_backward(logits, target, weight)
+
+
+def _backward(ctx, grad_out):
+    grad = torch.ops.segnext_kernels.upsample_cross_entropy_backward(grad_out, *ctx.saved_tensors, ctx.ignore_index)
+    return grad, None, None, None
+
+
+def autocast(dtype, *args):
+    return args  # 16-bit logits and float32 ones are both computed in float32
+
+
+register(
+    "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index) -> Tensor",
+    "upsample_cross_entropy_backward(Tensor grad_out, Tensor logits, Tensor target, Tensor? weight, int ignore_index)"
+    " -> Tensor",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=autocast,
+)
+operator = torch.ops.segnext_kernels.upsample_cross_entropy
