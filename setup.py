@@ -16,7 +16,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16}
+    INSTRUCTION_SETS |= {"amx_bf16": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
 
 
 def check_toolchain() -> None:
@@ -38,6 +40,20 @@ def check_toolchain() -> None:
     )
 
 
+def instruction_sets() -> dict[str, list[str]]:
+    """Those that the compiler knows: GCC 10 has no matrix tiles."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    trial = ["-fsyntax-only", "-x", "c++", os.devnull]
+    known = {
+        isa: flags
+        for isa, flags in INSTRUCTION_SETS.items()
+        if subprocess.run([*compiler, *flags, *trial], capture_output=True).returncode == 0
+    }
+    for isa in INSTRUCTION_SETS.keys() - known.keys():
+        print(f"segnext-kernels: {compiler[0]} does not know {isa}, so the kernels for it are left out")
+    return known
+
+
 def extensions() -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension
 
@@ -45,7 +61,8 @@ def extensions() -> list[Extension]:
     cpu = Extension(
         "segnext_kernels._cpu",
         ["csrc/cpu_features.cpp"],
-        extra_compile_args=["-O2", "-std=c++17"],
+        include_dirs=[str(Path("csrc").resolve())],
+        extra_compile_args=["-O2", "-std=c++20"],
         py_limited_api=True,
     )
     return [cpu] + [
@@ -56,7 +73,7 @@ def extensions() -> list[Extension]:
             extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, f"-DSEGNEXT_ISA={isa}"],
             py_limited_api=True,
         )
-        for isa, flags in INSTRUCTION_SETS.items()
+        for isa, flags in instruction_sets().items()
     ]
 
 

@@ -2,6 +2,8 @@
 #undef Py_LIMITED_API  // torch's build adds its own
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
+
+#include "cpu/amx.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -29,6 +31,10 @@ PyObject* features(PyObject*, PyObject*) {
   add("avx512dq", __builtin_cpu_supports("avx512dq"));
   add("avx512vl", __builtin_cpu_supports("avx512vl"));
   add("avx512bf16", __builtin_cpu_supports("avx512bf16"));
+  const bool leaf = __get_cpuid_count(7, 0, &a, &b, &c, &d);  // of the tiles GCC 10 knows no names
+  const bool tiles = leaf && (d & 1u << 24) && (d & 1u << 22) && segnext::amx::permitted();
+  add("amx-tile", tiles);
+  add("amx-bf16", tiles);
 #endif
   if (ok) return names;
   Py_DECREF(names);

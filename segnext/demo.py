@@ -150,7 +150,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16; elsewhere it only costs accuracy."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and segnext_kernels.build_info()["isa"] == "avx512_bf16"
+    return device.type == "cpu" and segnext_kernels.build_info()["isa"] in ("amx_bf16", "avx512_bf16")
 
 
 def _machine(model: nn.Module, name: str, seconds: float, device: torch.device) -> str:

@@ -43,8 +43,8 @@ def build_info() -> dict[str, object]:
 
     Returns:
         version: of this package. torch_running: of the torch in use. torch_built, compiler: of the build, None without one.
-        isa: the instruction set in use ("avx512_bf16", "avx512", "avx2", "baseline") or None. cuda_architectures: a list,
-        empty without CUDA kernels. missing: for every absent backend one sentence that says why.
+        isa: the instruction set in use ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline") or None.
+        cuda_architectures: a list, empty without CUDA kernels. missing: for every absent backend one sentence that says why.
     """
     missing = ABSENT | ({"cpu": _load.failure} if _load.failure is not None else {})
     return {

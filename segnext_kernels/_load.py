@@ -9,6 +9,7 @@ import torch
 
 # From the best to the plainest, with the processor features (GCC's names) that each library was compiled for.
 _LIBRARIES = {
+    "amx_bf16": ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "avx2", "fma", "f16c"),
     "avx512_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "avx2", "fma", "f16c"),
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),

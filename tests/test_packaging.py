@@ -1,6 +1,7 @@
 """What is shipped, and what an installation without compiler or without compiled kernels says. Nothing is compiled here."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -91,16 +92,29 @@ def test_pure_wheel_holds_the_two_packages(pure_wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+# Prints the wheel's tags and the libraries in it, without building them.
+PLAN = (
+    "import setuptools; from distutils.core import run_setup; d = run_setup('setup.py', ['--quiet'], stop_after='init');"
+    "w, b = map(d.get_command_obj, ('bdist_wheel', 'build_ext')); w.ensure_finalized(); b.ensure_finalized();"
+    "print(*w.get_tag()[:2], *(b.get_ext_filename(e.name) for e in d.ext_modules))"
+)
+
+
 def test_compiled_wheel_is_for_every_python_from_3_10(source):
-    script = (
-        "import setuptools; from distutils.core import run_setup; d = run_setup('setup.py', ['--quiet'], stop_after='init');"
-        "w, b = map(d.get_command_obj, ('bdist_wheel', 'build_ext')); w.ensure_finalized(); b.ensure_finalized();"
-        "print(*w.get_tag()[:2], *(b.get_ext_filename(e.name) for e in d.ext_modules))"
-    )
-    python_tag, abi_tag, *libraries = checked("-c", script, cwd=source).split()
+    python_tag, abi_tag, *libraries = checked("-c", PLAN, cwd=source).splitlines()[-1].split()
     assert (python_tag, abi_tag) == ("cp310", "abi3")
     assert len(libraries) >= 2
     assert all(name.endswith(".abi3.so") for name in libraries)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ on x86-64")
+def test_compiler_without_matrix_tiles_builds_the_rest(source, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    *said, plan = checked("-c", PLAN, cwd=source, CXX=str(compiler)).splitlines()
+    assert said == [f"segnext-kernels: {compiler} does not know amx_bf16, so the kernels for it are left out"]
+    assert "_C_avx512_bf16" in plan and "amx" not in plan
 
 
 @pytest.mark.skipif(not LIBRARIES, reason=str(_load.failure))

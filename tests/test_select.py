@@ -28,7 +28,7 @@ print("agreed")
 
 # Instruction sets that are asked for, what stands in for the compiled modules, and why they are refused then.
 REFUSED = {
-    "unknown": ("sse9", "{}", "there is no such instruction set; there are avx512_bf16, avx512, avx2, baseline"),
+    "unknown": ("sse9", "{}", "there is no such instruction set; there are amx_bf16, avx512_bf16, avx512, avx2, baseline"),
     "nothing-built": ("baseline", "{'_cpu': None}", "the compiled CPU kernels were not built (SEGNEXT_KERNELS_COMPILE=0"),
     "lacking": ("avx2", "{'_cpu': SimpleNamespace(features=lambda: ['fma'])}", "this processor lacks avx2, f16c"),
     "not-built": (
@@ -139,7 +139,7 @@ def test_operators_called_directly_stay_within_their_memory(backend):
             pytest.fail(f"{what} was accepted")
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 @compiled
 def test_other_instruction_sets(isa, backend):
     if importlib.util.find_spec(f"segnext_kernels._C_{isa}") is None:

@@ -133,16 +133,6 @@ class Operands {
   const int64_t row_;
 };
 
-// Calls f(vector, row) for every sum of a tile.
-template <int M, class F>
-SEGNEXT_INLINE void for_sums(Vector<float> (&)[kTileVectors][M], const F& f) {
-  SEGNEXT_UNROLL
-  for (int m = 0; m < M; ++m) {
-    SEGNEXT_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) f(v, m);
-  }
-}
-
 // Calls f(first row, number of rows as an integral constant) for tiles of `rows` rows.
 template <class F>
 SEGNEXT_INLINE void for_row_tiles(int64_t rows, const F& f) {
@@ -154,26 +144,44 @@ SEGNEXT_INLINE void for_row_tiles(int64_t rows, const F& f) {
   for (; m < rows; ++m) f(m, std::integral_constant<int, 1>{});
 }
 
-// Calls f(first row, number of rows as an integral constant, first column, left, panel) for every tile of a * w.
+// Calls f(first row, number of rows as an integral constant, first column, sums [kTileVectors][rows]) for every tile of a * w.
 template <class T, class F>
-SEGNEXT_INLINE void for_product_tiles(const Operands<T>& operands, const Pixels<T>& a, const Packed<T>& w, const F& f) {
+SEGNEXT_INLINE void for_product_tiles(const Pixels<T>& a, const Packed<T>& w, const F& f) {
+  const Operands<T> operands(a, w);
   for (int64_t first = 0; first < w.columns; first += kPanel) {
     const auto* panel = operands.panel(first / kPanel);
     for_row_tiles(a.count, [&](int64_t m, auto rows) {
-      for (int column = 0; column < kPanel; column += kTileVectors * kLanes<float>)
-        f(m, rows, first + column, operands.left() + m * operands.row(), panel + column * Packed<Operand<T>>::step());
+      for (int column = 0; column < kPanel; column += kTileVectors * kLanes<float>) {
+        Vector<float> acc[kTileVectors][rows] = {};
+        multiply_tile<rows>(operands.left() + m * operands.row(), operands.row(), panel + column * Packed<Operand<T>>::step(),
+                            operands.depth(), acc);
+        f(m, rows, first + column, acc);
+      }
     });
   }
+}
+
+}  // namespace segnext
+
+#if defined(__AMX_BF16__)
+#include "cpu/matmul_amx.h"
+#endif
+
+namespace segnext {
+
+template <class T, class F>
+SEGNEXT_INLINE void for_products(const Pixels<T>& a, const Packed<T>& w, const F& f) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) return for_product_blocks(a, w, f);
+#endif
+  for_product_tiles(a, w, f);
 }
 
 // Calls done(first row, number of rows as an integral constant, column, lanes that exist, their sums [rows]) for a * w.
 template <class T, class F>
 void matmul(const Pixels<T>& a, const Packed<T>& w, const F& done) {
   constexpr int L = kLanes<float>;
-  const Operands<T> operands(a, w);
-  for_product_tiles<T>(operands, a, w, [&](int64_t m, auto rows, int64_t column, const auto* left, const auto* right) {
-    Vector<float> acc[kTileVectors][rows] = {};
-    multiply_tile<rows>(left, operands.row(), right, operands.depth(), acc);
+  for_products(a, w, [&](int64_t m, auto rows, int64_t column, auto& acc) {
     SEGNEXT_UNROLL
     for (int v = 0; v < kTileVectors; ++v) {
       const int64_t c = column + v * L;
@@ -186,13 +194,45 @@ void matmul(const Pixels<T>& a, const Packed<T>& w, const F& done) {
 template <class T>
 void matmul_sum(const Pixels<T>& a, const Packed<T>& w, float* sum, int64_t sum_row, bool add) {
   constexpr int L = kLanes<float>;
-  const Operands<T> operands(a, w);
-  for_product_tiles<T>(operands, a, w, [&](int64_t m, auto rows, int64_t column, const auto* left, const auto* right) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (a.depth % amx::kDepth == 0) return matmul_sum_blocks(a, w, sum, sum_row, add);
+  }
+#endif
+  for_products(a, w, [&](int64_t m, auto rows, int64_t column, auto& acc) {
+    constexpr int count = rows;
     float* out = sum + m * sum_row + column;
-    Vector<float> acc[kTileVectors][rows] = {};
-    if (add) for_sums(acc, [&](int v, int i) { acc[v][i] = load<float>(out + i * sum_row + v * L); });
-    multiply_tile<rows>(left, operands.row(), right, operands.depth(), acc);
-    for_sums(acc, [&](int v, int i) { store<float>(out + i * sum_row + v * L, acc[v][i]); });
+    SEGNEXT_UNROLL
+    for (int i = 0; i < count; ++i) {
+      SEGNEXT_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) {
+        float* at = out + i * sum_row + v * L;
+        store<float>(at, add ? load<float>(at) + acc[v][i] : acc[v][i]);
+      }
+    }
+  });
+}
+
+// out + place[m] + (c / kLanes) group <- bias + a * w for every vector of columns c; bias and out have room for whole panels.
+// `run` rows that follow each other lie next to each other.
+template <class T>
+void matmul_place(const Pixels<T>& a, const Packed<T>& w, const float* bias, const int64_t* place, int64_t run, int64_t group,
+                  float* out) {
+  constexpr int L = kLanes<float>;
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (a.depth % amx::kDepth == 0 && run % amx::kRows == 0) return matmul_place_blocks(a, w, bias, place, group, out);
+  }
+#endif
+  for_products(a, w, [&](int64_t m, auto rows, int64_t column, auto& acc) {
+    constexpr int count = rows;
+    SEGNEXT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) {
+      const Vector<float> b = load<float>(bias + column + v * L);
+      float* to = out + (column / L + v) * group;
+      SEGNEXT_UNROLL
+      for (int i = 0; i < count; ++i) store<float>(to + place[m + i], acc[v][i] + b);
+    }
   });
 }
 

@@ -33,7 +33,7 @@ class Band {
         W_(x.width),
         chunks_((w.hidden + kChunk - 1) / kChunk),
         sum_row_((C_ + kPanel - 1) / kPanel * kPanel),
-        step_(std::clamp<int64_t>(kCache / ((2 * sum_row_ + 2 * kChunk) * W_ * 4), 1, x.height)),
+        step_(std::clamp<int64_t>(kCache / ((sum_row_ + kChunk) * W_ * 4 + kChunk * W_ * int64_t{sizeof(T)}), 1, x.height)),
         row_((W_ + 2) * L),
         group_((step_ + 2) * row_),
         wide_(kGroups * group_),
@@ -41,11 +41,14 @@ class Band {
         narrow_(step_ * W_ * kChunk),
         sum_(step_ * W_ * sum_row_),
         taps_(chunks_ * kGroups * kTaps * L),
+        bias1_(chunks_ * kChunk),
         place_((step_ + 2) * W_),
         fc1_(static_cast<const T*>(w.fc1.data), C_, w.hidden),
         fc2_(static_cast<const T*>(w.fc2.data), w.hidden, C_) {
     std::memset(wide_, 0, sizeof(float) * kGroups * group_);  // the pixels beside the rows stay zero
     for (int64_t m = 0; m < (step_ + 2) * W_; ++m) place_[m] = m / W_ * row_ + (m % W_ + 1) * L;
+    std::memset(bias1_, 0, sizeof(float) * chunks_ * kChunk);
+    std::memcpy(bias1_, w.fc1.bias, sizeof(float) * w.hidden);
     const int64_t groups = (w.hidden + L - 1) / L;
     std::memset(taps_, 0, sizeof(float) * chunks_ * kGroups * kTaps * L);
     load_row<float>(filter_row(const_cast<float*>(w.depthwise), Dtype::kFloat32, w.hidden, kTaps - 1), 0, 0, 0, taps_, groups,
@@ -83,14 +86,8 @@ class Band {
     if (begin < end) {
       const int64_t first = chunk * kChunk, last = std::min(first + kChunk, w_.hidden), up = (begin - row + 1) * row_;
       const T* in = static_cast<const T*>(x_.data) + (n * x_.height + begin) * W_ * C_;
-      const Packed<T> weights = fc1_.from_column(first, last);
-      matmul<T>({in, C_, (end - begin) * W_, C_}, weights, [&](int64_t m, auto rows, int64_t c, int lanes, const auto& z) {
-        constexpr int count = rows;
-        const Vector<float> bias = load_lanes(w_.fc1.bias + first + c, lanes);
-        float* group = wide_ + c / L * group_ + up;
-        SEGNEXT_UNROLL
-        for (int i = 0; i < count; ++i) store<float>(group + place_[m + i], z[i] + bias);
-      });
+      matmul_place<T>({in, C_, (end - begin) * W_, C_}, fc1_.from_column(first, last), bias1_ + first, place_, W_, group_,
+                      wide_ + up);
     }
     for (int64_t g = 0; g < kGroups; ++g) std::memcpy(carried + g * 2 * row_, wide(g, rows), sizeof(float) * 2 * row_);
   }
@@ -133,7 +130,7 @@ class Band {
   const int64_t C_, W_, chunks_, sum_row_, step_, row_, group_;
   Buffer<float> wide_, carried_;
   Buffer<T> narrow_;
-  Buffer<float> sum_, taps_;
+  Buffer<float> sum_, taps_, bias1_;
   Buffer<int64_t> place_;  // of a pixel in a group of wide
   const Packed<T> fc1_, fc2_;
 };

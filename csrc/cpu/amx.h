@@ -1,0 +1,110 @@
+// Products of bfloat16 blocks on the processor's matrix tiles (AMX), which hold 16 rows of 64 bytes each.
+#pragma once
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "cpu/simd.h"
+
+namespace segnext::amx {
+
+// Asks the system for the tiles' registers, which a process gets only if it wants them; whether it got them.
+inline bool permitted() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+inline constexpr int kRows = 16, kColumns = 16, kDepth = 32;  // of one product of tiles
+
+#if defined(__AMX_BF16__) && !defined(__SANITIZE_ADDRESS__)
+
+// The compiler does not know that the instructions for tiles read memory.
+SEGNEXT_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
+// The calling thread's tiles are 16 rows of 64 bytes as long as this lives.
+class Tiles {
+ public:
+  Tiles() {
+    static constexpr struct alignas(64) Shapes {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shapes;
+    _tile_loadconfig(&shapes);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// out = start + left [16 Blocks][depth] * a panel [depth / 2][32][2], depth a multiple of 32; strides in elements. start and
+// out are tiles [16][16] each, two for the panel's halves for every 16 rows (with 16 rows the last two are not used); start may
+// be null, for zeros.
+template <int Blocks>
+SEGNEXT_INLINE void multiply(const BFloat16* left, int64_t left_row, const BFloat16* panel, int64_t depth,
+                             const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
+  const int64_t left_bytes = left_row * 2, panel_bytes = 128, start_bytes = start_row * 4, out_bytes = out_row * 4;
+  finish_stores();
+  if (start[0] == nullptr) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (Blocks == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, start[0], start_bytes);
+    _tile_loadd(1, start[1], start_bytes);
+    if constexpr (Blocks == 2) {
+      _tile_loadd(2, start[2], start_bytes);
+      _tile_loadd(3, start[3], start_bytes);
+    }
+  }
+  for (int64_t k = 0; k < depth; k += kDepth, panel += kDepth * 32) {
+    _tile_loadd(4, left + k, left_bytes);
+    _tile_loadd(6, panel, panel_bytes);
+    _tile_loadd(7, panel + 32, panel_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Blocks == 2) {
+      _tile_loadd(5, left + kRows * left_row + k, left_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out[0], out_bytes);
+  _tile_stored(1, out[1], out_bytes);
+  if constexpr (Blocks == 2) {
+    _tile_stored(2, out[2], out_bytes);
+    _tile_stored(3, out[3], out_bytes);
+  }
+}
+
+#else
+
+// The portable twin, whose every access the sanitizers see.
+class Tiles {};
+
+template <int Blocks>
+void multiply(const BFloat16* left, int64_t left_row, const BFloat16* panel, int64_t depth, const float* const (&start)[4],
+              int64_t start_row, float* const (&out)[4], int64_t out_row) {
+  auto value = [](BFloat16 b) { return bit_cast<float>(static_cast<uint32_t>(b.bits) << 16); };
+  for (int m = 0; m < Blocks * kRows; ++m) {
+    for (int c = 0; c < 2 * kColumns; ++c) {
+      const int tile = m / kRows * 2 + c / kColumns, row = m % kRows, column = c % kColumns;
+      float sum = start[tile] == nullptr ? 0 : start[tile][row * start_row + column];
+      for (int64_t k = 0; k < depth; ++k)
+        sum += value(left[m * left_row + k]) * value(panel[(k / 2 * 2 * kColumns + c) * 2 + k % 2]);
+      out[tile][row * out_row + column] = sum;
+    }
+  }
+}
+
+#endif
+
+}  // namespace segnext::amx
