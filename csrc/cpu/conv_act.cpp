@@ -49,11 +49,11 @@ class InputRows {
     }
   }
 
-  // out [pixels][kernel * kernel * channels], pixels [first, last) of the output row
-  void gather(int64_t first, int64_t last, T* out) const {
+  // out [pixels][out_row] <- kernel * kernel * channels elements each, pixels [first, last) of the output row
+  void gather(int64_t first, int64_t last, T* out, int64_t out_row) const {
     const int64_t run = conv_.kernel * x_.channels;
-    if (run == kPhotoRun) return gather_runs(first, last, std::integral_constant<int64_t, kPhotoRun>{}, out);
-    gather_runs(first, last, run, out);
+    if (run == kPhotoRun) return gather_runs(first, last, std::integral_constant<int64_t, kPhotoRun>{}, out, out_row);
+    gather_runs(first, last, run, out, out_row);
   }
 
  private:
@@ -73,10 +73,10 @@ class InputRows {
   }
 
   template <class Run>
-  void gather_runs(int64_t first, int64_t last, Run run, T* out) const {
-    for (int64_t w = first; w < last; ++w) {
+  void gather_runs(int64_t first, int64_t last, Run run, T* out, int64_t out_row) const {
+    for (int64_t w = first; w < last; ++w, out += out_row) {
       const T* in = rows_ + w * conv_.stride * x_.channels;
-      for (int64_t s = 0; s < conv_.kernel; ++s, out += run) std::memcpy(out, in + s * row_, sizeof(T) * run);
+      for (int64_t s = 0; s < conv_.kernel; ++s) std::memcpy(out + s * run, in + s * row_, sizeof(T) * run);
     }
   }
 
@@ -94,28 +94,31 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
     const Packed<T> weights(static_cast<const T*>(conv.weights.data), conv.kernel * conv.kernel * x.channels, y.channels);
     T* out = static_cast<T*>(y.data);
     with_activation(conv.activation, [&](auto act) {
-      auto product = [&](const T* a, int64_t first, int64_t count) {
-        multiply<T, act>({a, weights.depth, count, weights.depth}, weights, conv.weights.bias, out + first * y.channels);
+      auto product = [&](const T* a, int64_t row, int64_t first, int64_t count) {
+        multiply<T, act>({a, row, count, weights.depth, row > weights.depth}, weights, conv.weights.bias,
+                         out + first * y.channels);
       };
       if (conv.kernel == 1 && conv.stride == 1 && x.channels_last) {
         const int64_t pixels = x.images * x.height * x.width;
         return parallel((pixels + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
           for (int64_t first = begin * kBlock; first < std::min(end * kBlock, pixels); first += kBlock)
-            product(static_cast<const T*>(x.data) + first * x.channels, first, std::min(kBlock, pixels - first));
+            product(static_cast<const T*>(x.data) + first * x.channels, x.channels, first, std::min(kBlock, pixels - first));
         });
       }
       // Where rows are short, several are gathered for one product.
       parallel(y.images * y.height, [&](int64_t begin, int64_t end) {
         const int64_t most = std::max(kBlock, 2 * y.width);
         InputRows<T> rows(x, conv);
-        Buffer<T> gathered(std::min(most, (end - begin) * y.width) * weights.depth);
+        const int64_t depth = filled<T>(weights.depth), size = std::min(most, (end - begin) * y.width) * depth;
+        Buffer<T> gathered(size);
+        std::memset(gathered, 0, sizeof(T) * size);
         int64_t count = 0;
         for (int64_t row = begin; row < end; ++row) {
           rows.load(row / y.height, row % y.height);
-          rows.gather(0, y.width, gathered + count * weights.depth);
+          rows.gather(0, y.width, gathered + count * depth, depth);
           count += y.width;
           if (count + y.width <= most && row + 1 < end) continue;
-          product(gathered, (row + 1) * y.width - count, count);
+          product(gathered, depth, (row + 1) * y.width - count, count);
           count = 0;
         }
       });

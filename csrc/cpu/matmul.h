@@ -40,11 +40,26 @@ struct Packed {
       : data(data), depth(depth), columns(columns), panel_size(panel_size) {}
 };
 
-// Rows of pixels, `depth` elements each, `row` elements apart.
+// What the depth of a product is filled up to with zeros: pairs for dot products, whole tiles for AMX.
+#if defined(__AMX_BF16__)
+template <class T>
+inline constexpr int kDepthStep = std::is_same_v<T, float> ? 1 : 32;
+#else
+template <class T>
+inline constexpr int kDepthStep = Packed<Operand<T>>::step();
+#endif
+
+template <class T>
+constexpr int64_t filled(int64_t depth) {
+  return (depth + kDepthStep<T> - 1) / kDepthStep<T> * kDepthStep<T>;
+}
+
+// Rows of pixels, `depth` elements each, `row` elements apart; `zeros`: each row has zeros up to the filled depth.
 template <class T>
 struct Pixels {
   const T* data;
   int64_t row, count, depth;
+  bool zeros = false;
 };
 
 // sum += the product of one element of the left side with a vector of the right, or of a pair with a vector of pairs.
@@ -76,8 +91,8 @@ SEGNEXT_INLINE void multiply_tile(const O* left, int64_t left_row, const O* righ
   }
 }
 
-// The operands of one product in the form that multiply_tile takes: as they are, or in scratch memory, widened or padded to
-// pairs.
+// The operands of one product in the form that the micro-kernels take: as they are, or in scratch memory, widened or filled up
+// with zeros.
 template <class T>
 class Operands {
   typedef Operand<T> O;
@@ -86,10 +101,10 @@ class Operands {
  public:
   Operands(const Pixels<T>& a, const Packed<T>& w)
       : w_(w),
-        depth_(a.depth + a.depth % Packed<O>::step()),
-        staged_(!kSame || depth_ != a.depth),
+        depth_(filled<T>(a.depth)),
+        staged_(!kSame || (depth_ != a.depth && !a.zeros)),
         left_(staged_ ? a.count * depth_ : 0),
-        panel_(kSame ? 0 : depth_ * kPanel),
+        panel_(kSame && depth_ == packed_depth() ? 0 : depth_ * kPanel),
         data_(nullptr),
         row_(staged_ ? depth_ : a.row) {
     if constexpr (kSame) data_ = a.data;
@@ -103,7 +118,10 @@ class Operands {
   const O* panel(int64_t p) const {
     const T* panel = w_.data + p * w_.panel_size;
     if constexpr (kSame) {
-      return panel;
+      if (depth_ == packed_depth()) return panel;
+      std::memcpy(panel_, panel, sizeof(T) * packed_depth() * kPanel);
+      std::memset(panel_ + packed_depth() * kPanel, 0, sizeof(T) * (depth_ - packed_depth()) * kPanel);
+      return panel_;
     } else {
       for (int64_t k = 0; k < depth_; ++k) {
         for (int i = 0; i < kPanel; ++i) panel_[k * kPanel + i] = widen_one(panel[(k / 2 * kPanel + i) * 2 + k % 2]);
@@ -113,6 +131,7 @@ class Operands {
   }
 
  private:
+  int64_t packed_depth() const { return w_.depth + w_.depth % Packed<T>::step(); }
   static float widen_one(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
   void copy(const T* from, int64_t count, O* to) {
     for (int64_t k = 0; k < count; ++k) {
@@ -122,7 +141,7 @@ class Operands {
         to[k] = widen_one(from[k]);
       }
     }
-    if (count < depth_) to[count] = O{};
+    for (int64_t k = count; k < depth_; ++k) to[k] = O{};
   }
 
   const Packed<T> w_;
@@ -196,7 +215,7 @@ void matmul_sum(const Pixels<T>& a, const Packed<T>& w, float* sum, int64_t sum_
   constexpr int L = kLanes<float>;
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (a.depth % amx::kDepth == 0) return matmul_sum_blocks(a, w, sum, sum_row, add);
+    return matmul_sum_blocks(a, w, sum, sum_row, add);
   }
 #endif
   for_products(a, w, [&](int64_t m, auto rows, int64_t column, auto& acc) {
@@ -221,7 +240,7 @@ void matmul_place(const Pixels<T>& a, const Packed<T>& w, const float* bias, con
   constexpr int L = kLanes<float>;
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (a.depth % amx::kDepth == 0 && run % amx::kRows == 0) return matmul_place_blocks(a, w, bias, place, group, out);
+    if (run % amx::kRows == 0) return matmul_place_blocks(a, w, bias, place, group, out);
   }
 #endif
   for_products(a, w, [&](int64_t m, auto rows, int64_t column, auto& acc) {

@@ -35,11 +35,10 @@ class LastRows {
   Buffer<BFloat16> data_;
 };
 
-// As for_product_tiles. What is left of the depth after the tiles is added by dot products.
+// As for_product_tiles.
 template <class F>
 SEGNEXT_INLINE void for_product_blocks(const Pixels<BFloat16>& a, const Packed<BFloat16>& w, const F& f) {
   const Operands<BFloat16> operands(a, w);
-  const int64_t depth = operands.depth(), on_tiles = depth / amx::kDepth * amx::kDepth;
   const LastRows last(operands, a.count);
   const amx::Tiles tiles;
   alignas(64) float sums[2 * amx::kRows * kPanel];
@@ -47,7 +46,7 @@ SEGNEXT_INLINE void for_product_blocks(const Pixels<BFloat16>& a, const Packed<B
     const BFloat16* panel = operands.panel(first / kPanel);
     auto multiply = [&](int64_t begin, int64_t rows, auto blocks, const BFloat16* left, int64_t left_row) {
       float* const out[] = {sums, sums + amx::kColumns, sums + amx::kRows * kPanel, sums + amx::kRows * kPanel + amx::kColumns};
-      amx::multiply<blocks>(left, left_row, panel, on_tiles, {}, 0, out, kPanel);
+      amx::multiply<blocks>(left, left_row, panel, operands.depth(), {}, 0, out, kPanel);
       for_row_tiles(rows, [&](int64_t m, auto tile) {
         constexpr int count = tile;
         Vector<float> acc[kTileVectors][count];
@@ -56,20 +55,17 @@ SEGNEXT_INLINE void for_product_blocks(const Pixels<BFloat16>& a, const Packed<B
           SEGNEXT_UNROLL
           for (int v = 0; v < kTileVectors; ++v) acc[v][i] = load<float>(sums + (m + i) * kPanel + v * kLanes<float>);
         }
-        if (on_tiles < depth) {
-          multiply_tile<count>(left + m * left_row + on_tiles, left_row, panel + on_tiles * kPanel, depth - on_tiles, acc);
-        }
         f(begin + m, tile, first, acc);
       });
     };
     for_blocks(a.count, [&](int64_t m, auto blocks) {
       multiply(m, blocks * amx::kRows, blocks, operands.left() + m * operands.row(), operands.row());
     });
-    if (last.rows > 0) multiply(last.first, last.rows, std::integral_constant<int, 1>{}, last.data(), depth);
+    if (last.rows > 0) multiply(last.first, last.rows, std::integral_constant<int, 1>{}, last.data(), operands.depth());
   }
 }
 
-// sum [rows][columns rounded up to panels] (+)= a * w, depth a multiple of 32
+// sum [rows][columns rounded up to panels] (+)= a * w
 inline void matmul_sum_blocks(const Pixels<BFloat16>& a, const Packed<BFloat16>& w, float* sum, int64_t sum_row, bool add) {
   const Operands<BFloat16> operands(a, w);
   const LastRows last(operands, a.count);
@@ -80,7 +76,7 @@ inline void matmul_sum_blocks(const Pixels<BFloat16>& a, const Packed<BFloat16>&
     auto multiply = [&](auto blocks, const BFloat16* left, int64_t left_row, float* to, int64_t row) {
       float* const out[] = {to, to + amx::kColumns, to + amx::kRows * row, to + amx::kRows * row + amx::kColumns};
       const float* const start[] = {add ? out[0] : nullptr, out[1], out[2], out[3]};
-      amx::multiply<blocks>(left, left_row, panel, a.depth, start, row, out, row);
+      amx::multiply<blocks>(left, left_row, panel, operands.depth(), start, row, out, row);
     };
     for_blocks(a.count, [&](int64_t m, auto blocks) {
       multiply(blocks, operands.left() + m * operands.row(), operands.row(), sum + m * sum_row + first, sum_row);
@@ -90,25 +86,26 @@ inline void matmul_sum_blocks(const Pixels<BFloat16>& a, const Packed<BFloat16>&
     if (add) {
       for (int64_t m = 0; m < last.rows; ++m) std::memcpy(sums + m * kPanel, to + m * sum_row, sizeof(float) * kPanel);
     }
-    multiply(std::integral_constant<int, 1>{}, last.data(), a.depth, sums, kPanel);
+    multiply(std::integral_constant<int, 1>{}, last.data(), operands.depth(), sums, kPanel);
     for (int64_t m = 0; m < last.rows; ++m) std::memcpy(to + m * sum_row, sums + m * kPanel, sizeof(float) * kPanel);
   }
 }
 
-// out + place[m] + (c / 16) group <- bias + a * w in vectors of 16 columns c; depth a multiple of 32, rows a multiple of 16
-// that lie next to each other
+// out + place[m] + (c / 16) group <- bias + a * w in vectors of 16 columns c; rows in multiples of 16 that lie side by side
 inline void matmul_place_blocks(const Pixels<BFloat16>& a, const Packed<BFloat16>& w, const float* bias, const int64_t* place,
                                 int64_t group, float* out) {
+  const Operands<BFloat16> operands(a, w);
   const amx::Tiles tiles;
   for (int64_t first = 0; first < w.columns; first += kPanel) {
-    const BFloat16* panel = w.data + first / kPanel * w.panel_size;
+    const BFloat16* panel = operands.panel(first / kPanel);
     float* groups = out + first / amx::kColumns * group;
     const float *low = bias + first, *high = low + amx::kColumns;
     for_blocks(a.count, [&](int64_t m, auto blocks) {
       const float* const start[] = {low, high, low, high};
       float *at = groups + place[m], *next = groups + place[m + (blocks - 1) * amx::kRows];
       float* const to[] = {at, at + group, next, next + group};
-      amx::multiply<blocks>(a.data + m * a.row, a.row, panel, a.depth, start, 0, to, amx::kColumns);
+      amx::multiply<blocks>(operands.left() + m * operands.row(), operands.row(), panel, operands.depth(), start, 0, to,
+                            amx::kColumns);
     });
   }
 }

@@ -17,8 +17,8 @@ namespace {
 
 constexpr int kK = 3;
 constexpr int kTaps = kK * kK + 1;  // the bias comes last
-constexpr int64_t kChunk = 64;
-constexpr int64_t kCache = 640 * 1024;  // bytes of one step
+constexpr int64_t kChunk = 128;
+constexpr int64_t kCache = 768 * 1024;  // bytes of one step
 
 template <class T>
 class Band {

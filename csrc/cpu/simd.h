@@ -219,15 +219,14 @@ SEGNEXT_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
   }
 }
 
-SEGNEXT_INLINE Vector<float> absolute(Vector<float> z) {
-  return bit_cast<Vector<float>>(bit_cast<BitsVector<float>>(z) & 0x7fffffff);
-}
-
-SEGNEXT_INLINE Vector<float> minimum(Vector<float> z, float most) {
+// A NaN becomes a bound.
+SEGNEXT_INLINE Vector<float> clamp(Vector<float> z, float limit) {
 #if defined(__AVX512F__)
-  return bit_cast<Vector<float>>(_mm512_min_ps(bit_cast<__m512>(z), _mm512_set1_ps(most)));
+  const __m512 below = _mm512_min_ps(bit_cast<__m512>(z), _mm512_set1_ps(limit));
+  return bit_cast<Vector<float>>(_mm512_max_ps(below, _mm512_set1_ps(-limit)));
 #else
-  return z < most ? z : broadcast(most);
+  z = z < limit ? z : broadcast(limit);
+  return z > -limit ? z : broadcast(-limit);
 #endif
 }
 
