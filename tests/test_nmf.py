@@ -210,6 +210,18 @@ def test_zeros(gradient, backend):
 
 
 @matrix_layouts
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 256, 1024, 16, 7), (1, 96, 2080, 64, 7), (2, 33, 47, 5, 7)], ids=str)
+@compiled
+def test_factors_are_not_rounded(shape, dtype, layout, backend):
+    """Every element of y is off by its own rounding and by what a product of float32 leaves, however many steps there were."""
+    sample = arranged(sample_of(*shape).to(dtype), layout)
+    got, want = sample(backend).double(), sample.exact()[0]
+    rounding = want.abs() * torch.finfo(dtype).eps / 2
+    assert ((got - want).abs() - rounding).max() <= 2e-5 * want.abs().max()
+
+
+@matrix_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_values(dtype, layout, backend):
     """Logits of thousands do not overflow the softmax."""

@@ -97,7 +97,7 @@ void multiply(const BFloat16* left, int64_t left_row, const BFloat16* panel, int
   for (int m = 0; m < Blocks * kRows; ++m) {
     for (int c = 0; c < 2 * kColumns; ++c) {
       const int tile = m / kRows * 2 + c / kColumns, row = m % kRows, column = c % kColumns;
-      float sum = start[tile] == nullptr ? 0 : start[tile][row * start_row + column];
+      float sum = start[0] == nullptr ? 0 : start[tile][row * start_row + column];
       for (int64_t k = 0; k < depth; ++k)
         sum += value(left[m * left_row + k]) * value(panel[(k / 2 * 2 * kColumns + c) * 2 + k % 2]);
       out[tile][row * out_row + column] = sum;

@@ -4,6 +4,8 @@
 // A pixel's sums are made in one way wherever it lies: the last few pixels, too few for a tile, are multiplied in a copy filled
 // up with zeros.
 #pragma once
+#include <algorithm>
+
 #include "cpu/amx.h"
 
 namespace segnext {
@@ -35,18 +37,46 @@ class LastRows {
   Buffer<BFloat16> data_;
 };
 
+inline constexpr int64_t kPart = 256;  // of a product's depth
+
+// sum [count][32] (+)= rows [begin, begin + count) of the left side * a panel, `begin` a multiple of 16. Deep products are made
+// in parts whose share of the panel stays in the first cache.
+inline void multiply_panel(const Operands<BFloat16>& operands, const LastRows& last, int64_t begin, int64_t count,
+                           const BFloat16* panel, float* sum, int64_t sum_row, bool add) {
+  const bool rest = begin + count > last.first;
+  float* last_sum = sum + (last.first - begin) * sum_row;
+  alignas(64) float filled_up[amx::kRows * kPanel];
+  for (int64_t m = 0; rest && add && m < last.rows; ++m)
+    std::memcpy(filled_up + m * kPanel, last_sum + m * sum_row, sizeof(float) * kPanel);
+  for (int64_t k = 0; k < operands.depth(); k += kPart) {
+    auto multiply = [&](auto blocks, const BFloat16* left, int64_t left_row, float* to, int64_t row) {
+      float* const out[] = {to, to + amx::kColumns, to + amx::kRows * row, to + amx::kRows * row + amx::kColumns};
+      const float* const start[] = {add || k > 0 ? out[0] : nullptr, out[1], out[2], out[3]};
+      const int64_t depth = std::min(kPart, operands.depth() - k);
+      amx::multiply<blocks>(left + k, left_row, panel + k * kPanel, depth, start, row, out, row);
+    };
+    for_blocks(count, [&](int64_t m, auto blocks) {
+      multiply(blocks, operands.left() + (begin + m) * operands.row(), operands.row(), sum + m * sum_row, sum_row);
+    });
+    if (rest) multiply(std::integral_constant<int, 1>{}, last.data(), operands.depth(), filled_up, kPanel);
+  }
+  for (int64_t m = 0; rest && m < last.rows; ++m)
+    std::memcpy(last_sum + m * sum_row, filled_up + m * kPanel, sizeof(float) * kPanel);
+}
+
 // As for_product_tiles.
 template <class F>
 SEGNEXT_INLINE void for_product_blocks(const Pixels<BFloat16>& a, const Packed<BFloat16>& w, const F& f) {
+  constexpr int64_t kMost = 128;  // rows whose sums stay in the first cache
   const Operands<BFloat16> operands(a, w);
+  const int64_t group = operands.depth() > kPart ? kMost : 2 * amx::kRows;
   const LastRows last(operands, a.count);
   const amx::Tiles tiles;
-  alignas(64) float sums[2 * amx::kRows * kPanel];
-  for (int64_t first = 0; first < w.columns; first += kPanel) {
-    const BFloat16* panel = operands.panel(first / kPanel);
-    auto multiply = [&](int64_t begin, int64_t rows, auto blocks, const BFloat16* left, int64_t left_row) {
-      float* const out[] = {sums, sums + amx::kColumns, sums + amx::kRows * kPanel, sums + amx::kRows * kPanel + amx::kColumns};
-      amx::multiply<blocks>(left, left_row, panel, operands.depth(), {}, 0, out, kPanel);
+  alignas(64) float sums[kMost * kPanel];
+  for (int64_t begin = 0; begin < a.count; begin += group) {
+    const int64_t rows = std::min(group, a.count - begin);
+    for (int64_t first = 0; first < w.columns; first += kPanel) {
+      multiply_panel(operands, last, begin, rows, operands.panel(first / kPanel), sums, kPanel, false);
       for_row_tiles(rows, [&](int64_t m, auto tile) {
         constexpr int count = tile;
         Vector<float> acc[kTileVectors][count];
@@ -57,11 +87,7 @@ SEGNEXT_INLINE void for_product_blocks(const Pixels<BFloat16>& a, const Packed<B
         }
         f(begin + m, tile, first, acc);
       });
-    };
-    for_blocks(a.count, [&](int64_t m, auto blocks) {
-      multiply(m, blocks * amx::kRows, blocks, operands.left() + m * operands.row(), operands.row());
-    });
-    if (last.rows > 0) multiply(last.first, last.rows, std::integral_constant<int, 1>{}, last.data(), operands.depth());
+    }
   }
 }
 
@@ -70,25 +96,8 @@ inline void matmul_sum_blocks(const Pixels<BFloat16>& a, const Packed<BFloat16>&
   const Operands<BFloat16> operands(a, w);
   const LastRows last(operands, a.count);
   const amx::Tiles tiles;
-  alignas(64) float sums[amx::kRows * kPanel] = {};
-  for (int64_t first = 0; first < w.columns; first += kPanel) {
-    const BFloat16* panel = operands.panel(first / kPanel);
-    auto multiply = [&](auto blocks, const BFloat16* left, int64_t left_row, float* to, int64_t row) {
-      float* const out[] = {to, to + amx::kColumns, to + amx::kRows * row, to + amx::kRows * row + amx::kColumns};
-      const float* const start[] = {add ? out[0] : nullptr, out[1], out[2], out[3]};
-      amx::multiply<blocks>(left, left_row, panel, operands.depth(), start, row, out, row);
-    };
-    for_blocks(a.count, [&](int64_t m, auto blocks) {
-      multiply(blocks, operands.left() + m * operands.row(), operands.row(), sum + m * sum_row + first, sum_row);
-    });
-    if (last.rows == 0) continue;
-    float* to = sum + last.first * sum_row + first;
-    if (add) {
-      for (int64_t m = 0; m < last.rows; ++m) std::memcpy(sums + m * kPanel, to + m * sum_row, sizeof(float) * kPanel);
-    }
-    multiply(std::integral_constant<int, 1>{}, last.data(), operands.depth(), sums, kPanel);
-    for (int64_t m = 0; m < last.rows; ++m) std::memcpy(to + m * sum_row, sums + m * kPanel, sizeof(float) * kPanel);
-  }
+  for (int64_t first = 0; first < w.columns; first += kPanel)
+    multiply_panel(operands, last, 0, a.count, operands.panel(first / kPanel), sum + first, sum_row, add);
 }
 
 // out + place[m] + (c / 16) group <- bias + a * w in vectors of 16 columns c; rows in multiples of 16 that lie side by side

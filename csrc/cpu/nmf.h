@@ -4,6 +4,8 @@
 // it updates the tile's rows of C and adds the tile's share to x C and C^T C. Sums over N are kept per chunk and then added in
 // order.
 #pragma once
+#include <algorithm>
+
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 
@@ -21,7 +23,7 @@ struct NmfShape {
     constexpr int L = kLanes<A>;
     vectors = (rank + L - 1) / L;
     padded = vectors * L;
-    chunk = N / 16 > 128 ? (N + 15) / 16 : 128;
+    chunk = N / 16 > 128 ? ((N + 15) / 16 + 31) / 32 * 32 : 128;
     chunks = (N + chunk - 1) / chunk;
     const int64_t fits = 49152 / (D > 0 ? D : 1);  // a tile of x takes about 200 KB
     const int64_t most = fits < 32 ? 32 : fits;
@@ -136,7 +138,9 @@ class Nmf {
   void run() {
     for (int64_t step = 0; step < steps_; ++step) {
       update_coefficients(step, Then::kSum);
-      update_bases(step);
+      update_bases(step, [&](int64_t image, int64_t first, int64_t rows, A* sums) {
+        std::memcpy(sums, xc(image, first, rows), sizeof(A) * rows * s_.padded);
+      });
     }
   }
 
@@ -171,18 +175,20 @@ class Nmf {
     });
   }
 
-  // B of step + 1 from B of step and the sums over C of step + 1.
-  void update_bases(int64_t step) {
+  // B of step + 1 from B of step and the sums over C of step + 1; x C is put by products(image, first row, rows, to).
+  template <class F>
+  void update_bases(int64_t step, const F& products) {
     sum_chunks();
     parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
-      Buffer<A> den(kRowBlock * s_.padded);
+      Buffer<A> den(kRowBlock * s_.padded), num(kRowBlock * s_.padded);
       for (int64_t item = begin; item < end; ++item) {
         const auto [image, first, rows] = row_block(item);
         const A* before = bases(step, image) + first * s_.padded;
         A* after = bases(step + 1, image) + first * s_.padded;
         gemm<A>({before, s_.padded, 1}, rows, s_.rank, cc(image), s_.padded, s_.vectors, den, s_.padded, false);
         A* ratio = keep_ ? b_ratio_ + (after - b_) : nullptr;
-        scale(before, xc(image, first, rows), den, rows * s_.padded, after, ratio);
+        products(image, first, rows, num);
+        scale(before, num, den, rows * s_.padded, after, ratio);
       }
     });
     sum_bb(step + 1);
