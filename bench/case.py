@@ -63,6 +63,7 @@ class Case:
         gradients: whether backward is taken for the inputs, all but whole numbers. A step of training is a call that takes
             those of its parameters.
         input_dtype: what the inputs are rounded to; ``dtype`` unless told.
+        model: whether this is a whole model.
     """
 
     operator: str
@@ -75,10 +76,16 @@ class Case:
     work: Callable[[str], Work]
     gradients: bool = True
     input_dtype: torch.dtype | None = None
+    model: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.operator}/{self.shape}/{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def family(self) -> str:
+        """What the report shows in one table: an operator, or models of all sizes."""
+        return self.operator.partition("_")[0] if self.model else self.operator
 
     def inputs(self, layout: str | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The inputs rounded to the case's dtype (and then cast to ``dtype``), the first in the layout."""

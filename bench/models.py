@@ -28,7 +28,7 @@ def network(config: Config) -> SegNeXt:
                 module.running_var.uniform_(0.5, 2)
         for name, parameter in model.named_parameters():
             if "layer_scale" in name:
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=0.03)
     return model.eval()
 
 
@@ -67,6 +67,7 @@ def _case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.d
         lambda direction: _work(config, shape, dtype, labels),
         gradients=False,
         input_dtype=torch.float32,
+        model=True,
     )
 
 
@@ -78,7 +79,9 @@ def _contenders(config: Config, shape: tuple[int, ...], dtype: torch.dtype, labe
         return model.predict if labels else model
 
     def pytorch(layout: str) -> nn.Module:
-        return PlainModel(config, dtype, labels).to(memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format")))
+        return PlainModel(config, dtype, labels).to(
+            memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format"))
+        )
 
     def compiled() -> Callable[[Tensor], Tensor]:
         return torch.compile(pytorch("channels_last"), fullgraph=True, dynamic=False)

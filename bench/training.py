@@ -62,6 +62,7 @@ def training_case(name: str, config: Config, image_size: tuple[int, int], dtype:
         lambda direction: _work(config, image_size, batch),
         gradients=False,
         input_dtype=torch.float32,
+        model=True,
     )
 
 

@@ -1,0 +1,36 @@
+"""What the figures depend on."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import segnext_kernels
+
+from .exported import ONNX_RUNTIME, OPENVINO
+
+
+def environment() -> dict[str, object]:
+    """Processor, threads, instruction set, versions; None for a package that is not installed."""
+    info = segnext_kernels.build_info()
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "isa": info["isa"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": info["compiler"],
+        "segnext_kernels": info["version"],
+        **{package: version(package) if find_spec(package) else None for package in dict.fromkeys(ONNX_RUNTIME + OPENVINO)},
+        "missing": info["missing"],
+    }
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
