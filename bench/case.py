@@ -35,7 +35,7 @@ class Contender:
 
     name: str
     layout: str | None
-    build: Callable[[], Callable[..., Tensor]]
+    build: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]
     ours: bool = False
     packages: tuple[str, ...] = ()
 
@@ -60,8 +60,8 @@ class Case:
         contenders: who is timed.
         directions: which of ``DIRECTIONS`` are timed.
         work: what each of them needs.
-        gradients: whether backward is taken for the inputs, all but whole numbers. A step of training is a call that takes
-            those of its parameters.
+        gradients: whether backward is taken for the inputs, all but whole numbers. Without that a step is one call, of a
+            contender that trains and returns several tensors.
         input_dtype: what the inputs are rounded to; ``dtype`` unless told.
         model: whether this is a whole model.
     """
@@ -70,7 +70,7 @@ class Case:
     shape: str
     dtype: torch.dtype
     setup: Callable[[], list[Tensor]]
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
     contenders: tuple[Contender, ...]
     directions: tuple[str, ...]
     work: Callable[[str], Work]

@@ -61,11 +61,13 @@ class Runner:
         return lambda: gradients(y, self.inputs, self.grad_out)
 
     def step(self) -> list[Tensor]:
-        """Forward and backward: the result and the gradients of the inputs, if any are wanted."""
+        """Forward and backward: the result and the gradients of the inputs, or what a training step returns."""
         y = self.call(*self.inputs)
-        if self.case.gradients and self.grad_out is None:
+        if not self.case.gradients:
+            return list(y)
+        if self.grad_out is None:
             self.grad_out = self.case.grad_out(y)
-        return [y.detach(), *(gradients(y, self.inputs, self.grad_out) if self.case.gradients else ())]
+        return [y.detach(), *gradients(y, self.inputs, self.grad_out)]
 
     def prepare(self, direction: str) -> Callable[[], list[Tensor]]:
         return {"forward": lambda: self.forward, "backward": self.prepare_backward, "step": lambda: self.step}[direction]()
@@ -90,11 +92,13 @@ def _difference(found: Tensor, truth: Tensor) -> float:
 def exact(case: Case, direction: str) -> list[Tensor]:
     """The float64 result (forward), gradients (backward) or both (step) of the case's reference."""
     inputs = case.inputs(dtype=torch.float64)
-    backward = direction != "forward" and case.gradients
-    with torch.set_grad_enabled(backward):
-        y = case.reference(*inputs)
+    if direction == "forward" or not case.gradients:
+        with torch.no_grad():
+            y = case.reference(*inputs)
+        return [y] if direction == "forward" else list(y)
+    y = case.reference(*inputs)
     result = [] if direction == "backward" else [y.detach()]
-    return [*result, *gradients(y, inputs, case.grad_out(y))] if backward else result
+    return [*result, *gradients(y, inputs, case.grad_out(y))]
 
 
 def measure(case: Case, direction: str, seconds: float = 3.0, contenders: tuple[Contender, ...] = ()) -> list[Measurement]:

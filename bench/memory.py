@@ -96,15 +96,14 @@ def peak(problem: Problem, label: str) -> int:
     counts, what it needs meanwhile doesn't. Linux only.
     """
     case, direction = problem.case, problem.direction
-    Runner(problem.small, problem.small.contender(label)).prepare(direction)()
+    y, *_ = Runner(problem.small, problem.small.contender(label)).prepare(direction)()
     contender = case.contender(label)
     contender.build()  # the shared weights and the exported file stay
     gc.collect()
     before = _resident("VmRSS")
     runner = Runner(case, contender)
     if direction != "forward" and case.gradients:
-        y = case.reference(*(tensor.detach().to("meta") for tensor in runner.inputs))
-        runner.grad_out = case.grad_out(torch.empty_like(y, device="cpu"))
+        runner.grad_out = case.grad_out(runner.inputs[0] if y.dim() else y)  # an image becomes an image, or one number
     held = sum(tensor.nbytes for tensor in (*runner.inputs, runner.grad_out) if tensor is not None) + problem.weights
     CLEAR_REFS.write_text("5")  # the peak starts again at what is resident now
     results = runner.prepare(direction)()
@@ -114,11 +113,16 @@ def peak(problem: Problem, label: str) -> int:
 
 
 def peak_apart(problem: Problem, label: str, threads: int) -> int:
-    """:func:`peak` in a new process, whose malloc gives every freed block of some size back at once."""
-    command = [sys.executable, "-m", "bench", "memory", "--threads", threads, "--case", problem.case.name, "--contender", label]
+    """:func:`peak` in a new process."""
+    options = ["--threads", threads, "--case", problem.case.name, "--contender", label]
+    return in_new_process(["-m", "bench", "memory", *map(str, options)])
+
+
+def in_new_process(arguments: list[str]) -> int:
+    """The number that Python with these arguments prints, its malloc giving every freed block of some size back at once."""
     environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    printed = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, cwd=ROOT, env=environ).stdout
-    return int(printed.split()[-1])
+    result = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, cwd=ROOT, env=environ)
+    return int(result.stdout.split()[-1])
 
 
 def run(problems: list[Problem], threads: int) -> dict[str, object]:

@@ -22,9 +22,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def training_case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int) -> Case:
-    """A step of AdamW on [batch, 3, *image_size], in float32 or under bfloat16 autocast; the result is its loss.
+    """A step of AdamW on [batch, 3, *image_size], in float32 or under bfloat16 autocast.
 
-    Nothing is dropped and the decomposition's bases are given, so that every contender computes the same.
+    The results are the loss and the gradient of the first convolution, to which all the rest contributes. Nothing is dropped
+    and the decomposition's bases are given, so that every contender computes the same.
     """
     config = replace(config, dropout=0.0, drop_path=0.0)
     target_shape = (batch, *image_size)
@@ -36,9 +37,11 @@ def training_case(name: str, config: Config, image_size: tuple[int, int], dtype:
         target = torch.randint(config.num_classes, target_shape, generator=draw)
         return [images, F.normalize(bases, dim=1), torch.where(target == 0, 255, target)]
 
-    def reference(images: Tensor, bases: Tensor, target: Tensor) -> Tensor:
+    def reference(images: Tensor, bases: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         model = plain.network(network(config)).double().train()
-        return plain.upsample_cross_entropy(model(images, bases), target)
+        with torch.enable_grad():
+            loss = plain.upsample_cross_entropy(model(images, bases), target)
+        return loss.detach(), *torch.autograd.grad(loss, first_weight(model))
 
     def fused(compiled: bool) -> Step:
         return Step(copy.deepcopy(network(config)), upsample_cross_entropy, dtype, "channels_last", compiled)
@@ -82,12 +85,16 @@ class Step:
             logits = self.model(images, bases)
         return self.loss(logits, target)
 
-    def __call__(self, images: Tensor, bases: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, bases: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         loss = self.forward(images, bases, target)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return loss.detach()
+        return loss.detach(), first_weight(self.model).grad
+
+
+def first_weight(model: nn.Module) -> nn.Parameter:
+    return next(model.parameters())
 
 
 def _plain_loss(logits: Tensor, target: Tensor) -> Tensor:
