@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from . import cases, ceilings, memory, output, report, scaling
 from .case import DIRECTIONS, Case
+from .environment import missing
 from .measure import measure
 
 
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _report(arguments: argparse.Namespace) -> None:
     chosen = cases.select(arguments.case)
     turns = sorted(((case, direction) for case in chosen for direction in case.directions), key=_place)
-    limits, absent = ceilings.measure(min(arguments.seconds, 1.0)), report.missing(chosen)
+    limits, absent = ceilings.measure(min(arguments.seconds, 1.0)), missing(chosen)
     table, progress = [], tqdm(turns)
     for case, direction in progress:
         progress.set_description(f"{case.name} {direction}")

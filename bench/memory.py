@@ -16,7 +16,7 @@ from segnext.model import SIZES, Config
 
 from . import output
 from .case import Case
-from .environment import environment
+from .environment import environment, heading, missing
 from .measure import Runner
 from .models import complexity, labels_case
 from .operators import msca_strips_case, upsample_cross_entropy_case
@@ -126,19 +126,19 @@ def in_new_process(arguments: list[str]) -> int:
 
 
 def run(problems: list[Problem], threads: int) -> dict[str, object]:
-    """The environment and the bytes of every contender of every problem."""
+    """The environment, missing peers, and the bytes of every contender of every problem."""
     rows = [
         {"case": p.case.name, "direction": p.direction, "contender": label, "bytes": peak_apart(p, label, threads)}
         | {"ours": p.case.contender(label).ours}
         for p in problems
         for label in p.labels
     ]
-    return {"environment": environment(), "rows": rows}
+    return {"environment": environment(), "missing_peers": missing(p.case for p in problems), "rows": rows}
 
 
 def markdown(figures: dict[str, object]) -> str:
     """A table for every case, with every contender's part of the least that a peer needs."""
-    parts = [f"Peak memory beyond inputs and weights, {figures['environment']['threads']} threads"]
+    parts = [*heading(figures), "Peak memory beyond inputs and weights."]
     for name in dict.fromkeys(row["case"] for row in figures["rows"]):
         rows = [row for row in figures["rows"] if row["case"] == name]
         least = min((row["bytes"] for row in rows if not row["ours"]), default=None)

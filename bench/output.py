@@ -28,27 +28,35 @@ def write_json(path: Path, figures: object) -> None:
     write(path, json.dumps(figures, indent=1) + "\n")
 
 
+def short(value: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def can_plot() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def plot(path: Path, size: tuple[float, float], draw: Callable[..., None], axes: int = 1) -> None:
-    """A PNG of ``size`` inches with so many axes side by side, which ``draw`` fills."""
+def plot(path: Path, size: tuple[float, float], draw: Callable[..., None], axes: int = 1, columns: int = 1) -> None:
+    """A PNG of ``size`` inches with so many axes, which ``draw`` fills."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    draw(*figure.subplots(1, axes, squeeze=False)[0])
+    places = figure.subplots(-(-axes // columns), columns, squeeze=False).flatten()
+    for unused in places[axes:]:
+        unused.remove()
+    draw(*places[:axes])
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write(path, content.getvalue())
 
 
-def bars(axis: Axes, names: list[str], values: list[float], label: str) -> None:
-    """Horizontal bars on a logarithmic scale, the first on top, each with its value."""
-    drawn = axis.barh(names, values)
-    axis.bar_label(drawn, [f"{value:.3g}" for value in values], padding=2, fontsize=7)
+def bars(axis: Axes, names: list[str], values: list[float], ours: list[bool], label: str, start: float = 0) -> None:
+    """Horizontal bars from ``start``, the first on top, ours in another colour, each with its value."""
+    colors = ["tab:orange" if own else "tab:blue" for own in ours]
+    drawn = axis.barh(names, [value - start for value in values], left=start, color=colors)
+    axis.bar_label(drawn, [short(value) for value in values], padding=2, fontsize=7)
     axis.invert_yaxis()
-    axis.set_xscale("log")
     axis.set_xlabel(label)
     axis.tick_params(axis="y", labelsize=7)
     axis.margins(x=0.1, y=0.01)

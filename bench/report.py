@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
 from . import ceilings, output
-from .case import Case
-from .environment import environment
+from .environment import environment, heading
 from .measure import Measurement
 
 Row = dict[str, object]
+TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)  # of ratios
 
 
 def row(measurement: Measurement, peers: list[Measurement], limits: dict[str, float]) -> Row:
@@ -45,12 +44,6 @@ def rows(results: list[Measurement], limits: dict[str, float]) -> list[Row]:
     return [row(result, peers if result.contender.ours else [], limits) for result in results]
 
 
-def missing(cases: Iterable[Case]) -> dict[str, str]:
-    """The contenders that cannot run here, and why."""
-    contenders = [contender for case in cases for contender in case.contenders]
-    return {contender.label: why for contender in contenders if (why := contender.why_not())}
-
-
 def as_json(table: list[Row], limits: dict[str, float], absent: dict[str, str]) -> dict[str, object]:
     return {"environment": environment(), "ceilings": limits, "missing_peers": absent, "rows": table}
 
@@ -61,12 +54,7 @@ def markdown(figures: dict[str, object]) -> str:
     The environment, the ceilings, a table of the models, and one for every operator, dtype and direction with how far the
     fastest peer is behind.
     """
-    facts = {key: value for key, value in figures["environment"].items() if value}
-    backends = facts.pop("missing", {})
-    parts = ["; ".join(f"{key} {value}" for key, value in facts.items())]
-    parts += [f"no {backend}: {why}" for backend, why in backends.items()]
-    parts += [f"missing peer {peer}: {why}" for peer, why in figures["missing_peers"].items()]
-    limits = figures["ceilings"]
+    parts, limits = heading(figures), figures["ceilings"]
     products = ", ".join(f"{limits[f'{dtype}_gflops_per_s']:.0f} GFLOP/s in {dtype}" for dtype in ceilings.DTYPES)
     parts.append(
         f"Ceilings: a large copy moves {limits['copy_gbytes_per_s']:.1f} GB/s, a large matrix product makes {products}. "
@@ -88,7 +76,7 @@ def model_table(models: list[Row]) -> str:
         times.setdefault((r["label"], dtype), {})[name] = r["seconds"] * 1e3
     names = list(dict.fromkeys(name for found in times.values() for name in found))
     lines = [
-        [f"{label}, {dtype}", *(f"{found[name]:.3g}" if name in found else "" for name in names)]
+        [f"{label}, {dtype}", *(output.short(found[name]) if name in found else "" for name in names)]
         for (label, dtype), found in times.items()
     ]
     return output.table(["", *names], lines)
@@ -102,20 +90,25 @@ def plots(table: list[Row], folder: Path) -> None:
         leads = [min(r["ratios"].values()) for r in operators]
 
         def draw_operators(axis) -> None:
-            output.bars(axis, names, leads, "time of the fastest peer / ours")
-            axis.axvline(1, color="black", linewidth=1)
+            axis.set_xscale("log")
+            output.bars(axis, names, leads, [True] * len(leads), "time of the fastest peer / ours", start=1)
+            low, high = min(1, *leads) / 2, max(1, *leads) * 2
+            axis.set_xticks(ticks := [tick for tick in TICKS if low < tick < high], map(str, ticks))
+            axis.minorticks_off()
 
         output.plot(folder / "operators.png", (10, 1.5 + 0.16 * len(names)), draw_operators)
-    models = [r for r in table if r["model"]]
+    models = [list(group) for _, group in groupby((r for r in table if r["model"]), key=lambda r: r["case"])]
     if models:
-        labels = [f"{r['case']} {r['label']}" for r in models]
 
-        def draw_models(axis) -> None:
-            output.bars(axis, labels, [r["seconds"] * 1e3 for r in models], "ms")
-            for bar, r in zip(axis.patches, models, strict=True):
-                bar.set_color("tab:orange" if r["ours"] else "tab:blue")
+        def draw_models(*axes) -> None:
+            for axis, group in zip(axes, models, strict=True):
+                labels, times = [r["label"] for r in group], [r["seconds"] * 1e3 for r in group]
+                output.bars(axis, labels, times, [r["ours"] for r in group], "ms")
+                axis.set_title(group[0]["case"], fontsize=8)
 
-        output.plot(folder / "models.png", (10, 1.5 + 0.16 * len(labels)), draw_models)
+        columns = min(3, len(models))
+        size = (5 * columns, 2 * -(-len(models) // columns))
+        output.plot(folder / "models.png", size, draw_models, len(models), columns)
 
 
 def _title(r: Row) -> str:
@@ -129,10 +122,10 @@ def _section(title: str, table: list[Row]) -> str:
     lines = []
     for r in ours:
         others = {p["label"]: p for p in table if p["case"] == r["case"] and not p["ours"]}
-        cells = [f"{others[p]['seconds'] * 1e3:.3g} ({r['ratios'][p]:.2f}x)" if p in others else "" for p in peers]
+        cells = [f"{output.short(others[p]['seconds'] * 1e3)} ({r['ratios'][p]:.2f}x)" if p in others else "" for p in peers]
         errors = [f"{r['error']:.1e}", f"{max((p['error'] for p in others.values()), default=0):.1e}"]
         rates = [f"{r['gbytes_per_s']:.1f}", f"{r['gflops_per_s']:.0f}", f"{r['ceiling_share']:.2f} {r['ceiling'][0].upper()}"]
-        lines.append([r["case"], r["label"], f"{r['seconds'] * 1e3:.3g}", *cells, _fastest(r), *errors, *rates])
+        lines.append([r["case"], r["label"], output.short(r["seconds"] * 1e3), *cells, _fastest(r), *errors, *rates])
     parts = [f"### {title}", "", output.table(header, lines, text_columns=2)]
     leads = [min(r["ratios"].values()) for r in ours if r["ratios"]]
     if leads:

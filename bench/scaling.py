@@ -14,7 +14,7 @@ from segnext.model import SIZES, Config
 
 from . import output
 from .case import Case, Contender
-from .environment import environment
+from .environment import environment, heading, missing
 from .measure import measure
 from .models import logits_case
 
@@ -54,9 +54,11 @@ def run(points: dict[str, list[Point]], seconds: float = 3.0, config: Config = S
     """Measures every point once and fits every contender's time on every axis.
 
     Returns:
-        The environment, and for each axis its curves: label, x, seconds and error at the points, exponent.
+        The environment, missing peers, and for each axis its curves: label, x, seconds and error at the points, exponent.
     """
-    environs, threads = environment(), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    cases = [logits_case(name, config, (512, 512), dtype) for dtype in DTYPES]
+    facts = {"environment": environment(), "missing_peers": missing(cases), "model": name}
     every = tqdm(list(dict.fromkeys(point for axis in points.values() for point in axis)))
     found: dict[Point, dict[str, dict[str, float]]] = {}
     try:
@@ -72,7 +74,7 @@ def run(points: dict[str, list[Point]], seconds: float = 3.0, config: Config = S
     finally:
         torch.set_num_threads(threads)
     axes = {axis: _curves(axis, on_axis, [found[point] for point in on_axis]) for axis, on_axis in points.items()}
-    return {"environment": environs, "model": name, "axes": axes}
+    return facts | {"axes": axes}
 
 
 def _fastest(case: Case) -> tuple[Contender, ...]:
@@ -107,11 +109,15 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 def markdown(figures: dict) -> str:
     """A table for every axis: milliseconds at every point and the fitted exponent."""
-    facts = "; ".join(f"{key} {value}" for key, value in figures["environment"].items() if value and key != "missing")
-    parts = [facts, f'{figures["model"]}, logits only, in ms; time grows with the power "exponent" of what is varied.']
+    parts = heading(figures)
+    parts.append(f'{figures["model"]}, logits only, in ms; time grows with the power "exponent" of what is varied.')
     for axis, curves in figures["axes"].items():
         lines = [
-            [c["label"], *(f"{s * 1e3:.3g}" for s in c["seconds"]), "" if c["exponent"] is None else f"{c['exponent']:.2f}"]
+            [
+                c["label"],
+                *(output.short(s * 1e3) for s in c["seconds"]),
+                "" if c["exponent"] is None else f"{c['exponent']:.2f}",
+            ]
             for c in curves
         ]
         parts.append(f"### Time against {axis}\n\n{output.table(['contender', *curves[0]['points'], 'exponent'], lines)}")
@@ -133,4 +139,4 @@ def plot(figures: dict, path: Path) -> None:
             axis.set_ylabel("ms")
             axis.legend(fontsize=7)
 
-    output.plot(path, (5 * len(axes), 4.5), draw, len(axes))
+    output.plot(path, (5 * len(axes), 4.5), draw, len(axes), len(axes))
