@@ -15,9 +15,10 @@ demo: $(VENV)/.models
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest
 
-bench: $(VENV)/.test
-	$(VENV)/bin/python -m bench report --json bench.json
-	$(VENV)/bin/python -m bench memory
+bench: $(VENV)/.bench
+	$(VENV)/bin/python -m bench report --out bench-out
+	$(VENV)/bin/python -m bench scaling --out bench-out
+	$(VENV)/bin/python -m bench memory --out bench-out
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
@@ -49,6 +50,6 @@ $(VENV)/.built: $(SOURCES) | $(VENV)/.python
 	$(PIP) install --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.models $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
+$(VENV)/.models $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
 	$(PIP) install "segnext-kernels[$*]"
 	touch $@

@@ -1,17 +1,18 @@
-"""``python -m bench report`` times the cases, ``python -m bench memory`` compares peak memory."""
+"""``python -m bench report`` times the cases, ``scaling`` a model on growing problems, ``memory`` compares peak memory."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import cases, memory, report
+from . import cases, ceilings, memory, output, report, scaling
+from .case import DIRECTIONS, Case
+from .environment import missing
 from .measure import measure
 
 
@@ -32,39 +33,71 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     timing = commands.add_parser("report", help="time the cases and print Markdown")
     timing.add_argument("--case", default="*", metavar="PATTERN", help="only cases with this in the name, e.g. 'msca*float32'")
-    timing.add_argument("--seconds", type=float, default=3.0, help="time for the rounds of one case in one direction")
     timing.add_argument("--without", default=[], nargs="+", metavar="NAME", help="contenders to leave out, e.g. torch.compile")
-    timing.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     timing.set_defaults(run=_report)
-    space = commands.add_parser("memory", help="peak memory of msca_strips, forward and backward")
-    space.add_argument("--shape", type=int, nargs=4, default=(16, 64, 128, 128), metavar=("N", "C", "H", "W"))
-    space.add_argument("--contender", choices=memory.CONTENDERS, help="measure this one here and print bytes")
+    growth = commands.add_parser("scaling", help="time of SegNeXt-T against image size, batch and threads")
+    growth.set_defaults(run=_scaling)
+    for command in (timing, growth):
+        command.add_argument("--seconds", type=float, default=3.0, help="time for the rounds of one case in one direction")
+    space = commands.add_parser("memory", help="peak memory of operators, a training step and a prediction")
+    space.add_argument("--case", default="", metavar="NAME", help="only this one, e.g. msca_strips")
+    space.add_argument("--contender", metavar="LABEL", help="measure this one here and print bytes")
     space.set_defaults(run=_memory)
-    for command in (timing, space):
-        command.add_argument("--threads", type=int, help="for PyTorch's intra-operator parallelism")
+    for command in (timing, growth, space):
+        command.add_argument("--threads", type=int, help="for PyTorch's intra-operator parallelism, and other runtimes")
+        command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown, JSON and plots here")
     return parser
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    turns = [(case, direction) for case in cases.select(arguments.case) for direction in case.work]
-    turns.sort(key=lambda turn: (turn[0].operator, turn[1] == "backward"))
+    chosen = cases.select(arguments.case)
+    turns = sorted(((case, direction) for case in chosen for direction in case.directions), key=_place)
+    limits, absent = ceilings.measure(min(arguments.seconds, 1.0)), missing(chosen)
     table, progress = [], tqdm(turns)
     for case, direction in progress:
         progress.set_description(f"{case.name} {direction}")
-        contenders = tuple(c for c in case.contenders if c.name not in arguments.without)
-        table += report.rows(measure(case, direction, arguments.seconds, contenders))
-    print(report.markdown(table))
-    if arguments.json:
-        partial = arguments.json.with_name(arguments.json.name + ".partial")
-        partial.write_text(json.dumps(report.as_json(table), indent=1))
-        os.replace(partial, arguments.json)
+        contenders = tuple(c for c in case.present() if c.name not in arguments.without)
+        table += report.rows(measure(case, direction, arguments.seconds, contenders), limits)
+        if arguments.out:  # after every case, since all of them take long
+            output.write_json(arguments.out / "report.json", report.as_json(table, limits, absent))
+    figures = report.as_json(table, limits, absent)
+    _finish(arguments.out, "report", figures, report.markdown(figures), lambda folder: report.plots(table, folder))
+
+
+def _place(turn: tuple[Case, str]) -> tuple[object, ...]:
+    """Operators before models, and next to each other what the report shows in one table."""
+    case, direction = turn
+    return case.model, case.family, DIRECTIONS.index(direction), case.dtype != torch.float32
+
+
+def _scaling(arguments: argparse.Namespace) -> None:
+    figures = scaling.run(scaling.grid(), arguments.seconds)
+    text = scaling.markdown(figures)
+    _finish(arguments.out, "scaling", figures, text, lambda folder: scaling.plot(figures, folder / "scaling.png"))
 
 
 def _memory(arguments: argparse.Namespace) -> None:
+    if not memory.CLEAR_REFS.exists():
+        raise ValueError(f"peak memory is taken from {memory.CLEAR_REFS}, which this system does not have")
     if arguments.contender:
-        print(memory.peak(arguments.shape, arguments.contender))
-    else:
-        print(memory.table(arguments.shape, torch.get_num_threads()))
+        print(memory.peak(memory.select(arguments.case), arguments.contender))
+        return
+    problems = [memory.select(arguments.case)] if arguments.case else list(memory.PROBLEMS.values())
+    figures = memory.run(problems, torch.get_num_threads())
+    _finish(arguments.out, "memory", figures, memory.markdown(figures))
+
+
+def _finish(folder: Path | None, name: str, figures: dict, text: str, plot: Callable[[Path], None] | None = None) -> None:
+    """Prints the Markdown, and writes it with the figures and plots if there is a folder."""
+    print(text)
+    if folder is None:
+        return
+    output.write(folder / f"{name}.md", text + "\n")
+    output.write_json(folder / f"{name}.json", figures)
+    if plot is not None and output.can_plot():
+        plot(folder)
+    elif plot is not None:
+        print(f"bench: {output.NO_PLOTS}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from .cases import Case, Contender
+from .case import Case, Contender
 
 WARM_UP, TURN = 0.002, 0.005  # seconds of calls in a turn, untimed and timed
 
@@ -21,7 +21,7 @@ class Measurement:
     """How one contender did in one direction of a case: seconds per call in every round, and its error.
 
     ``error`` is the largest difference from the float64 result, as a part of that result's largest value; in backward the
-    worst of all gradients.
+    worst of all gradients. For labels it is the share of those that differ.
     """
 
     case: Case
@@ -48,34 +48,57 @@ class Runner:
         self.call = contender.build()
         self.grad_out: Tensor | None = None
 
-    def forward(self) -> Tensor:
+    def forward(self) -> list[Tensor]:
         """The result, as in inference."""
         with torch.no_grad():
-            return self.call(*self.inputs)
+            return [self.call(*self.inputs)]
 
-    def prepare_backward(self) -> Callable[[], tuple[Tensor, ...]]:
-        """Runs forward, as in training, and returns what then computes the gradients of all inputs."""
+    def prepare_backward(self) -> Callable[[], list[Tensor]]:
+        """Runs forward, as in training, and returns what then computes the gradients of the inputs."""
         y = self.call(*self.inputs)
         if self.grad_out is None:
             self.grad_out = self.case.grad_out(y)
-        return lambda: torch.autograd.grad(y, self.inputs, self.grad_out)
+        return lambda: gradients(y, self.inputs, self.grad_out)
 
-    def prepare(self, direction: str) -> Callable[[], object]:
-        return self.forward if direction == "forward" else self.prepare_backward()
+    def step(self) -> list[Tensor]:
+        """Forward and backward: the result and the gradients of the inputs, or what a training step returns."""
+        y = self.call(*self.inputs)
+        if not self.case.gradients:
+            return list(y)
+        if self.grad_out is None:
+            self.grad_out = self.case.grad_out(y)
+        return [y.detach(), *gradients(y, self.inputs, self.grad_out)]
+
+    def prepare(self, direction: str) -> Callable[[], list[Tensor]]:
+        return {"forward": lambda: self.forward, "backward": self.prepare_backward, "step": lambda: self.step}[direction]()
+
+
+def gradients(y: Tensor, inputs: list[Tensor], grad_out: Tensor) -> list[Tensor]:
+    """Of the inputs that need one."""
+    return list(torch.autograd.grad(y, [tensor for tensor in inputs if tensor.requires_grad], grad_out))
 
 
 def error(case: Case, runner: Runner, direction: str, truth: list[Tensor]) -> float:
     """See :class:`Measurement`; ``truth`` comes from :func:`exact`."""
-    results = runner.prepare(direction)()
-    results = [results] if direction == "forward" else results
-    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truth, strict=True))
+    return max(_difference(a, b) for a, b in zip(runner.prepare(direction)(), truth, strict=True))
+
+
+def _difference(found: Tensor, truth: Tensor) -> float:
+    if not truth.is_floating_point():
+        return (found != truth).double().mean().item()
+    return ((found.double() - truth).abs().max() / truth.abs().max()).item()
 
 
 def exact(case: Case, direction: str) -> list[Tensor]:
-    """The float64 result (forward) or gradients (backward) of the case's reference."""
+    """The float64 result (forward), gradients (backward) or both (step) of the case's reference."""
     inputs = case.inputs(dtype=torch.float64)
+    if direction == "forward" or not case.gradients:
+        with torch.no_grad():
+            y = case.reference(*inputs)
+        return [y] if direction == "forward" else list(y)
     y = case.reference(*inputs)
-    return [y.detach()] if direction == "forward" else list(torch.autograd.grad(y, inputs, case.grad_out(y)))
+    result = [] if direction == "backward" else [y.detach()]
+    return [*result, *gradients(y, inputs, case.grad_out(y))]
 
 
 def measure(case: Case, direction: str, seconds: float = 3.0, contenders: tuple[Contender, ...] = ()) -> list[Measurement]:
@@ -83,10 +106,10 @@ def measure(case: Case, direction: str, seconds: float = 3.0, contenders: tuple[
 
     Args:
         seconds: for all rounds; building the contenders and finding their errors comes before.
-        contenders: the case's own unless told.
+        contenders: those of the case that can run here, unless told.
     """
     torch.compiler.reset()  # what was compiled for other shapes counts against the limit of recompilations
-    contenders = contenders or case.contenders
+    contenders = contenders or case.present()
     truth = exact(case, direction)
     runners = [Runner(case, contender) for contender in contenders]
     turns = [(Measurement(case, direction, r.contender, error(case, r, direction, truth)), r) for r in runners]

@@ -1,67 +1,150 @@
-"""Peak memory of msca_strips forward and backward, ours and plain PyTorch's, each in a process of its own."""
+"""Peak memory of each contender, in a process of its own."""
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from math import prod
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .cases import msca_strips_case
+from segnext.model import SIZES, Config
+
+from . import output
+from .case import Case
+from .environment import environment, heading, missing
 from .measure import Runner
+from .models import complexity, labels_case
+from .operators import msca_strips_case, upsample_cross_entropy_case
+from .training import training_case
 
 ROOT = Path(__file__).parents[1]
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-CONTENDERS = ("fused contiguous", "fused channels_last", "PyTorch contiguous", "PyTorch channels_last")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case in one direction.
+
+    Args:
+        small: the same on little data, which loads libraries and starts threads before anything is measured.
+        config: of the model whose weights don't count.
+    """
+
+    case: Case
+    small: Case
+    direction: str
+    config: Config | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """The contenders but for compiled ones, since compiling leaves memory behind."""
+        return [contender.label for contender in self.case.present() if "torch.compile" not in contender.name]
+
+    @property
+    def weights(self) -> int:
+        """Bytes in float32."""
+        return 4 * complexity(self.config, (64, 64), False)[0] if self.config else 0
+
+
+def _problems() -> tuple[Problem, ...]:
+    dtype, classes = torch.float32, 150
+    t, t_19 = SIZES["t"], replace(SIZES["t"], num_classes=19)
+    return (
+        Problem(msca_strips_case(64, 128, 128, dtype, batch=16), msca_strips_case(64, 8, 8, dtype), "step"),
+        Problem(
+            upsample_cross_entropy_case(classes, (64, 64), (512, 512), dtype, batch=2),
+            upsample_cross_entropy_case(classes, (2, 2), (4, 4), dtype),
+            "step",
+        ),
+        Problem(
+            training_case("train_t", t, (512, 512), dtype, batch=2), training_case("train_t", t, (64, 64), dtype, 2), "step", t
+        ),
+        Problem(
+            labels_case("segnext_t_labels", t_19, (1024, 2048), dtype),
+            labels_case("segnext_t_labels", t_19, (64, 64), dtype),
+            "forward",
+            t_19,
+        ),
+    )
+
+
+PROBLEMS = {problem.case.name: problem for problem in _problems()}
+
+
+def select(name: str) -> Problem:
+    """The problem of that name, or whose name alone begins so."""
+    found = [problem for key, problem in PROBLEMS.items() if key.startswith(name)]
+    if len(found) != 1:
+        raise ValueError(f"there is no memory case {name!r}; there are {', '.join(PROBLEMS)}")
+    return found[0]
 
 
 def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
 
 
-def peak(shape: Sequence[int], label: str) -> int:
-    """Bytes that forward and backward of one contender need beyond its inputs and the given gradient of the output.
+def peak(problem: Problem, label: str) -> int:
+    """Bytes that one contender needs beyond its inputs, its weights and the given gradient of the output.
 
     Taken from the process's resident memory, so that scratch memory which PyTorch's allocator doesn't see counts too; memory
-    freed earlier and kept by malloc would hide some of it, see :func:`peak_apart`. Linux only.
+    freed earlier and kept by malloc would hide some of it, see :func:`peak_apart`. What building the contender leaves behind
+    counts, what it needs meanwhile doesn't. Linux only.
     """
-    batch, channels, height, width = shape
-    case = msca_strips_case(channels, height, width, torch.float32, batch)
-    contender = next(c for c in case.contenders if c.label == label)
-    Runner(msca_strips_case(channels, 8, 8, torch.float32), contender).prepare_backward()()  # loads libraries, starts threads
-    runner = Runner(case, contender)
-    runner.grad_out = case.grad_out(runner.inputs[0])
-    CLEAR_REFS.write_text("5")  # the peak starts again at what is resident now
+    case, direction = problem.case, problem.direction
+    y, *_ = Runner(problem.small, problem.small.contender(label)).prepare(direction)()
+    contender = case.contender(label)
+    contender.build()  # the shared weights and the exported file stay
+    gc.collect()
     before = _resident("VmRSS")
-    gradients = runner.prepare_backward()()
+    runner = Runner(case, contender)
+    if direction != "forward" and case.gradients:
+        runner.grad_out = case.grad_out(runner.inputs[0] if y.dim() else y)  # an image becomes an image, or one number
+    held = sum(tensor.nbytes for tensor in (*runner.inputs, runner.grad_out) if tensor is not None) + problem.weights
+    CLEAR_REFS.write_text("5")  # the peak starts again at what is resident now
+    results = runner.prepare(direction)()
     after = _resident("VmHWM")
-    del gradients
-    return after - before
+    del results
+    return after - before - held
 
 
-def peak_apart(shape: Sequence[int], label: str, threads: int) -> int:
-    """:func:`peak` in a new process, whose malloc gives every freed block of some size back at once."""
-    command = [sys.executable, "-m", "bench", "memory", "--threads", threads, "--contender", label, "--shape", *shape]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    return int(subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, cwd=ROOT, env=environment).stdout)
+def peak_apart(problem: Problem, label: str, threads: int) -> int:
+    """:func:`peak` in a new process."""
+    options = ["--threads", threads, "--case", problem.case.name, "--contender", label]
+    return in_new_process(["-m", "bench", "memory", *map(str, options)])
 
 
-def table(shape: Sequence[int], threads: int) -> str:
-    """Markdown: the peak of every contender for a float32 image, and its part of the least that plain PyTorch needs."""
-    image = 4 * prod(shape)
-    peaks = {label: peak_apart(shape, label, threads) for label in CONTENDERS}
-    least = min(peaks[c] for c in CONTENDERS if c.startswith("PyTorch"))
-    lines = [
-        f"msca_strips, forward and backward, float32, {'x'.join(map(str, shape))}, {threads} threads: peak memory beyond x"
-        f" ({image / 2**20:.0f} MiB), filters and grad_out",
-        "",
-        "| contender | MiB | times x | part of PyTorch's least |",
-        "| --- | ---: | ---: | ---: |",
+def in_new_process(arguments: list[str]) -> int:
+    """The number that Python with these arguments prints, its malloc giving every freed block of some size back at once."""
+    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, cwd=ROOT, env=environ)
+    return int(result.stdout.split()[-1])
+
+
+def run(problems: list[Problem], threads: int) -> dict[str, object]:
+    """The environment, missing peers, and the bytes of every contender of every problem."""
+    rows = [
+        {"case": p.case.name, "direction": p.direction, "contender": label, "bytes": peak_apart(p, label, threads)}
+        | {"ours": p.case.contender(label).ours}
+        for p in problems
+        for label in p.labels
     ]
-    lines += [f"| {c} | {p / 2**20:.0f} | {p / image:.1f} | {p / least:.2f} |" for c, p in peaks.items()]
-    return "\n".join(lines)
+    return {"environment": environment(), "missing_peers": missing(p.case for p in problems), "rows": rows}
+
+
+def markdown(figures: dict[str, object]) -> str:
+    """A table for every case, with every contender's part of the least that a peer needs."""
+    parts = [*heading(figures), "Peak memory beyond inputs and weights."]
+    for name in dict.fromkeys(row["case"] for row in figures["rows"]):
+        rows = [row for row in figures["rows"] if row["case"] == name]
+        least = min((row["bytes"] for row in rows if not row["ours"]), default=None)
+        lines = [
+            [r["contender"], f"{r['bytes'] / 2**20:.0f}", "" if least is None else f"{r['bytes'] / least:.2f}"] for r in rows
+        ]
+        header = ["contender", "MiB", "part of the peers' least"]
+        parts.append(f"### {name}, {rows[0]['direction']}\n\n{output.table(header, lines)}")
+    return "\n\n".join(parts)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from segnext_kernels.nn import NMF2D, AttentionModule, DWConvGELU
 
 
 def msca_strips(x: Tensor, *weights: Tensor) -> Tensor:
@@ -30,3 +34,40 @@ def nmf(x: Tensor, bases: Tensor, steps: int) -> Tensor:
         bases = bases * (x @ coef) / (bases @ (coef.mT @ coef) + 1e-6)
     coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + 1e-6)
     return bases @ coef.mT
+
+
+def upsample_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    z = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(z, target, ignore_index=255)
+
+
+def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
+
+
+class PlainAttentionModule(AttentionModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(msca_strips(x, *self.strip_weights())) * x
+
+
+class PlainDWConvGELU(DWConvGELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return dwconv_gelu(x, self.dwconv.weight, self.dwconv.bias)
+
+
+class PlainNMF2D(NMF2D):
+    def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
+        bases = self.initial_bases(x) if bases is None else bases
+        steps = self.train_steps if self.training else self.eval_steps
+        return nmf(x.flatten(2), bases.to(x.dtype), steps).view(x.shape)
+
+
+PLAIN = {AttentionModule: PlainAttentionModule, DWConvGELU: PlainDWConvGELU, NMF2D: PlainNMF2D}
+
+
+def network(model: nn.Module) -> nn.Module:
+    """A copy of a SegNeXt, with its parameters, that has no operator of ours."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
+    return model

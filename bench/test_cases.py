@@ -6,15 +6,19 @@ import torch
 from .cases import CASES
 from .measure import Runner
 
-FORWARD, BACKWARD = (
-    [
-        pytest.param(case, contender, id=f"{case.name}-{contender.label.replace(' ', '-')}")
+
+def turns(direction: str) -> list:
+    return [
+        pytest.param(case, contender, id=f"{case.name}-{contender.label.replace(' ', '-')}", marks=_marks(contender))
         for case in CASES.values()
-        if direction in case.work
+        if direction in case.directions
         for contender in case.contenders
     ]
-    for direction in ("forward", "backward")
-)
+
+
+def _marks(contender) -> list[pytest.MarkDecorator]:
+    why = contender.why_not()
+    return [pytest.mark.skip(reason=why)] if why else []
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +26,7 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("case", "contender"), FORWARD)
+@pytest.mark.parametrize(("case", "contender"), turns("forward"))
 def test_forward(benchmark, case, contender):
     benchmark.group = f"{case.name} forward"
     runner = Runner(case, contender)
@@ -30,10 +34,18 @@ def test_forward(benchmark, case, contender):
     benchmark(runner.forward)
 
 
-@pytest.mark.parametrize(("case", "contender"), BACKWARD)
+@pytest.mark.parametrize(("case", "contender"), turns("backward"))
 def test_backward(benchmark, case, contender):
     benchmark.group = f"{case.name} backward"
     runner = Runner(case, contender)
     benchmark.pedantic(
         lambda gradients: gradients(), setup=lambda: ((runner.prepare_backward(),), {}), rounds=20, warmup_rounds=2
     )
+
+
+@pytest.mark.parametrize(("case", "contender"), turns("step"))
+def test_step(benchmark, case, contender):
+    benchmark.group = f"{case.name} step"
+    runner = Runner(case, contender)
+    runner.step()
+    benchmark(runner.step)

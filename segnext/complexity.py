@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .model import create
+from .model import SegNeXt, create
 
 # (size, head) -> millions of parameters and GFLOPs at 512x512 with 150 classes, as the paper prints them.
 PAPER = {
@@ -46,11 +46,16 @@ def count(size: str, head: str = "ham", num_classes: int = 150, image_size: tupl
         The rules of torchprofile, which the paper's table follows.
     """
     with torch.device("meta"):
-        model = create(size, num_classes, head).eval()
-        with torch.no_grad(), _Counter() as counter:
-            logits = model(torch.empty(1, 3, *image_size))
+        return count_model(create(size, num_classes, head), image_size)
+
+
+def count_model(model: SegNeXt, image_size: tuple[int, int], upsampled: bool = True) -> Complexity:
+    """:func:`count` for a model on the meta device, to logits at the image's size or at stride 8."""
+    with torch.no_grad(), _Counter() as counter:
+        logits = model.eval()(torch.empty(1, model.config.in_channels, *image_size, device="meta"))
+        if upsampled:
             F.interpolate(logits, image_size, mode="bilinear", align_corners=False)
-        return Complexity(sum(p.numel() for p in model.parameters()), counter.macs)
+    return Complexity(sum(p.numel() for p in model.parameters()), counter.macs)
 
 
 def info(size: str, head: str, num_classes: int = 150, image_size: tuple[int, int] = (512, 512)) -> str:

@@ -4,48 +4,39 @@ import json
 
 import pytest
 import torch
+from benchmarks import ERRORS, LIMITS, SMALL, small_ceilings, turns, without
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import cases, memory
+from bench import case as bench_case
+from bench import cases, ceilings, memory, operators
 from bench.__main__ import main
 from bench.measure import Runner, error, exact, measure
-from bench.report import markdown, rows
-
-ERRORS = {torch.float32: 5e-6, torch.bfloat16: 2e-2}  # of the largest value; bfloat16 has 8 bits and sums in PyTorch's order
-CHANNELS = 33  # fewer than 17: PyTorch's bfloat16 channels_last convolution with 1 x 21 taps does not always return
-SMALL = [
-    *(make(CHANNELS, 9, 6, dtype, batch=2) for make in (cases.msca_strips_case, cases.dwconv_gelu_case) for dtype in ERRORS),
-    *(cases.nmf_case(6, 35, 3, 2, direction) for direction in ("forward", "backward")),
-]
-TURNS = [
-    pytest.param(case, direction, contender, id=f"{case.name}-{direction}-{contender.label.replace(' ', '-')}")
-    for case in SMALL
-    for direction in case.work
-    for contender in case.contenders
-    if contender.name != "torch.compile"
-]
+from bench.report import as_json, markdown, rows
 
 
 @pytest.fixture
 def one_small_case(monkeypatch):
-    """The registry with a single tiny case, without the compiler, which takes long."""
-    case = cases.dwconv_gelu_case(3, 5, 4, torch.float32)
+    """The registry with a single tiny case, and quick ceilings."""
+    small_ceilings(monkeypatch)
+    case = operators.dwconv_gelu_case(3, 5, 4, torch.float32)
     monkeypatch.setattr(cases, "CASES", {case.name: case})
     return case
 
 
-@pytest.mark.parametrize(("case", "direction", "contender"), TURNS)
+@pytest.mark.parametrize(("case", "direction", "contender"), turns(SMALL))
 def test_contender_agrees_with_float64(case, direction, contender):
     assert error(case, Runner(case, contender), direction, exact(case, direction)) < ERRORS[case.dtype]
 
 
 def test_compiled_contender_agrees_with_float64():
-    case = cases.dwconv_gelu_case(3, 5, 4, torch.float32)
+    case = operators.dwconv_gelu_case(3, 5, 4, torch.float32)
     contender = next(c for c in case.contenders if c.label == "torch.compile channels_last")
     assert error(case, Runner(case, contender), "forward", exact(case, "forward")) < ERRORS[case.dtype]
 
 
-@pytest.mark.parametrize("case", [case for case in SMALL if case.dtype == torch.bfloat16], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in SMALL if case.dtype == torch.bfloat16 and "upsample" not in case.name], ids=lambda case: case.name
+)
 def test_plain_pytorch_computes_in_the_dtype_of_its_inputs(case):
     seen = set()
 
@@ -62,7 +53,7 @@ def test_plain_pytorch_computes_in_the_dtype_of_its_inputs(case):
 
 
 def test_error_sees_a_wrong_result():
-    case = cases.nmf_case(6, 35, 3, 2, "forward")
+    case = operators.nmf_case(6, 35, 3, 2)
     runner = Runner(case, case.contenders[0])
     truth = exact(case, "forward")
     truth[0][0, 2, 7] *= 1.01
@@ -93,42 +84,65 @@ def test_select_takes_shell_patterns():
 
 
 def test_work_of_a_convolution():
-    case = cases.dwconv_gelu_case(2, 3, 5, torch.bfloat16)
-    assert case.work["forward"] == (2 * (30 + 30 + 2 * 10), 2 * 9 * 30)
-    assert case.work["backward"] == (2 * (3 * 30 + 2 * 20), 4 * 9 * 30)
+    case = operators.dwconv_gelu_case(2, 3, 5, torch.bfloat16)
+    assert case.work("forward") == (2 * (30 + 30 + 2 * 10), 2 * 9 * 30)
+    assert case.work("backward") == (2 * (3 * 30 + 2 * 20), 4 * 9 * 30)
+    assert case.work("step") == (2 * (4 * 30 + 2 * 20), 6 * 9 * 30)
+
+
+def test_ceilings(monkeypatch):
+    small_ceilings(monkeypatch)
+    limits = ceilings.measure(seconds=0)
+    assert set(limits) == set(LIMITS) and all(value > 0 for value in limits.values())
+
+
+def test_share_of_the_nearer_ceiling():
+    work = bench_case.Work(bytes=10**10, flops=10**11)
+    assert ceilings.share(LIMITS, work, torch.float32, 2.0) == (0.5, "memory")
+    assert ceilings.share(LIMITS, work._replace(flops=4 * 10**11), torch.bfloat16, 4.0) == (0.5, "arithmetic")
 
 
 def test_ratios_compare_ours_with_every_peer():
-    case = cases.nmf_case(4, 6, 2, 1, "forward")
+    case = operators.nmf_case(4, 6, 2, 1)
     results = measure(case, "forward", seconds=0, contenders=case.contenders[:4])
     for i, result in enumerate(results):
         result.rounds = [(i + 1) * drift for drift in (1.0, 3.0, 2.0)]
-    table = rows(results)
+    table = rows(results, LIMITS)
     assert [row["ratios"] for row in table] == [
         {"PyTorch contiguous": 3, "PyTorch channels_last": 4},
         {"PyTorch contiguous": 1.5, "PyTorch channels_last": 2},
         {},
         {},
     ]
-    assert "The fastest peer takes 1.50 to 3.00 times as long as ours." in markdown(table)
+    assert "The fastest peer takes 1.50 to 3.00 times as long as ours." in markdown(as_json(table, LIMITS, {}))
 
 
-def test_report_prints_a_table_and_writes_json(one_small_case, tmp_path, capsys):
-    out = tmp_path / "figures.json"
-    assert main(["report", "--seconds", "0", "--without", "torch.compile", "--json", str(out)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "### dwconv_gelu, backward, float32" in lines
-    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
-    figures = json.loads(out.read_text())
+def test_report_prints_a_table_and_writes_files(one_small_case, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["report", "--seconds", "0", "--without", "torch.compile", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "### dwconv_gelu, backward, float32" in printed.splitlines()
+    assert len({line.count("|") for line in printed.splitlines() if line.startswith("|")}) == 1
+    assert (tmp_path / "report.md").read_text() == printed
+    figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["environment"]["torch"] == torch.__version__
     assert [(row["direction"], row["contender"], row["layout"]) for row in figures["rows"]] == [
         (direction, contender, layout)
         for direction in ("forward", "backward")
         for contender in ("fused", "PyTorch")
-        for layout in cases.LAYOUTS
+        for layout in bench_case.LAYOUTS
     ]
     assert all(row["seconds"] > 0 and row["rounds"] >= 5 and row["error"] < ERRORS[torch.float32] for row in figures["rows"])
-    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    assert all(row["ceiling_share"] > 0 and row["ceiling"] in ("memory", "arithmetic") for row in figures["rows"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["operators.png", "report.json", "report.md"]
+    assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_without_matplotlib_says_so(one_small_case, monkeypatch, tmp_path, capsys):
+    without(monkeypatch, "matplotlib")
+    assert main(["report", "--seconds", "0", "--without", "torch.compile", "--out", str(tmp_path)]) == 0
+    assert "no plots: matplotlib not installed" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
 def test_unknown_case_is_an_error(capsys):
@@ -136,9 +150,49 @@ def test_unknown_case_is_an_error(capsys):
     assert "no benchmark case fits 'nothing'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason=f"peak memory is taken from {memory.CLEAR_REFS}")
+needs_peak = pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason=f"peak memory is taken from {memory.CLEAR_REFS}")
+
+
+@needs_peak
 def test_memory_counts_what_plain_pytorch_keeps():
     """For backward the 5x5's and three rows' results are kept; the sum and the gradients come on top."""
-    shape = (4, 16, 64, 128)  # 2 MiB
-    images = memory.peak_apart(shape, "PyTorch channels_last", threads=1) / (4 * 4 * 16 * 64 * 128)
+    code = (
+        "import torch; from bench import memory, operators\n"
+        "case, small = (operators.msca_strips_case(16, *size, torch.float32, batch=4) for size in ((64, 128), (8, 8)))\n"
+        "print(memory.peak(memory.Problem(case, small, 'step'), 'PyTorch channels_last'))"
+    )
+    images = memory.in_new_process(["-c", code]) / (4 * 4 * 16 * 64 * 128)
     assert 6 < images < 9
+
+
+@needs_peak
+def test_memory_of_the_loss_has_no_upsampled_logits():
+    problem = memory.select("upsample_cross_entropy")
+    assert 0 < memory.peak_apart(problem, "fused contiguous", threads=1) < 2 * 150 * 512 * 512 * 4 / 10
+
+
+@needs_peak
+def test_memory_table(monkeypatch, tmp_path, capsys):
+    peaks = {
+        "fused contiguous": 1 << 20,
+        "fused channels_last": 2 << 20,
+        "PyTorch contiguous": 8 << 20,
+        "PyTorch channels_last": 4 << 20,
+    }
+    monkeypatch.setattr(memory, "peak_apart", lambda problem, label, threads: peaks[label])
+    assert main(["memory", "--case", "msca_strips", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "### msca_strips/16x64x128x128/float32, step" in printed and "| fused channels_last | 2 | 0.50 |" in printed
+    assert {row["contender"]: row["bytes"] for row in json.loads((tmp_path / "memory.json").read_text())["rows"]} == peaks
+    assert main(["memory", "--case", "nothing"]) == 2
+    assert "there is no memory case 'nothing'" in capsys.readouterr().err
+    assert main(["memory", "--case", "msca_strips", "--contender", "nobody"]) == 2
+    assert "has no contender 'nobody'" in capsys.readouterr().err
+
+
+def test_every_kind_of_problem_has_its_contenders():
+    labels = {name.partition("/")[0]: problem.labels for name, problem in memory.PROBLEMS.items()}
+    assert set(labels) == {"msca_strips", "upsample_cross_entropy", "train_t", "segnext_t_labels"}
+    assert all(any(label.startswith("fused") for label in found) for found in labels.values())
+    assert not any("torch.compile" in label for found in labels.values() for label in found)
+    assert all(p.small.contender(label) for p in memory.PROBLEMS.values() for label in p.labels)

@@ -1,0 +1,126 @@
+"""What a benchmark case is: a problem, and everybody who solves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "channels_last")
+DIRECTIONS = ("forward", "backward", "step")  # step is forward and backward together
+
+
+class Work(NamedTuple):
+    """What a direction needs at least: inputs read once and outputs written once; a multiply-accumulate is two operations."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case.
+
+    Args:
+        name: with the layout, what the report calls it.
+        layout: of the case's first input, one of ``LAYOUTS``; None for contiguous where there is no choice.
+        build: makes the function of the case's inputs; compiling and exporting belong here.
+        ours: whether the report compares it with the others, or others with it.
+        packages: what has to be installed for it, beyond PyTorch.
+    """
+
+    name: str
+    layout: str | None
+    build: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]
+    ours: bool = False
+    packages: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, (self.name, self.layout)))
+
+    def why_not(self) -> str | None:
+        """A sentence if it cannot run here."""
+        absent = [package for package in self.packages if find_spec(package) is None]
+        return f"{', '.join(absent)} not installed" if absent else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem with everybody who solves it.
+
+    Args:
+        operator, shape, dtype: make up the name.
+        setup: draws the inputs in float64 or whole numbers, the same at every call.
+        reference: in float64 the truth; not timed.
+        contenders: who is timed.
+        directions: which of ``DIRECTIONS`` are timed.
+        work: what each of them needs.
+        gradients: whether backward is taken for the inputs, all but whole numbers. Without that a step is one call, of a
+            contender that trains and returns several tensors.
+        input_dtype: what the inputs are rounded to; ``dtype`` unless told.
+        model: whether this is a whole model.
+    """
+
+    operator: str
+    shape: str
+    dtype: torch.dtype
+    setup: Callable[[], list[Tensor]]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
+    contenders: tuple[Contender, ...]
+    directions: tuple[str, ...]
+    work: Callable[[str], Work]
+    gradients: bool = True
+    input_dtype: torch.dtype | None = None
+    model: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator}/{self.shape}/{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def family(self) -> str:
+        """What the report shows in one table: an operator, or models of all sizes."""
+        return self.operator.partition("_")[0] if self.model else self.operator
+
+    def inputs(self, layout: str | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The inputs rounded to the case's dtype (and then cast to ``dtype``), the first in the layout."""
+        given = self.input_dtype or self.dtype
+        drawn = self.setup()
+        first, *rest = (tensor.to(given).to(dtype or given) if tensor.is_floating_point() else tensor for tensor in drawn)
+        inputs = [lay_out(first, layout or "contiguous"), *rest]
+        return [tensor.requires_grad_(self.gradients and tensor.is_floating_point()) for tensor in inputs]
+
+    def grad_out(self, y: Tensor) -> Tensor:
+        """The gradient that backward starts from, in y's dtype and layout."""
+        drawn = torch.randn(y.shape, generator=generator(), dtype=torch.float64)
+        return torch.empty_like(y).copy_(drawn.to(self.dtype))
+
+    def present(self) -> tuple[Contender, ...]:
+        """The contenders that can run here."""
+        return tuple(contender for contender in self.contenders if contender.why_not() is None)
+
+    def contender(self, label: str) -> Contender:
+        """The contender of that label; ValueError if there is none."""
+        found = {contender.label: contender for contender in self.contenders}
+        if label not in found:
+            raise ValueError(f"{self.name} has no contender {label!r}; there are {', '.join(found)}")
+        return found[label]
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """x [N, C, ...] with the last dimension fastest ("contiguous"), or its channels ("channels_last")."""
+    return x.contiguous() if layout == "contiguous" else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def image_shape(batch: int, *sizes: int) -> str:
+    """A shape in a case's name; a batch of one goes without saying."""
+    return "x".join(map(str, sizes if batch == 1 else (batch, *sizes)))

@@ -1,0 +1,60 @@
+"""What this machine can do: the speed of a large copy and of large matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+
+from .case import Work
+
+COPY = 256 << 20  # bytes
+SIDE = 2048  # of the matrices
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def measure(seconds: float = 1.0) -> dict[str, float]:
+    """The copy in GB/s, read and written bytes both counted, and products in GFLOP/s for each dtype.
+
+    Args:
+        seconds: for each of them, of which the quickest call counts.
+    """
+    source = torch.ones(COPY, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    found = {"copy_gbytes_per_s": 2 * COPY / _quickest(lambda: target.copy_(source), seconds) / 1e9}
+    for name, dtype in DTYPES.items():
+        found[f"{name}_gflops_per_s"] = 2 * SIDE**3 / min(_quickest(f, seconds) for f in _products(dtype)) / 1e9
+    return found
+
+
+def share(ceilings: dict[str, float], work: Work, dtype: torch.dtype, seconds: float) -> tuple[float, str]:
+    """The least time that the work takes at the machine's ceilings over the time it took, and which ceiling is the nearer.
+
+    More than 1 where the data stay in the caches, which copy faster than memory.
+    """
+    needs = {
+        "memory": work.bytes / (ceilings["copy_gbytes_per_s"] * 1e9),
+        "arithmetic": work.flops / (ceilings[f"{str(dtype).removeprefix('torch.')}_gflops_per_s"] * 1e9),
+    }
+    bound = max(needs, key=needs.get)
+    return needs[bound] / seconds, bound
+
+
+def _products(dtype: torch.dtype) -> tuple[Callable[[], object], ...]:
+    """The same product as two libraries offer it: of matrices, and as a 1x1 convolution in channels_last."""
+    a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
+    x = a.view(1, SIDE, 1, SIDE).permute(0, 3, 1, 2)  # [1, channels, 1, pixels]
+    return lambda: torch.mm(a, b), lambda: F.conv2d(x, b[:, :, None, None])
+
+
+@torch.no_grad()
+def _quickest(call: Callable[[], object], seconds: float) -> float:
+    call()
+    times, end = [], perf_counter() + seconds
+    while perf_counter() < end or len(times) < 3:
+        start = perf_counter()
+        call()
+        times.append(perf_counter() - start)
+    return min(times)

@@ -1,0 +1,53 @@
+"""What the figures depend on."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import segnext_kernels
+
+from .case import Case
+from .exported import ONNX_RUNTIME, OPENVINO
+
+
+def environment() -> dict[str, object]:
+    """Processor, threads, instruction set, versions; None for a package that is not installed."""
+    info = segnext_kernels.build_info()
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "isa": info["isa"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": info["compiler"],
+        "segnext_kernels": info["version"],
+        **{package: version(package) if find_spec(package) else None for package in dict.fromkeys(ONNX_RUNTIME + OPENVINO)},
+        "missing": info["missing"],
+    }
+
+
+def missing(cases: Iterable[Case]) -> dict[str, str]:
+    """The contenders that cannot run here, and why."""
+    contenders = [contender for case in cases for contender in case.contenders]
+    return {contender.label: why for contender in contenders if (why := contender.why_not())}
+
+
+def heading(figures: dict) -> list[str]:
+    """Paragraphs on the environment and the missing peers of a report's figures."""
+    facts = {key: value for key, value in figures["environment"].items() if value}
+    backends = facts.pop("missing", {})
+    parts = ["; ".join(f"{key} {value}" for key, value in facts.items())]
+    parts += [f"no {backend}: {why}" for backend, why in backends.items()]
+    return parts + [f"missing peer {peer}: {why}" for peer, why in figures["missing_peers"].items()]
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

@@ -1,0 +1,117 @@
+"""Cases of whole models, in inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor, nn
+
+import segnext
+from segnext.complexity import count_model
+from segnext.model import Config, SegNeXt
+
+from . import exported, plain
+from .case import Case, Contender, Work, generator, image_shape
+
+
+@lru_cache(maxsize=1)
+def network(config: Config) -> SegNeXt:
+    """A SegNeXt in evaluation, the same at every call, its norms and scales not the identity, so that errors show."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = SegNeXt(config)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 2)
+        for name, parameter in model.named_parameters():
+            if "layer_scale" in name:
+                parameter.normal_(std=0.03)
+    return model.eval()
+
+
+class PlainModel(nn.Module):
+    """:func:`network` in plain PyTorch, computing in ``dtype``: images to logits at stride 8, or to labels."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, labels: bool) -> None:
+        super().__init__()
+        self.model, self.dtype, self.labels = plain.network(network(config)).to(dtype), dtype, labels
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images.to(self.dtype))
+        return plain.upsample_argmax(logits, images.shape[-2:]) if self.labels else logits
+
+
+def logits_case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int = 1) -> Case:
+    """Images [batch, 3, *image_size] to logits at stride 8."""
+    return _case(name, config, image_size, dtype, batch, labels=False)
+
+
+def labels_case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int = 1) -> Case:
+    """Images [batch, 3, *image_size] to labels [batch, *image_size]."""
+    return _case(name, config, image_size, dtype, batch, labels=True)
+
+
+def _case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int, labels: bool) -> Case:
+    shape = (batch, config.in_channels, *image_size)
+    return Case(
+        name,
+        image_shape(batch, *image_size),
+        dtype,
+        lambda: [torch.randn(shape, generator=generator(), dtype=torch.float64)],
+        lambda images: PlainModel(config, torch.float64, labels)(images),
+        _contenders(config, shape, dtype, labels),
+        ("forward",),
+        lambda direction: _work(config, shape, dtype, labels),
+        gradients=False,
+        input_dtype=torch.float32,
+        model=True,
+    )
+
+
+def _contenders(config: Config, shape: tuple[int, ...], dtype: torch.dtype, labels: bool) -> tuple[Contender, ...]:
+    """The fused model and the same weights elsewhere; torch.compile where it is faster, in channels_last."""
+
+    def fused() -> Callable[[Tensor], Tensor]:
+        model = segnext.fuse(network(config), dtype)
+        return model.predict if labels else model
+
+    def pytorch(layout: str) -> nn.Module:
+        return PlainModel(config, dtype, labels).to(
+            memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format"))
+        )
+
+    def compiled() -> Callable[[Tensor], Tensor]:
+        return torch.compile(pytorch("channels_last"), fullgraph=True, dynamic=False)
+
+    def file() -> str:
+        return exported.onnx_file((config, shape, labels), lambda: PlainModel(config, torch.float32, labels), shape)
+
+    onnx_runtime = Contender("ONNX Runtime", None, lambda: exported.onnx_runtime(file()), packages=exported.ONNX_RUNTIME)
+    return (
+        Contender("fused", None, fused, ours=True),
+        Contender("PyTorch", "contiguous", partial(pytorch, "contiguous")),
+        Contender("PyTorch", "channels_last", partial(pytorch, "channels_last")),
+        Contender("torch.compile", "channels_last", compiled),
+        *((onnx_runtime,) if dtype == torch.float32 else ()),
+        Contender("OpenVINO", None, lambda: exported.openvino(file(), dtype), packages=exported.OPENVINO),
+    )
+
+
+@lru_cache
+def complexity(config: Config, image_size: tuple[int, int], upsampled: bool) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates for one image."""
+    with torch.device("meta"):
+        found = count_model(SegNeXt(config), image_size, upsampled)
+    return found.parameters, found.macs
+
+
+def _work(config: Config, shape: tuple[int, ...], dtype: torch.dtype, labels: bool) -> Work:
+    batch, channels, height, width = shape
+    parameters, macs = complexity(config, (height, width), labels)
+    logits = config.num_classes * -(-height // 8) * -(-width // 8) * dtype.itemsize
+    output = 8 * height * width if labels else logits
+    image = 4 * channels * height * width
+    return Work(parameters * dtype.itemsize + batch * (image + output), 2 * batch * macs)
