@@ -1,52 +1,55 @@
 // dwconv_gelu: 3x3 depthwise convolution, bias and GELU in one pass; backward recomputes the convolution.
-#include <algorithm>
-
+#include "cpu/dwconv_rows.h"
+#include "cpu/gelu.h"
 #include "cpu/kernels.h"
-#include "cpu/stencil.h"
 
 namespace segnext {
 namespace {
 
-constexpr int kK = 3;
-constexpr int kTaps = kK * kK + 1;  // the bias comes last
+using namespace dwconv;
 
-// d/dz of z Phi(z)
-template <class A>
-SEGNEXT_INLINE Vector<A> gelu_slope(Vector<A> z) {
-  return normal_cdf(z) + z * static_cast<A>(0.3989422804014327) * exp_negative(z * z * static_cast<A>(-0.5));
+// out [width] <- activate(bias + the stencil), tile by tile; out's pixels lie out_step elements apart.
+template <class A, class T, class O, class F>
+void convolve_row(const Rows<T>& x, const A* taps, int64_t groups, O* out, int64_t out_step, const F& activate) {
+  constexpr int L = kLanes<A>;
+  for_tiles<kPixels>(x.width, [&](int64_t w, auto size) {
+    constexpr int tile = size;
+    for (int64_t g = 0; g < groups; ++g) {
+      Vector<A> z[tile];
+      convolve<A, tile>(x, taps + g * kTaps * L, w, g * L, z);
+      activate(z);
+      SEGNEXT_UNROLL
+      for (int i = 0; i < tile; ++i) store_as<A>(out + (w + i) * out_step + g * L, z[i]);
+    }
+  });
 }
 
-// An item is a part of an image's rows in a block of channel groups. In channels_last a block is as wide as the cache allows,
-// since its channels lie side by side in memory; the parts, like the blocks, are cut by the shape alone.
-template <class A>
-struct Parts {
-  int64_t groups, rows, per_image, block, blocks, items;
-
-  explicit Parts(const Image& x) : groups(Groups<A>(x).per_image) {
-    constexpr int64_t kCache = 384 * 1024, kPartRows = 16, kEnoughItems = 16;
-    rows = x.channels_last ? kPartRows : x.height > 0 ? x.height : 1;
-    per_image = (x.height + rows - 1) / rows;
-    const int64_t fits = kCache / (kK * (x.width + 2) * kVectorBytes), share = x.images * per_image * groups / kEnoughItems;
-    block = x.channels_last ? std::max<int64_t>(1, std::min(fits, share)) : 1;
-    blocks = (groups + block - 1) / block;
-    items = x.images * per_image * blocks;
-  }
-};
-
-// One item's place: rows [first, last) of image n, `groups` groups of channels from group `group`, channel c on.
-template <class A>
-struct Part {
-  int64_t n, index, first, last, group, groups, c;
-
-  Part(const Image& x, const Parts<A>& parts, int64_t item) : index(item / parts.blocks) {
-    n = index / parts.per_image;
-    first = index % parts.per_image * parts.rows;
-    last = std::min(first + parts.rows, x.height);
-    group = item % parts.blocks * parts.block;
-    groups = std::min(parts.block, parts.groups - group);
-    c = group * kLanes<A>;
-  }
-};
+// dz [width][groups] <- dy times the slope; sums, if not null, += its gradients of the taps.
+template <class A, class T>
+void dz_row(const Rows<T>& x, const T* dy, const A* taps, int64_t groups, A* dz, A* sums) {
+  constexpr int L = kLanes<A>;
+  int64_t done = 0;  // pixels that an earlier tile has had
+  for_tiles<kPixels>(x.width, [&](int64_t w, auto size) {
+    constexpr int tile = size;
+    for (int64_t g = 0; g < groups; ++g) {
+      Vector<A> z[tile];
+      convolve<A, tile>(x, taps + g * kTaps * L, w, g * L, z);
+      gelu_slope(z);
+      SEGNEXT_UNROLL
+      for (int i = 0; i < tile; ++i) {
+        z[i] *= load_as<A>(dy + (w + i) * x.step + g * L);
+        store<A>(dz + ((w + i) * groups + g) * L, z[i]);
+      }
+      if (sums == nullptr) continue;
+      if (w < done) {
+        SEGNEXT_UNROLL
+        for (int i = 0; i < tile; ++i) z[i] = w + i < done ? Vector<A>{} : z[i];
+      }
+      add_tap_grads<A, tile>(x, z, w, g * L, sums + g * kTaps * L);
+    }
+    done = w + tile;
+  });
+}
 
 // taps [groups][kTaps][kLanes] <- the filter and the bias
 template <class A>
@@ -56,88 +59,56 @@ void load_taps(const Image& x, const DepthwiseFilter& filter, const Part<A>& par
   load_row<A>(filter_row(filter.bias, x.dtype, x.channels, 1), 0, part.c, 0, taps + (kTaps - 1) * L, part.groups, kTaps * L);
 }
 
-// f(w, z) for tiles z of a row of the convolution
-template <class A, class F>
-SEGNEXT_INLINE void convolve_row(const A* const (&rows)[kK], const A* taps, int64_t width, const F& f) {
-  for_tiles<kTile>(width, [&](int64_t w, auto size) {
-    constexpr int tile = size;
-    Vector<A> z[tile];
-    depthwise_tile<A, kK, tile>(rows, taps, load<A>(taps + (kTaps - 1) * kLanes<A>), w, z);
-    SEGNEXT_UNROLL
-    for (int i = 0; i < tile; ++i) f((w + i) * kLanes<A>, z[i]);
-  });
-}
-
-template <class A>
+template <class A, class T, bool Staged>
 void forward(const Image& x, const DepthwiseFilter& filter, const Image& y, const Parts<A>& parts, int64_t begin, int64_t end) {
-  constexpr int L = kLanes<A>;
-  const int64_t out_group = x.width * L;
-  Buffer<A> taps(parts.block * kTaps * L), out(parts.block * out_group);
-  RowRing<A> x_rows(kK, x.width, kK / 2, parts.block);
+  Buffer<A> taps(parts.block * kTaps * kLanes<A>);
+  Source<A, T, Staged> source(x);
+  Target<A, T, Staged> target(y);
   for (int64_t item = begin; item < end; ++item) {
     const Part<A> part(x, parts, item);
+    if (part.direct == Staged) continue;
     load_taps<A>(x, filter, part, taps);
-    int64_t next = std::max<int64_t>(part.first - 1, 0);
+    source.restart(part, part.first - 1);
     for (int64_t row = part.first; row < part.last; ++row) {
-      for (; next <= row + 1 && next < x.height; ++next) {
-        load_row<A>(x, part.n, part.c, next, x_rows[next], part.groups, x_rows.group_size());
-      }
-      for (int64_t g = 0; g < part.groups; ++g) {
-        const A* rows[kK];
-        x_rows.window(row, g, x.height, rows);
-        A* to = out + g * out_group;
-        convolve_row<A>(rows, taps + g * kTaps * L, x.width,
-                        [&](int64_t at, Vector<A> z) { store<A>(to + at, z * normal_cdf(z)); });
-      }
-      store_row<A>(y, part.n, part.c, row, out, part.groups, out_group);
+      target.write(part, row, [&](T* out) {
+        convolve_row<A>(source.around(row), taps, part.groups, out, target.step, [](auto& z) { exact_gelu(z); });
+      });
     }
   }
 }
 
 // A part computes the row of dz before and after its own once more.
-template <class A>
+template <class A, class T, bool Staged>
 void backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x, A* partial,
               const Parts<A>& parts, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
-  const int64_t width = x.width, height = x.height, out_group = width * L;
-  Buffer<A> taps(parts.block * kTaps * L), transposed(parts.block * (kTaps - 1) * L), out(parts.block * out_group),
-      grad(parts.block * out_group);
-  RowRing<A> x_rows(kK, width, kK / 2, parts.block), dz_rows(kK, width, kK / 2, parts.block);
+  const int64_t width = x.width, height = x.height;
+  Buffer<A> taps(parts.block * kTaps * L), transposed(parts.block * kTaps * L), zeros(L);
+  std::memset(zeros, 0, sizeof(A) * L);
+  Source<A, T, Staged> source(x), dy(grad_out);
+  Target<A, T, Staged> target(grad_x);
   for (int64_t item = begin; item < end; ++item) {
     const Part<A> part(x, parts, item);
+    if (part.direct == Staged) continue;
+    const int64_t step = part.groups * L;
+    RowRing<A> dz_rows(kK, width, 0, part.groups);
     load_taps<A>(x, filter, part, taps);
-    for (int64_t g = 0; g < part.groups; ++g) {
-      reverse_taps<A>(taps + g * kTaps * L, kTaps - 1, transposed + g * (kTaps - 1) * L);
-    }
+    std::memset(transposed, 0, sizeof(A) * part.groups * kTaps * L);
+    for (int64_t g = 0; g < part.groups; ++g) reverse_taps<A>(taps + g * kTaps * L, kTaps - 1, transposed + g * kTaps * L);
     A* sums = partial == nullptr ? nullptr : partial + (part.index * parts.groups + part.group) * kTaps * L;
     if (sums != nullptr) std::memset(sums, 0, sizeof(A) * part.groups * kTaps * L);
 
     auto write_grad_x = [&](int64_t row) {
-      for (int64_t g = 0; g < part.groups; ++g) {
-        const A* rows[kK];
-        dz_rows.window(row, g, height, rows);
-        depthwise<A, kK>(rows, transposed + g * (kTaps - 1) * L, Vector<A>{}, width, out + g * out_group);
-      }
-      store_row<A>(grad_x, part.n, part.c, row, out, part.groups, out_group);
+      Rows<A> rows = {{}, zeros, step, width};
+      for (int64_t r = std::max<int64_t>(row - 1, 0); r <= row + 1 && r < height; ++r) rows.rows[r - row + 1] = dz_rows[r];
+      target.write(part, row, [&](T* out) { convolve_row<A>(rows, transposed, part.groups, out, target.step, [](auto&) {}); });
     };
     const int64_t begin_row = std::max<int64_t>(part.first - 1, 0), end_row = std::min(part.last + 1, height);
-    int64_t next = std::max<int64_t>(begin_row - 1, 0);
+    source.restart(part, begin_row - 1);
+    dy.restart(part, begin_row);
     for (int64_t row = begin_row; row < end_row; ++row) {
-      for (; next <= row + 1 && next < height; ++next) {
-        load_row<A>(x, part.n, part.c, next, x_rows[next], part.groups, x_rows.group_size());
-      }
-      load_row<A>(grad_out, part.n, part.c, row, grad, part.groups, out_group);
-      for (int64_t g = 0; g < part.groups; ++g) {
-        const A *rows[kK], *dy = grad + g * out_group;
-        A* dz = dz_rows(row, g);
-        x_rows.window(row, g, height, rows);
-        convolve_row<A>(rows, taps + g * kTaps * L, width,
-                        [&](int64_t at, Vector<A> z) { store<A>(dz + at, load<A>(dy + at) * gelu_slope<A>(z)); });
-        if (sums != nullptr && row >= part.first && row < part.last) {
-          depthwise_grad<A, kK>(dz, rows, width, sums + g * kTaps * L);
-          add_row_sum<A>(dz, width, sums + (g * kTaps + kTaps - 1) * L);
-        }
-      }
+      const bool own = sums != nullptr && row >= part.first && row < part.last;
+      dz_row<A>(source.around(row), dy[row], taps, part.groups, dz_rows[row], own ? sums : nullptr);
       if (grad_x.data != nullptr && row > part.first) write_grad_x(row - 1);
     }
     if (grad_x.data != nullptr && part.last == height) write_grad_x(height - 1);
@@ -156,13 +127,26 @@ void reduce(const Image& x, const A* partial, const DepthwiseFilter& grads, cons
   }
 }
 
+// Calls f(null pointer to the type of the rows, whether they are staged) for the kinds of items there are.
+template <class A, class F>
+void with_rows(const Image& x, const Parts<A>& parts, const F& f) {
+  if (parts.direct > 0) {
+    with_storage<A>(x.dtype, [&](auto* type) { f(type, std::false_type{}); });
+  }
+  if (parts.direct < parts.groups) f(static_cast<A*>(nullptr), std::true_type{});
+}
+
 }  // namespace
 
 void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Image& y, const Parallel& parallel) {
   with_accumulator(x.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
-    const Parts<A> parts(x);
-    parallel(parts.items, [&](int64_t begin, int64_t end) { forward<A>(x, filter, y, parts, begin, end); });
+    const Parts<A> parts(x, 8);
+    parallel(parts.items, [&](int64_t begin, int64_t end) {
+      with_rows<A>(x, parts, [&](auto* row, auto staged) {
+        forward<A, std::remove_pointer_t<decltype(row)>, staged>(x, filter, y, parts, begin, end);
+      });
+    });
   });
 }
 
@@ -170,10 +154,13 @@ void dwconv_gelu_backward(const Image& grad_out, const Image& x, const Depthwise
                           const DepthwiseFilter* grads, const Parallel& parallel) {
   with_accumulator(x.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
-    const Parts<A> parts(x);
+    const Parts<A> parts(x, 16);  // fewer rows would be computed twice too often
     Buffer<A> partial(grads == nullptr ? 0 : x.images * parts.per_image * parts.groups * kTaps * kLanes<A>);
+    A* sums = grads == nullptr ? nullptr : static_cast<A*>(partial);
     parallel(parts.items, [&](int64_t begin, int64_t end) {
-      backward<A>(grad_out, x, filter, grad_x, grads == nullptr ? nullptr : static_cast<A*>(partial), parts, begin, end);
+      with_rows<A>(x, parts, [&](auto* row, auto staged) {
+        backward<A, std::remove_pointer_t<decltype(row)>, staged>(grad_out, x, filter, grad_x, sums, parts, begin, end);
+      });
     });
     if (grads == nullptr) return;
     parallel(parts.groups, [&](int64_t begin, int64_t end) { reduce<A>(x, partial, *grads, parts, begin, end); });

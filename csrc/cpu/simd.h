@@ -78,10 +78,20 @@ struct Half {
   uint16_t bits;
 };
 
+// What __builtin_convertvector does, for which GCC splits and joins vectors.
+template <int N>
+SEGNEXT_INLINE VectorN<uint32_t, N> zero_extend(VectorN<uint16_t, N> bits) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bit_cast<VectorN<uint32_t, N>>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  if constexpr (N == 8) return bit_cast<VectorN<uint32_t, N>>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#endif
+  return __builtin_convertvector(bits, VectorN<uint32_t, N>);
+}
+
 template <int N>
 SEGNEXT_INLINE VectorN<float, N> widen(VectorN<uint16_t, N> bits, BFloat16) {
-  VectorN<uint32_t, N> wide = __builtin_convertvector(bits, VectorN<uint32_t, N>) << 16;
-  return bit_cast<VectorN<float, N>>(wide);
+  return bit_cast<VectorN<float, N>>(zero_extend<N>(bits) << 16);
 }
 
 template <int N>
@@ -248,29 +258,6 @@ SEGNEXT_INLINE Vector<float> exp_negative(Vector<float> x) {
 SEGNEXT_INLINE Vector<double> exp_negative(Vector<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
-}
-
-// The normal distribution function, (1 + erf(z / sqrt 2)) / 2. The float version's erf is x P(x^2) / Q(x^2) on |x| <= 4 with
-// coefficients fitted for the least relative error (2.5e-8 before rounding).
-SEGNEXT_INLINE Vector<float> normal_cdf(Vector<float> z) {
-  typedef Vector<float> V;
-  V x = z * 0.707106781f;
-  x = x > 4.0f ? broadcast(4.0f) : x;
-  x = x < -4.0f ? broadcast(-4.0f) : x;
-  V s = x * x;
-  V p = 1.98678231e-6f * s + 2.84565816e-4f;
-  p = ((((p * s + 3.88334086e-3f) * s + 5.31017333e-2f) * s + 0.193544999f) * s + 1.12837911f) * x;
-  V q = 3.74201700e-5f * s + 1.18557049e-3f;
-  q = (((q * s + 1.52072441e-2f) * s + 0.115349971f) * s + 0.504857361f) * s + 1.0f;
-  V erf = p / q;  // may be past 1 by a rounding, which a large z would magnify
-  erf = erf > 1.0f ? broadcast(1.0f) : erf;
-  erf = erf < -1.0f ? broadcast(-1.0f) : erf;
-  return 0.5f + 0.5f * erf;
-}
-
-SEGNEXT_INLINE Vector<double> normal_cdf(Vector<double> z) {
-  for (int i = 0; i < kLanes<double>; ++i) z[i] = 0.5 * std::erfc(z[i] * -0.70710678118654752440);
-  return z;
 }
 
 }  // namespace segnext
