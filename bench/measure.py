@@ -80,7 +80,8 @@ def gradients(y: Tensor, inputs: list[Tensor], grad_out: Tensor) -> list[Tensor]
 
 def error(case: Case, runner: Runner, direction: str, truth: list[Tensor]) -> float:
     """See :class:`Measurement`; ``truth`` comes from :func:`exact`."""
-    return max(_difference(a, b) for a, b in zip(runner.prepare(direction)(), truth, strict=True))
+    differences = [_difference(a, b) for a, b in zip(runner.prepare(direction)(), truth, strict=True)]
+    return torch.tensor(differences, dtype=torch.float64).max().item()  # nan if one is
 
 
 def _difference(found: Tensor, truth: Tensor) -> float:

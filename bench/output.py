@@ -30,7 +30,7 @@ def write_json(path: Path, figures: object) -> None:
 
 def short(value: float) -> str:
     """Three digits, and all before the point."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def can_plot() -> bool:

@@ -1,6 +1,7 @@
 """The benchmark cases compute what their reference computes, and the report says so in a table and in JSON."""
 
 import json
+from math import isnan
 
 import pytest
 import torch
@@ -58,6 +59,20 @@ def test_error_sees_a_wrong_result():
     truth = exact(case, "forward")
     truth[0][0, 2, 7] *= 1.01
     assert error(case, runner, "forward", truth) > 1e-3
+
+
+def test_error_sees_a_nan_among_gradients():
+    case = operators.nmf_case(6, 35, 3, 2)
+    truth = exact(case, "step")
+    truth[1][0, 2, 7] = float("nan")
+    assert isnan(error(case, Runner(case, case.contenders[0]), "step", truth))
+
+
+def test_error_of_labels_is_the_share_that_differs():
+    case = operators.upsample_argmax_case(5, (4, 3), (10, 8), torch.float32)
+    truth = exact(case, "forward")
+    truth[0][0, :2, :4] += 1
+    assert error(case, Runner(case, case.contenders[0]), "forward", truth) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
