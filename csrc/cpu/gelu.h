@@ -4,20 +4,6 @@
 
 namespace segnext {
 
-// z within [-end, end]; NaN stays.
-SEGNEXT_INLINE Vector<float> clamp(Vector<float> z, float end) {
-#if defined(__AVX512F__)
-  const __m512 low = _mm512_max_ps(_mm512_set1_ps(-end), bit_cast<__m512>(z));  // the second operand where one is NaN
-  return bit_cast<Vector<float>>(_mm512_min_ps(_mm512_set1_ps(end), low));
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_max_ps(_mm256_set1_ps(-end), bit_cast<__m256>(z));
-  return bit_cast<Vector<float>>(_mm256_min_ps(_mm256_set1_ps(end), low));
-#else
-  z = z < -end ? broadcast(-end) : z;
-  return z > end ? broadcast(end) : z;
-#endif
-}
-
 // result = P(u) for u = 2 (z / end)^2 - 1, but at most 1. The loop over the coefficients stays a loop, since GCC would else
 // compute one vector after the other, each waiting for itself.
 template <int Tile, int N>

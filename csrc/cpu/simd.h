@@ -229,14 +229,25 @@ SEGNEXT_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
   }
 }
 
-// A NaN becomes a bound.
-SEGNEXT_INLINE Vector<float> clamp(Vector<float> z, float limit) {
+SEGNEXT_INLINE Vector<float> minimum(Vector<float> z, float most) {
 #if defined(__AVX512F__)
-  const __m512 below = _mm512_min_ps(bit_cast<__m512>(z), _mm512_set1_ps(limit));
-  return bit_cast<Vector<float>>(_mm512_max_ps(below, _mm512_set1_ps(-limit)));
+  return bit_cast<Vector<float>>(_mm512_min_ps(bit_cast<__m512>(z), _mm512_set1_ps(most)));
 #else
-  z = z < limit ? z : broadcast(limit);
-  return z > -limit ? z : broadcast(-limit);
+  return z < most ? z : broadcast(most);
+#endif
+}
+
+// z within [-end, end]; NaN stays.
+SEGNEXT_INLINE Vector<float> clamp(Vector<float> z, float end) {
+#if defined(__AVX512F__)
+  const __m512 low = _mm512_max_ps(_mm512_set1_ps(-end), bit_cast<__m512>(z));  // the second operand where one is NaN
+  return bit_cast<Vector<float>>(_mm512_min_ps(_mm512_set1_ps(end), low));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_max_ps(_mm256_set1_ps(-end), bit_cast<__m256>(z));
+  return bit_cast<Vector<float>>(_mm256_min_ps(_mm256_set1_ps(end), low));
+#else
+  z = z < -end ? broadcast(-end) : z;
+  return z > end ? broadcast(end) : z;
 #endif
 }
 
