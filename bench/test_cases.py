@@ -21,6 +21,13 @@ def _marks(contender) -> list[pytest.MarkDecorator]:
     return [pytest.mark.skip(reason=why)] if why else []
 
 
+def _time(benchmark, case, contender, direction: str) -> None:
+    benchmark.group = f"{case.name} {direction}"
+    call = getattr(Runner(case, contender), direction)
+    call()
+    benchmark(call)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
@@ -28,10 +35,7 @@ def _fresh_compiler():
 
 @pytest.mark.parametrize(("case", "contender"), turns("forward"))
 def test_forward(benchmark, case, contender):
-    benchmark.group = f"{case.name} forward"
-    runner = Runner(case, contender)
-    runner.forward()
-    benchmark(runner.forward)
+    _time(benchmark, case, contender, "forward")
 
 
 @pytest.mark.parametrize(("case", "contender"), turns("backward"))
@@ -45,7 +49,4 @@ def test_backward(benchmark, case, contender):
 
 @pytest.mark.parametrize(("case", "contender"), turns("step"))
 def test_step(benchmark, case, contender):
-    benchmark.group = f"{case.name} step"
-    runner = Runner(case, contender)
-    runner.step()
-    benchmark(runner.step)
+    _time(benchmark, case, contender, "step")

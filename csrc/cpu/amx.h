@@ -43,8 +43,8 @@ class Tiles {
 };
 
 // out = start + left [16 Blocks][depth] * a panel [depth / 2][32][2], depth a multiple of 32; strides in elements. start and
-// out are tiles [16][16] each, two for the panel's halves for every 16 rows (with 16 rows the last two are not used); start may
-// be null, for zeros.
+// out are tiles [16][16] each, two for the panel's halves for every 16 rows (with 16 rows the last two are not used); the first
+// of start may be null, for zeros.
 template <int Blocks>
 SEGNEXT_INLINE void multiply(const BFloat16* left, int64_t left_row, const BFloat16* panel, int64_t depth,
                              const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
@@ -93,13 +93,12 @@ class Tiles {};
 template <int Blocks>
 void multiply(const BFloat16* left, int64_t left_row, const BFloat16* panel, int64_t depth, const float* const (&start)[4],
               int64_t start_row, float* const (&out)[4], int64_t out_row) {
-  auto value = [](BFloat16 b) { return bit_cast<float>(static_cast<uint32_t>(b.bits) << 16); };
   for (int m = 0; m < Blocks * kRows; ++m) {
     for (int c = 0; c < 2 * kColumns; ++c) {
       const int tile = m / kRows * 2 + c / kColumns, row = m % kRows, column = c % kColumns;
       float sum = start[0] == nullptr ? 0 : start[tile][row * start_row + column];
       for (int64_t k = 0; k < depth; ++k)
-        sum += value(left[m * left_row + k]) * value(panel[(k / 2 * 2 * kColumns + c) * 2 + k % 2]);
+        sum += widen(left[m * left_row + k]) * widen(panel[(k / 2 * 2 * kColumns + c) * 2 + k % 2]);
       out[tile][row * out_row + column] = sum;
     }
   }

@@ -124,7 +124,7 @@ class Operands {
       return panel_;
     } else {
       for (int64_t k = 0; k < depth_; ++k) {
-        for (int i = 0; i < kPanel; ++i) panel_[k * kPanel + i] = widen_one(panel[(k / 2 * kPanel + i) * 2 + k % 2]);
+        for (int i = 0; i < kPanel; ++i) panel_[k * kPanel + i] = widen(panel[(k / 2 * kPanel + i) * 2 + k % 2]);
       }
       return panel_;
     }
@@ -132,13 +132,12 @@ class Operands {
 
  private:
   int64_t packed_depth() const { return w_.depth + w_.depth % Packed<T>::step(); }
-  static float widen_one(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
   void copy(const T* from, int64_t count, O* to) {
     for (int64_t k = 0; k < count; ++k) {
       if constexpr (kSame) {
         to[k] = from[k];
       } else {
-        to[k] = widen_one(from[k]);
+        to[k] = widen(from[k]);
       }
     }
     for (int64_t k = count; k < depth_; ++k) to[k] = O{};

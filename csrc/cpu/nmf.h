@@ -138,9 +138,7 @@ class Nmf {
   void run() {
     for (int64_t step = 0; step < steps_; ++step) {
       update_coefficients(step, Then::kSum);
-      update_bases(step, [&](int64_t image, int64_t first, int64_t rows, A* sums) {
-        std::memcpy(sums, xc(image, first, rows), sizeof(A) * rows * s_.padded);
-      });
+      update_bases(step, [&](int64_t image, int64_t first, int64_t rows, A*) { return xc(image, first, rows); });
     }
   }
 
@@ -175,20 +173,20 @@ class Nmf {
     });
   }
 
-  // B of step + 1 from B of step and the sums over C of step + 1; x C is put by products(image, first row, rows, to).
+  // B of step + 1 from B of step and the sums over C of step + 1; x C is what products(image, first
+  // row, rows, scratch) points to.
   template <class F>
   void update_bases(int64_t step, const F& products) {
     sum_chunks();
     parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
-      Buffer<A> den(kRowBlock * s_.padded), num(kRowBlock * s_.padded);
+      Buffer<A> den(kRowBlock * s_.padded), scratch(kRowBlock * s_.padded);
       for (int64_t item = begin; item < end; ++item) {
         const auto [image, first, rows] = row_block(item);
         const A* before = bases(step, image) + first * s_.padded;
         A* after = bases(step + 1, image) + first * s_.padded;
         gemm<A>({before, s_.padded, 1}, rows, s_.rank, cc(image), s_.padded, s_.vectors, den, s_.padded, false);
         A* ratio = keep_ ? b_ratio_ + (after - b_) : nullptr;
-        products(image, first, rows, num);
-        scale(before, num, den, rows * s_.padded, after, ratio);
+        scale(before, products(image, first, rows, scratch), den, rows * s_.padded, after, ratio);
       }
     });
     sum_bb(step + 1);

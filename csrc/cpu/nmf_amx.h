@@ -28,10 +28,11 @@ class NmfOnTiles : public Nmf<float> {
     pack_bases(0);
     for (int64_t step = 0; step < steps_; ++step) {
       update_coefficients(step);
-      update_bases(step, [&](int64_t image, int64_t first, int64_t rows, float* sums) {
+      update_bases(step, [&](int64_t image, int64_t first, int64_t rows, float* sums) -> const float* {
         Buffer<float> whole(s_.padded * rows);
         sum_products(image, first, rows, whole);
         transpose_rows<float>(whole, rows, s_.padded, rows, sums, s_.padded);
+        return sums;
       });
       pack_bases(step + 1);
     }
@@ -74,9 +75,8 @@ class NmfOnTiles : public Nmf<float> {
         VectorN<uint16_t, L> a, b;
         std::memcpy(&a, even + d, sizeof a);
         std::memcpy(&b, odd + d, sizeof b);
-        const auto pair = __builtin_convertvector(a, VectorN<uint32_t, L>) | __builtin_convertvector(b, VectorN<uint32_t, L>)
-                                                                                 << 16;
-        std::memcpy(to, &pair, sizeof pair);
+        const auto bits = pair<L>(a, b);
+        std::memcpy(to, &bits, sizeof bits);
       }
     }
   }
@@ -97,11 +97,10 @@ class NmfOnTiles : public Nmf<float> {
   void pack_bases(int64_t step) {
     for_base_pairs(step, [&](int64_t image, int64_t d, int64_t r, Vector<float> even, Vector<float> odd) {
       const Split a(even), b(odd);
-      auto put = [&](int64_t column, VectorN<uint16_t, L> low, VectorN<uint16_t, L> high) {
-        const auto pair =
-            __builtin_convertvector(low, VectorN<uint32_t, L>) | __builtin_convertvector(high, VectorN<uint32_t, L>) << 16;
+      auto put = [&](int64_t column, VectorN<uint16_t, L> even, VectorN<uint16_t, L> odd) {
+        const auto bits = pair<L>(even, odd);
         BFloat16* panels = bases_ + image * s_.D * 2 * s_.padded;
-        std::memcpy(panels + (column / kPanel * s_.D + d) * kPanel + column % kPanel * 2, &pair, sizeof pair);
+        std::memcpy(panels + (column / kPanel * s_.D + d) * kPanel + column % kPanel * 2, &bits, sizeof bits);
       };
       put(r, a.high, b.high);
       put(s_.padded + r, a.low, b.low);

@@ -94,6 +94,14 @@ SEGNEXT_INLINE VectorN<float, N> widen(VectorN<uint16_t, N> bits, BFloat16) {
   return bit_cast<VectorN<float, N>>(zero_extend<N>(bits) << 16);
 }
 
+SEGNEXT_INLINE float widen(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+// The elements of two vectors in pairs, as they lie in memory: even[0], odd[0], even[1], ...
+template <int N>
+SEGNEXT_INLINE VectorN<uint32_t, N> pair(VectorN<uint16_t, N> even, VectorN<uint16_t, N> odd) {
+  return zero_extend<N>(even) | zero_extend<N>(odd) << 16;
+}
+
 template <int N>
 SEGNEXT_INLINE VectorN<uint16_t, N> narrow(VectorN<float, N> v, BFloat16) {
 #if defined(__AVX512BF16__)
