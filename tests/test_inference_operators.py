@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import poisoned
-from inference import MAKE, PACKED_DTYPES, SHAPES, call, channels_last, check, conv_act, group_norm_relu
+from inference import MAKE, PACKED_DTYPES, SHAPES, Draw, call, channels_last, check, conv_act, group_norm_relu, product
 from operators import IMAGE_LAYOUTS, assert_same, compiled
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -66,6 +66,29 @@ def test_same_bits_for_every_thread_count(operator, dtype, backend, set_threads)
         answers.append(call(operator, case, backend=backend))
     for answer in answers[1:]:
         assert_same([answer], answers[:1])
+
+
+@pytest.mark.parametrize("depth", [1, 16, 33, 128, 130, 1500])
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e12], ids=str)
+@compiled
+def test_float32_products_lose_what_float32_arithmetic_loses(depth, size, backend):
+    """Whatever arithmetic a processor offers: half a unit in the last place of every term, in random directions."""
+    draw = Draw(torch.float32)
+    x, weight = (draw(1, depth, 9, 11) * size).float().double(), draw(40, depth)
+    y = kernels.conv_act(x.float(), kernels.pack(weight, torch.float32), torch.zeros(40), 1, 1, "none")
+    terms = product(x.square(), weight.square()).sqrt()
+    assert ((y - product(x, weight)).abs() <= 8 * 2.0**-24 * max(depth, 4) ** 0.5 * terms).all()
+    assert ((y - product(x, weight)) / terms).mean().abs() <= 2.0**-24
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@packed_dtypes
+@compiled
+def test_what_is_not_finite_stays_so(dtype, value, backend):
+    x, rest, truth = conv_act((1, 33, 5, 7, 40), dtype)
+    x[0, 7, 2, 3] = value
+    finite = kernels.conv_act(x, *rest).isfinite()
+    assert not finite[0, :, 2, 3].any() and finite.sum() == truth.numel() - 40
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -20,6 +20,8 @@ inline bool permitted() {
 }
 
 inline constexpr int kRows = 16, kColumns = 16, kDepth = 32;  // of one product of tiles
+inline constexpr int kParts = 3;                              // bfloat16 that make up a float
+inline constexpr int kTileSize = kRows * kDepth;              // elements of an operand
 
 #if defined(__AMX_BF16__) && !defined(__SANITIZE_ADDRESS__)
 
@@ -42,14 +44,9 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// out = start + left [16 Blocks][depth] * a panel [depth / 2][32][2], depth a multiple of 32; strides in elements. start and
-// out are tiles [16][16] each, two for the panel's halves for every 16 rows (with 16 rows the last two are not used); the first
-// of start may be null, for zeros.
 template <int Blocks>
-SEGNEXT_INLINE void multiply(const BFloat16* left, int64_t left_row, const BFloat16* panel, int64_t depth,
-                             const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
-  const int64_t left_bytes = left_row * 2, panel_bytes = 128, start_bytes = start_row * 4, out_bytes = out_row * 4;
-  finish_stores();
+SEGNEXT_INLINE void load_sums(const float* const (&start)[4], int64_t row) {
+  const int64_t bytes = row * 4;
   if (start[0] == nullptr) {
     _tile_zero(0);
     _tile_zero(1);
@@ -58,13 +55,35 @@ SEGNEXT_INLINE void multiply(const BFloat16* left, int64_t left_row, const BFloa
       _tile_zero(3);
     }
   } else {
-    _tile_loadd(0, start[0], start_bytes);
-    _tile_loadd(1, start[1], start_bytes);
+    _tile_loadd(0, start[0], bytes);
+    _tile_loadd(1, start[1], bytes);
     if constexpr (Blocks == 2) {
-      _tile_loadd(2, start[2], start_bytes);
-      _tile_loadd(3, start[3], start_bytes);
+      _tile_loadd(2, start[2], bytes);
+      _tile_loadd(3, start[3], bytes);
     }
   }
+}
+
+template <int Blocks>
+SEGNEXT_INLINE void store_sums(float* const (&out)[4], int64_t row) {
+  const int64_t bytes = row * 4;
+  _tile_stored(0, out[0], bytes);
+  _tile_stored(1, out[1], bytes);
+  if constexpr (Blocks == 2) {
+    _tile_stored(2, out[2], bytes);
+    _tile_stored(3, out[3], bytes);
+  }
+}
+
+// out = start + left [16 Blocks][depth] * a panel [depth / 2][32][2], depth a multiple of 32; strides in elements. start and
+// out are tiles [16][16] each, two for the panel's halves for every 16 rows (with 16 rows the last two are not used); the first
+// of start may be null, for zeros.
+template <int Blocks>
+SEGNEXT_INLINE void multiply(const BFloat16* left, int64_t left_row, const BFloat16* panel, int64_t depth,
+                             const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
+  const int64_t left_bytes = left_row * 2, panel_bytes = 128;
+  finish_stores();
+  load_sums<Blocks>(start, start_row);
   for (int64_t k = 0; k < depth; k += kDepth, panel += kDepth * 32) {
     _tile_loadd(4, left + k, left_bytes);
     _tile_loadd(6, panel, panel_bytes);
@@ -77,12 +96,49 @@ SEGNEXT_INLINE void multiply(const BFloat16* left, int64_t left_row, const BFloa
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, out[0], out_bytes);
-  _tile_stored(1, out[1], out_bytes);
-  if constexpr (Blocks == 2) {
-    _tile_stored(2, out[2], out_bytes);
-    _tile_stored(3, out[3], out_bytes);
+  store_sums<Blocks>(out, out_row);
+}
+
+// As multiply, with both operands as sums of kParts bfloat16, in tiles that follow each other: left [Blocks][depth /
+// 32][kParts], blocks left_block elements apart, and a panel [depth / 32][kParts][2].
+template <int Blocks>
+SEGNEXT_INLINE void multiply_parts(const BFloat16* left, int64_t left_block, const BFloat16* panel, int64_t depth,
+                                   const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
+  constexpr int64_t kBytes = 64;
+  finish_stores();
+  load_sums<Blocks>(start, start_row);
+  for (int64_t k = 0; k < depth; k += kDepth, left += kParts * kTileSize, panel += kParts * 2 * kTileSize) {
+    auto load_left = [&](int part) {
+      _tile_loadd(4, left + part * kTileSize, kBytes);
+      if constexpr (Blocks == 2) _tile_loadd(5, left + left_block + part * kTileSize, kBytes);
+    };
+    auto load_panel = [&](int part) {
+      _tile_loadd(6, panel + part * 2 * kTileSize, kBytes);
+      _tile_loadd(7, panel + (part * 2 + 1) * kTileSize, kBytes);
+    };
+    auto multiply = [] {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (Blocks == 2) {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    };
+    load_left(0);
+    load_panel(2);
+    multiply();
+    load_panel(1);
+    multiply();
+    load_left(1);
+    multiply();
+    load_panel(0);
+    multiply();
+    load_left(2);
+    multiply();
+    load_left(0);
+    multiply();
   }
+  store_sums<Blocks>(out, out_row);
 }
 
 #else
@@ -99,6 +155,26 @@ void multiply(const BFloat16* left, int64_t left_row, const BFloat16* panel, int
       float sum = start[0] == nullptr ? 0 : start[tile][row * start_row + column];
       for (int64_t k = 0; k < depth; ++k)
         sum += widen(left[m * left_row + k]) * widen(panel[(k / 2 * 2 * kColumns + c) * 2 + k % 2]);
+      out[tile][row * out_row + column] = sum;
+    }
+  }
+}
+
+template <int Blocks>
+void multiply_parts(const BFloat16* left, int64_t left_block, const BFloat16* panel, int64_t depth,
+                    const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
+  for (int m = 0; m < Blocks * kRows; ++m) {
+    for (int c = 0; c < 2 * kColumns; ++c) {
+      const int tile = m / kRows * 2 + c / kColumns, row = m % kRows, column = c % kColumns;
+      float sum = start[0] == nullptr ? 0 : start[tile][row * start_row + column];
+      for (int64_t k = 0; k < (depth + kDepth - 1) / kDepth * kDepth; ++k) {
+        const BFloat16* a = left + m / kRows * left_block + k / kDepth * kParts * kTileSize + row * kDepth + k % kDepth;
+        const BFloat16* b = panel + k / kDepth * kParts * 2 * kTileSize + c / kColumns * kTileSize +
+                            (k % kDepth / 2 * kColumns + column) * 2 + k % 2;
+        for (int i = kParts; i-- > 0;) {
+          for (int j = kParts - i; j-- > 0;) sum += widen(a[i * kTileSize]) * widen(b[j * 2 * kTileSize]);
+        }
+      }
       out[tile][row * out_row + column] = sum;
     }
   }

@@ -7,11 +7,9 @@
 namespace segnext {
 namespace {
 
-constexpr int64_t kBlock = 96;  // pixels of one product
-
 // y pixels <- activation(a * weights + bias)
 template <class T, Activation act>
-void multiply(const Pixels<T>& a, const Packed<T>& weights, const float* bias, T* y) {
+void multiply(const Left<T>& a, const Weights<T>& weights, const float* bias, T* y) {
   const int64_t C = weights.columns;
   matmul<T>(a, weights, [&](int64_t m, auto rows, int64_t c, int lanes, auto& z) {
     constexpr int count = rows;
@@ -91,25 +89,29 @@ class InputRows {
 void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, const Parallel& parallel) {
   with_dense_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Packed<T> weights(static_cast<const T*>(conv.weights.data), conv.kernel * conv.kernel * x.channels, y.channels);
+    const Packed<T> packed(static_cast<const T*>(conv.weights.data), conv.kernel * conv.kernel * x.channels, y.channels);
     T* out = static_cast<T*>(y.data);
     with_activation(conv.activation, [&](auto act) {
-      auto product = [&](const T* a, int64_t row, int64_t first, int64_t count) {
-        multiply<T, act>({a, row, count, weights.depth, row > weights.depth}, weights, conv.weights.bias,
+      auto product = [&](const Weights<T>& weights, const T* a, int64_t row, int64_t first, int64_t count) {
+        multiply<T, act>({a, row, count, packed.depth, row > packed.depth}, weights, conv.weights.bias,
                          out + first * y.channels);
       };
       if (conv.kernel == 1 && conv.stride == 1 && x.channels_last) {
         const int64_t pixels = x.images * x.height * x.width;
-        return parallel((pixels + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
-          for (int64_t first = begin * kBlock; first < std::min(end * kBlock, pixels); first += kBlock)
-            product(static_cast<const T*>(x.data) + first * x.channels, x.channels, first, std::min(kBlock, pixels - first));
+        return parallel((pixels + kPixels - 1) / kPixels, [&](int64_t begin, int64_t end) {
+          const Weights<T> weights = prepared(packed, end - begin == 1);
+          for (int64_t first = begin * kPixels; first < std::min(end * kPixels, pixels); first += kPixels) {
+            const T* in = static_cast<const T*>(x.data) + first * x.channels;
+            product(weights, in, x.channels, first, std::min(kPixels, pixels - first));
+          }
         });
       }
       // Where rows are short, several are gathered for one product.
       parallel(y.images * y.height, [&](int64_t begin, int64_t end) {
-        const int64_t most = std::max(kBlock, 2 * y.width);
+        const int64_t most = std::max(kPixels, 2 * y.width);
         InputRows<T> rows(x, conv);
-        const int64_t depth = filled<T>(weights.depth), size = std::min(most, (end - begin) * y.width) * depth;
+        const Weights<T> weights = prepared(packed, (end - begin) * y.width <= kPixels);
+        const int64_t depth = filled<T>(packed.depth), size = std::min(most, (end - begin) * y.width) * depth;
         Buffer<T> gathered(size);
         std::memset(gathered, 0, sizeof(T) * size);
         int64_t count = 0;
@@ -118,7 +120,7 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
           rows.gather(0, y.width, gathered + count * depth, depth);
           count += y.width;
           if (count + y.width <= most && row + 1 < end) continue;
-          product(gathered, depth, (row + 1) * y.width - count, count);
+          product(weights, gathered, depth, (row + 1) * y.width - count, count);
           count = 0;
         }
       });

@@ -7,6 +7,8 @@
 //
 // The last two widened rows of every chunk are carried over to the next step.
 #include <algorithm>
+#include <optional>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/matmul.h"
@@ -25,7 +27,8 @@ class Band {
   static constexpr int L = kLanes<float>, kGroups = kChunk / L;
 
  public:
-  Band(const Image& x, const MlpWeights& w, const Image& y)
+  // Of `rows` rows in all, of one or several images.
+  Band(const Image& x, const MlpWeights& w, const Image& y, int64_t rows)
       : x_(x),
         w_(w),
         y_(y),
@@ -38,13 +41,15 @@ class Band {
         group_((step_ + 2) * row_),
         wide_(kGroups * group_),
         carried_(chunks_ * kGroups * 2 * row_),
-        narrow_(step_ * W_ * kChunk),
-        sum_(step_ * W_ * sum_row_),
+        narrow_(step_ * W_, kChunk),
+        sum_((step_ * W_ + 15) * sum_row_),
         taps_(chunks_ * kGroups * kTaps * L),
         bias1_(chunks_ * kChunk),
         place_((step_ + 2) * W_),
         fc1_(static_cast<const T*>(w.fc1.data), C_, w.hidden),
-        fc2_(static_cast<const T*>(w.fc2.data), w.hidden, C_) {
+        fc2_(static_cast<const T*>(w.fc2.data), w.hidden, C_),
+        keep_(rows > step_),
+        weights_(chunks_) {
     std::memset(wide_, 0, sizeof(float) * kGroups * group_);  // the pixels beside the rows stay zero
     for (int64_t m = 0; m < (step_ + 2) * W_; ++m) place_[m] = m / W_ * row_ + (m % W_ + 1) * L;
     std::memset(bias1_, 0, sizeof(float) * chunks_ * kChunk);
@@ -61,51 +66,65 @@ class Band {
   void run(int64_t n, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row += step_) {
       const int64_t rows = std::min(step_, last - row);
+      const int64_t begin = std::max<int64_t>(row == first ? row - 1 : row + 1, 0);
+      const int64_t end = std::max(begin, std::min(row + rows + 1, x_.height));
+      const T* pixels = static_cast<const T*>(x_.data) + (n * x_.height + begin) * W_ * C_;
+      const Left<T> in(pixels, C_, (end - begin) * W_, C_);
       for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        widen(n, row, rows, chunk, row == first);
+        if (!weights_[chunk]) weights_[chunk].emplace(fc1_, fc2_, chunk);
+        widen(in, row, rows, begin, chunk, row == first);
         depthwise_gelu(rows, chunk);
-        const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, w_.hidden);
-        matmul_sum<T>({narrow_, kChunk, rows * W_, end - begin}, fc2_.rows(begin, end), sum_, sum_row_, chunk > 0);
+        const ChunkWeights& w = *weights_[chunk];
+        matmul_sum<T>(narrow_.first(rows * W_, w.last - w.first), w.fc2, sum_, sum_row_, chunk > 0);
+        if (!keep_) weights_[chunk].reset();
       }
       finish((n * x_.height + row) * W_, rows * W_);
     }
   }
 
  private:
+  struct ChunkWeights {
+    const int64_t first, last;
+    const Weights<T> fc1, fc2;
+    ChunkWeights(const Packed<T>& fc1, const Packed<T>& fc2, int64_t chunk)
+        : first(chunk * kChunk),
+          last(std::min(first + kChunk, fc1.columns)),
+          fc1(fc1.from_column(first, last)),
+          fc2(fc2.rows(first, last)) {}
+  };
+
   float* wide(int64_t group, int64_t row) const { return wide_ + group * group_ + row * row_; }
 
-  // wide <- rows row - 1 to row + rows of a chunk; where the step isn't the band's first, two of them are there already.
-  void widen(int64_t n, int64_t row, int64_t rows, int64_t chunk, bool begins) {
-    const int64_t begin = std::max<int64_t>(begins ? row - 1 : row + 1, 0), end = std::min(row + rows + 1, x_.height);
+  // wide <- rows row - 1 to row + rows of a chunk: those of `in`, which begin at one of them, and the two that are there
+  // already where the step isn't the band's first.
+  void widen(const Left<T>& in, int64_t row, int64_t rows, int64_t begin, int64_t chunk, bool begins) {
     float* carried = carried_ + chunk * kGroups * 2 * row_;
     for (int64_t g = 0; g < kGroups; ++g) {
       if (begins && row == 0) std::memset(wide(g, 0), 0, sizeof(float) * row_);
       if (!begins) std::memcpy(wide(g, 0), carried + g * 2 * row_, sizeof(float) * 2 * row_);
       if (row + rows == x_.height) std::memset(wide(g, rows + 1), 0, sizeof(float) * row_);
     }
-    if (begin < end) {
-      const int64_t first = chunk * kChunk, last = std::min(first + kChunk, w_.hidden), up = (begin - row + 1) * row_;
-      const T* in = static_cast<const T*>(x_.data) + (n * x_.height + begin) * W_ * C_;
-      matmul_place<T>({in, C_, (end - begin) * W_, C_}, fc1_.from_column(first, last), bias1_ + first, place_, W_, group_,
-                      wide_ + up);
-    }
+    const float* bias = bias1_ + chunk * kChunk;
+    matmul_place<T>(in, weights_[chunk]->fc1, bias, place_, W_, group_, wide_ + (begin - row + 1) * row_);
     for (int64_t g = 0; g < kGroups; ++g) std::memcpy(carried + g * 2 * row_, wide(g, rows), sizeof(float) * 2 * row_);
   }
 
   void depthwise_gelu(int64_t rows, int64_t chunk) {
-    for (int64_t g = 0; g < kGroups && chunk * kChunk + g * L < w_.hidden; ++g) {
+    constexpr int kTogether = Stored<T>::kVectors;
+    for (int64_t g = 0; g < kGroups && chunk * kChunk + g * L < w_.hidden; g += kTogether) {
       const float* taps = taps_ + (chunk * kGroups + g) * kTaps * L;
-      const Vector<float> bias = load<float>(taps + (kTaps - 1) * L);
       for (int64_t r = 0; r < rows; ++r) {
-        const float* window[kK] = {wide(g, r) + L, wide(g, r + 1) + L, wide(g, r + 2) + L};
-        T* out = narrow_ + r * W_ * kChunk + g * L;
         for_tiles<kTile>(W_, [&](int64_t w, auto size) {
           constexpr int tile = size;
-          Vector<float> z[tile];
-          depthwise_tile<float, kK, tile>(window, taps, bias, w, z);
-          gelu<T>(z);
+          Vector<float> z[kTogether][tile];
           SEGNEXT_UNROLL
-          for (int i = 0; i < tile; ++i) store_as<float>(out + (w + i) * kChunk, z[i]);
+          for (int i = 0; i < kTogether; ++i) {
+            const float* window[kK] = {wide(g + i, r) + L, wide(g + i, r + 1) + L, wide(g + i, r + 2) + L};
+            const float* filter = taps + i * kTaps * L;
+            depthwise_tile<float, kK, tile>(window, filter, load<float>(filter + (kTaps - 1) * L), w, z[i]);
+            gelu<T>(z[i]);
+          }
+          narrow_.store(r * W_ + w, g * L, z);
         });
       }
     }
@@ -129,10 +148,12 @@ class Band {
   const Image& y_;
   const int64_t C_, W_, chunks_, sum_row_, step_, row_, group_;
   Buffer<float> wide_, carried_;
-  Buffer<T> narrow_;
+  Stored<T> narrow_;
   Buffer<float> sum_, taps_, bias1_;
   Buffer<int64_t> place_;  // of a pixel in a group of wide
   const Packed<T> fc1_, fc2_;
+  const bool keep_;
+  std::vector<std::optional<ChunkWeights>> weights_;
 };
 
 }  // namespace
@@ -144,7 +165,7 @@ void mlp_forward(const Image& x, const MlpWeights& w, const Image& y, const Para
   with_dense_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     parallel(x.images * parts, [&](int64_t begin, int64_t end) {
-      Band<T> band(x, w, y);
+      Band<T> band(x, w, y, (end - begin) * rows);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t first = item % parts * rows;
         band.run(item / parts, std::min(first, x.height), std::min(first + rows, x.height));

@@ -15,11 +15,12 @@ namespace {
 
 // The product of one coarser map with its weights, [images][h][w][padded channels], and its rows at the output's rows.
 struct Coarse {
+  static constexpr int64_t kSpare = 15;  // pixels that matmul_sum may write
   int64_t height, width, row;
   Buffer<float> product;
 
   Coarse(const Image& x, int64_t padded)
-      : height(x.height), width(x.width), row(x.width * padded), product(x.images * x.height * row) {}
+      : height(x.height), width(x.width), row(x.width * padded), product((x.images * x.height * x.width + kSpare) * padded) {}
 
   // out [w][padded channels]
   void resize_row(int64_t n, int64_t at, int64_t out_height, float* out) const {
@@ -34,7 +35,6 @@ struct Coarse {
 
 void resize_concat_conv_forward(const Image* maps, const void* const* weights, int64_t count, const float* bias, const Image& y,
                                 const Parallel& parallel) {
-  constexpr int64_t kRows = 64;
   const int64_t C = y.channels, padded = (C + kPanel - 1) / kPanel * kPanel;
   with_dense_type(y.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -45,16 +45,18 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
       float* product = coarse.back().product;
       const Packed<T> packed(static_cast<const T*>(weights[i]), x.channels, C);
       const int64_t pixels = x.images * x.height * x.width;
-      parallel((pixels + kRows - 1) / kRows, [&](int64_t begin, int64_t end) {
-        for (int64_t first = begin * kRows; first < std::min(end * kRows, pixels); first += kRows) {
+      parallel((pixels + kPixels - 1) / kPixels, [&](int64_t begin, int64_t end) {
+        const Weights<T> part = prepared(packed, end - begin == 1);
+        for (int64_t first = begin * kPixels; first < std::min(end * kPixels, pixels); first += kPixels) {
           const T* in = static_cast<const T*>(x.data) + first * x.channels;
-          matmul_sum<T>({in, x.channels, std::min(kRows, pixels - first), x.channels}, packed, product + first * padded, padded,
+          matmul_sum<T>({in, x.channels, std::min(kPixels, pixels - first), x.channels}, part, product + first * padded, padded,
                         false);
         }
       });
     }
     const Packed<T> packed(static_cast<const T*>(weights[0]), maps[0].channels, C);
     parallel(y.images * y.height, [&](int64_t begin, int64_t end) {
+      const Weights<T> part = prepared(packed, false);
       int64_t size = 0;
       for (const Coarse& map : coarse) size += map.row;
       Buffer<float> resized(size);
@@ -71,7 +73,7 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
         }
         const T* in = static_cast<const T*>(maps[0].data) + item * y.width * maps[0].channels;
         T* out = static_cast<T*>(y.data) + item * y.width * C;
-        matmul<T>({in, maps[0].channels, y.width, maps[0].channels}, packed,
+        matmul<T>({in, maps[0].channels, y.width, maps[0].channels}, part,
                   [&](int64_t m, auto rows, int64_t c, int lanes, auto& z) {
                     constexpr int count = rows;
                     const Vector<float> b = load_lanes(bias + c, lanes);

@@ -7,14 +7,12 @@
 namespace segnext {
 namespace {
 
-constexpr int64_t kBlock = 64;  // pixels whose gated values stay in the first cache
-
 // y, where the strips of u are, <- the gate and the second projection of pixels [first, last).
 template <class T>
-void gate_and_project(const Image& x, const AttentionWeights& w, const T* u, T* y, int64_t first, int64_t last, T* gated) {
+void gate_and_project(const Image& x, const AttentionWeights& w, const Weights<T>& gate, const Weights<T>& out, const T* u,
+                      T* y, int64_t first, int64_t last, T* gated) {
   const int64_t C = x.channels, count = last - first;
   const T* in = static_cast<const T*>(x.data) + first * C;
-  const Packed<T> gate(static_cast<const T*>(w.gate.data), C, C), out(static_cast<const T*>(w.out.data), C, C);
   u += first * C;
   y += first * C;
   matmul<T>({y, C, count, C}, gate, [&](int64_t m, auto rows, int64_t c, int lanes, const auto& z) {
@@ -42,16 +40,20 @@ void gate_and_project(const Image& x, const AttentionWeights& w, const T* u, T* 
 void spatial_attention_forward(const Image& x, const AttentionWeights& w, const Image& y, const Parallel& parallel) {
   with_dense_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t pixels = x.images * x.height * x.width, blocks = (pixels + kBlock - 1) / kBlock;
-    Buffer<T> u(pixels * x.channels);
+    const int64_t C = x.channels, pixels = x.images * x.height * x.width, blocks = (pixels + kPixels - 1) / kPixels;
+    Buffer<T> u(pixels * C);
     Image in = x;
     in.data = u;
     conv_act_forward(x, {w.in, 1, 1, Activation::kGelu}, in, parallel);
     msca_strips_forward(in, w.strips, y, parallel);
     parallel(blocks, [&](int64_t begin, int64_t end) {
-      Buffer<T> gated(kBlock * x.channels);
-      for (int64_t block = begin; block < end; ++block)
-        gate_and_project<T>(x, w, u, static_cast<T*>(y.data), block * kBlock, std::min((block + 1) * kBlock, pixels), gated);
+      Buffer<T> gated(kPixels * C);
+      const Weights<T> gate = prepared<T>({static_cast<const T*>(w.gate.data), C, C}, end - begin == 1);
+      const Weights<T> out = prepared<T>({static_cast<const T*>(w.out.data), C, C}, end - begin == 1);
+      for (int64_t first = begin * kPixels; first < std::min(end * kPixels, pixels); first += kPixels) {
+        const int64_t last = std::min(first + kPixels, pixels);
+        gate_and_project<T>(x, w, gate, out, u, static_cast<T*>(y.data), first, last, gated);
+      }
     });
   });
 }
