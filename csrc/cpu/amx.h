@@ -44,35 +44,39 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-template <int Blocks>
+// The sums of 16 Blocks rows by 16 Halves columns, in tiles 0 to 3: two for every 16 rows.
+template <int Blocks, int Halves>
 SEGNEXT_INLINE void load_sums(const float* const (&start)[4], int64_t row) {
   const int64_t bytes = row * 4;
   if (start[0] == nullptr) {
     _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (Blocks == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    if constexpr (Halves == 2) _tile_zero(1);
+    if constexpr (Blocks == 2) _tile_zero(2);
+    if constexpr (Blocks == 2 && Halves == 2) _tile_zero(3);
   } else {
     _tile_loadd(0, start[0], bytes);
-    _tile_loadd(1, start[1], bytes);
-    if constexpr (Blocks == 2) {
-      _tile_loadd(2, start[2], bytes);
-      _tile_loadd(3, start[3], bytes);
-    }
+    if constexpr (Halves == 2) _tile_loadd(1, start[1], bytes);
+    if constexpr (Blocks == 2) _tile_loadd(2, start[2], bytes);
+    if constexpr (Blocks == 2 && Halves == 2) _tile_loadd(3, start[3], bytes);
   }
 }
 
-template <int Blocks>
+template <int Blocks, int Halves>
 SEGNEXT_INLINE void store_sums(float* const (&out)[4], int64_t row) {
   const int64_t bytes = row * 4;
   _tile_stored(0, out[0], bytes);
-  _tile_stored(1, out[1], bytes);
-  if constexpr (Blocks == 2) {
-    _tile_stored(2, out[2], bytes);
-    _tile_stored(3, out[3], bytes);
-  }
+  if constexpr (Halves == 2) _tile_stored(1, out[1], bytes);
+  if constexpr (Blocks == 2) _tile_stored(2, out[2], bytes);
+  if constexpr (Blocks == 2 && Halves == 2) _tile_stored(3, out[3], bytes);
+}
+
+// Adds the product of tiles 4 and 5, of 16 rows each, and 6 and 7, the halves of a panel.
+template <int Blocks, int Halves>
+SEGNEXT_INLINE void multiply_tiles() {
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (Halves == 2) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (Blocks == 2) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (Blocks == 2 && Halves == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
 // out = start + left [16 Blocks][depth] * a panel [depth / 2][32][2], depth a multiple of 32; strides in elements. start and
@@ -83,30 +87,26 @@ SEGNEXT_INLINE void multiply(const BFloat16* left, int64_t left_row, const BFloa
                              const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
   const int64_t left_bytes = left_row * 2, panel_bytes = 128;
   finish_stores();
-  load_sums<Blocks>(start, start_row);
+  load_sums<Blocks, 2>(start, start_row);
   for (int64_t k = 0; k < depth; k += kDepth, panel += kDepth * 32) {
     _tile_loadd(4, left + k, left_bytes);
+    if constexpr (Blocks == 2) _tile_loadd(5, left + kRows * left_row + k, left_bytes);
     _tile_loadd(6, panel, panel_bytes);
     _tile_loadd(7, panel + 32, panel_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (Blocks == 2) {
-      _tile_loadd(5, left + kRows * left_row + k, left_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    multiply_tiles<Blocks, 2>();
   }
-  store_sums<Blocks>(out, out_row);
+  store_sums<Blocks, 2>(out, out_row);
 }
 
 // As multiply, with both operands as sums of kParts bfloat16, in tiles that follow each other: left [Blocks][depth /
-// 32][kParts], blocks left_block elements apart, and a panel [depth / 32][kParts][2].
-template <int Blocks>
+// 32][kParts], blocks left_block elements apart, and a panel [depth / 32][kParts][2], of which the first half may be multiplied
+// alone.
+template <int Blocks, int Halves>
 SEGNEXT_INLINE void multiply_parts(const BFloat16* left, int64_t left_block, const BFloat16* panel, int64_t depth,
                                    const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
   constexpr int64_t kBytes = 64;
   finish_stores();
-  load_sums<Blocks>(start, start_row);
+  load_sums<Blocks, Halves>(start, start_row);
   for (int64_t k = 0; k < depth; k += kDepth, left += kParts * kTileSize, panel += kParts * 2 * kTileSize) {
     auto load_left = [&](int part) {
       _tile_loadd(4, left + part * kTileSize, kBytes);
@@ -114,31 +114,23 @@ SEGNEXT_INLINE void multiply_parts(const BFloat16* left, int64_t left_block, con
     };
     auto load_panel = [&](int part) {
       _tile_loadd(6, panel + part * 2 * kTileSize, kBytes);
-      _tile_loadd(7, panel + (part * 2 + 1) * kTileSize, kBytes);
-    };
-    auto multiply = [] {
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (Blocks == 2) {
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+      if constexpr (Halves == 2) _tile_loadd(7, panel + (part * 2 + 1) * kTileSize, kBytes);
     };
     load_left(0);
     load_panel(2);
-    multiply();
+    multiply_tiles<Blocks, Halves>();
     load_panel(1);
-    multiply();
+    multiply_tiles<Blocks, Halves>();
     load_left(1);
-    multiply();
+    multiply_tiles<Blocks, Halves>();
     load_panel(0);
-    multiply();
+    multiply_tiles<Blocks, Halves>();
     load_left(2);
-    multiply();
+    multiply_tiles<Blocks, Halves>();
     load_left(0);
-    multiply();
+    multiply_tiles<Blocks, Halves>();
   }
-  store_sums<Blocks>(out, out_row);
+  store_sums<Blocks, Halves>(out, out_row);
 }
 
 #else
@@ -160,11 +152,11 @@ void multiply(const BFloat16* left, int64_t left_row, const BFloat16* panel, int
   }
 }
 
-template <int Blocks>
+template <int Blocks, int Halves>
 void multiply_parts(const BFloat16* left, int64_t left_block, const BFloat16* panel, int64_t depth,
                     const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
   for (int m = 0; m < Blocks * kRows; ++m) {
-    for (int c = 0; c < 2 * kColumns; ++c) {
+    for (int c = 0; c < Halves * kColumns; ++c) {
       const int tile = m / kRows * 2 + c / kColumns, row = m % kRows, column = c % kColumns;
       float sum = start[0] == nullptr ? 0 : start[tile][row * start_row + column];
       for (int64_t k = 0; k < (depth + kDepth - 1) / kDepth * kDepth; ++k) {

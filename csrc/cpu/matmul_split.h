@@ -46,12 +46,16 @@ class SplitPixels {
   }
   SplitPixels(const float* data, int64_t row, int64_t count, int64_t depth, bool = false) : SplitPixels(count, depth) {
     for (int64_t m = 0; m < count; ++m, data += row) {
-      for (int64_t c = 0; c < depth; c += 2 * L) {
-        auto vector = [&](int64_t k) {
-          return k + L <= depth ? load<float>(data + k) : load_some<float>(data + k, std::max<int>(depth - k, 0));
-        };
-        split_pairs(vector(c), vector(c + L), at(m, c), kTileSize);
+      BFloat16* out = at(m, 0);
+      int64_t c = 0;
+      for (; c + 2 * L <= depth; c += 2 * L, out += kParts * kTileSize) {
+        __builtin_prefetch(data + row + c);  // rows may lie on pages of their own, which the processor does not foresee
+        __builtin_prefetch(data + row + c + L);
+        split_pairs(load<float>(data + c), load<float>(data + c + L), out, kTileSize);
       }
+      if (c == depth) continue;
+      auto rest = [&](int64_t k) { return load_some<float>(data + k, static_cast<int>(std::clamp<int64_t>(depth - k, 0, L))); };
+      split_pairs(rest(c), rest(c + L), out, kTileSize);
     }
   }
 
@@ -123,14 +127,15 @@ inline constexpr int64_t kSplitPart = 128;  // of a product's depth, whose share
 
 // out (+)= blocks of pixels from m on * a panel, channels from k on, the first of kSplitPart. Sums begin at
 // `start` (null: zero) and go on from `out`.
-template <int Blocks>
+template <int Blocks, int Halves = 2>
 SEGNEXT_INLINE void multiply_split(const SplitPixels& a, int64_t m, const BFloat16* panel, int64_t k,
                                    const float* const (&start)[4], int64_t start_row, float* const (&out)[4], int64_t out_row) {
   const int64_t depth = std::min(kSplitPart, a.depth - k), from = k / amx::kDepth * kParts * kTileSize;
   const BFloat16* left = a.block(m) + from;
   panel += 2 * from;
-  if (k == 0) return amx::multiply_parts<Blocks>(left, a.block_size(), panel, depth, start, start_row, out, out_row);
-  amx::multiply_parts<Blocks>(left, a.block_size(), panel, depth, {out[0], out[1], out[2], out[3]}, out_row, out, out_row);
+  if (k == 0) return amx::multiply_parts<Blocks, Halves>(left, a.block_size(), panel, depth, start, start_row, out, out_row);
+  amx::multiply_parts<Blocks, Halves>(left, a.block_size(), panel, depth, {out[0], out[1], out[2], out[3]}, out_row, out,
+                                      out_row);
 }
 
 // As for_product_tiles.

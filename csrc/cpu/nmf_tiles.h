@@ -1,0 +1,86 @@
+// nmf on the processor's matrix tiles, forward, of x whose channels are innermost in memory. Derived::Part multiplies a part of
+// x with the factors:
+//
+//   Part(derived, image, first row of x^T, rows)
+//   project(num)                 num [rows][padded] <- x^T B
+//   add_products(c, sums, add)   sums [padded][D] (+)= C^T x^T
+//   multiply(c, y)               y^T rows <- C B^T
+//
+// after Derived::pack_bases(step) and, for multiply, pack_transposed() have made B an operand. A part has at most part_rows().
+#pragma once
+#include "cpu/matmul.h"
+#include "cpu/nmf.h"
+
+namespace segnext {
+
+template <class Derived>
+class NmfOnTiles : public Nmf<float> {
+ public:
+  NmfOnTiles(const Matrices& x, const void* bases, int64_t rank, int64_t steps, const Parallel& parallel)
+      : Nmf<float>(x, bases, rank, steps, false, parallel) {}
+
+  static bool serves(const Matrices& x) { return x.transposed && x.rows % kPanel == 0 && x.columns % amx::kDepth == 0; }
+
+  void run(const Matrices& y) {
+    self().pack_bases(0);
+    for (int64_t step = 0; step < steps_; ++step) {
+      update_coefficients(step);
+      update_bases(step, [&](int64_t image, int64_t first, int64_t rows, float* sums) -> const float* {
+        Buffer<float> whole(s_.padded * rows);
+        sum_products(image, first, rows, whole);
+        transpose_rows<float>(whole, rows, s_.padded, rows, sums, s_.padded);
+        return sums;
+      });
+      self().pack_bases(step + 1);
+    }
+    self().pack_transposed();
+    update_coefficients(steps_, &y);
+  }
+
+ private:
+  Derived& self() { return static_cast<Derived&>(*this); }
+
+  // As the base's; with y, the last update, whose product with B is written.
+  void update_coefficients(int64_t step, const Matrices* y = nullptr) {
+    parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
+      const int64_t R = s_.padded, most = self().part_rows();
+      Buffer<float> num(most * R), den(most * R);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t item = step % 2 == 0 ? i : begin + end - 1 - i;  // what was read last is in the caches
+        const int64_t image = item / s_.chunks, start = item % s_.chunks * s_.chunk, stop = std::min(start + s_.chunk, s_.N);
+        for (int64_t first = start; first < stop; first += most) {
+          const int64_t count = std::min(most, stop - first);
+          typename Derived::Part part(self(), image, first, count);
+          float* c = coefficients(step, image, first);
+          part.project(num);
+          if (step == 0) {
+            std::memcpy(c, num, sizeof(float) * count * R);
+            softmax_rows<float>(s_, c, count);
+          }
+          gemm<float>({c, R, 1}, count, s_.rank, bb(image), R, s_.vectors, den, R, false);
+          scale(c, num, den, count * R, c, nullptr);
+          if (y != nullptr) {
+            part.multiply(c, *y);
+          } else {
+            add_to_cc(c, c, count, item, first > start);
+            part.add_products(c, xc_ + item * s_.D * R, first > start);
+          }
+        }
+      }
+    });
+  }
+
+  // out [padded][rows] <- the sum over the chunks of rows of x C, transposed
+  void sum_products(int64_t image, int64_t first, int64_t rows, float* out) const {
+    for (int64_t r = 0; r < s_.padded; ++r) {
+      for (int64_t d = 0; d < rows; d += L) {
+        const float* from = xc_ + image * s_.chunks * s_.D * s_.padded + r * s_.D + first + d;
+        Vector<float> sum = load<float>(from);
+        for (int64_t part = 1; part < s_.chunks; ++part) sum += load<float>(from + part * s_.D * s_.padded);
+        store<float>(out + r * rows + d, sum);
+      }
+    }
+  }
+};
+
+}  // namespace segnext
