@@ -1,5 +1,6 @@
 // Images in memory, and the staging of one row of kLanes channels at a time between memory and padded buffers.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <utility>
@@ -225,6 +226,42 @@ void store_row(const Image& y, int64_t n, int64_t c, int64_t row, const A* in, i
     }
   });
 }
+
+// A tile of pixels, `pixel` elements apart.
+template <class A, class T, int Tile>
+SEGNEXT_INLINE void store_tile(T* out, int64_t pixel, const Vector<A> (&tile)[Tile]) {
+  SEGNEXT_UNROLL
+  for (int i = 0; i < Tile; ++i) store_as<A>(out + i * pixel, tile[i]);
+}
+
+// A row of kLanes channels that will soon be read or written: asked for in pieces, the caches fetch it while other work is
+// done.
+template <class A>
+class RowAhead {
+ public:
+  RowAhead(const Image& x, int64_t n, int64_t c, int64_t row) {
+    with_storage<A>(x.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const RowAccess<T> at(x, n, c, row);
+      const bool exists = row < x.height;
+      first_ = reinterpret_cast<const char*>(at.first);
+      pixel_ = (at.channels_last ? at.pixel : 1) * sizeof(T);
+      lanes_ = !exists || at.channels_last ? exists : std::min<int64_t>(at.channels, kLanes<A>);
+      lane_ = at.plane * sizeof(T);
+    });
+  }
+  SEGNEXT_INLINE void fetch(int64_t w, int count) const {
+    constexpr int64_t kLine = 64;
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      const char* at = first_ + lane * lane_ + w * pixel_;
+      for (int64_t i = 0; i < count * pixel_; i += pixel_ < kLine ? kLine : pixel_) __builtin_prefetch(at + i);
+    }
+  }
+
+ private:
+  const char* first_;
+  int64_t pixel_, lanes_, lane_;
+};
 
 // A filter [C][count] seen as an image of one row: load_row and store_row then move it to and from taps [count][kLanes].
 inline Image filter_row(void* filter, Dtype dtype, int64_t channels, int64_t count) {

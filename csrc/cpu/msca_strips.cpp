@@ -67,8 +67,18 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, const 
       stem.advance(row + kStripRows - 1 + kReach);
       column_pass<A>(Window<A>(stem.a(), row, x.height), taps, x.width, strips);
       for (int64_t r = row; r < row + kStripRows && r < last; ++r) {
-        row_pass<A>(strips, r - row, taps, stem.a()[r], starts(r), x.width, out);
-        store_row<A>(y, n, c, r, out);
+        const RowAhead<A> next(x, n, c, r + kStripRows + kReach + 2);  // what stem will load in its next step
+        with_storage<A>(y.dtype, [&](auto* type) {
+          using T = std::remove_pointer_t<decltype(type)>;
+          const RowAccess<T> at(y, n, c, r);
+          const bool whole = at.channels_last && at.channels >= kLanes<A>;
+          row_pass<A>(strips, r - row, taps, stem.a()[r], starts(r), x.width, [&](int64_t w, const auto& sums) {
+            next.fetch(w, std::extent_v<std::remove_reference_t<decltype(sums)>>);
+            if (whole) return store_tile<A>(at.first + w * at.pixel, at.pixel, sums);
+            store_tile<A>(out + w * kLanes<A>, kLanes<A>, sums);
+          });
+          if (!whole) store_row<A>(y, n, c, r, out);
+        });
       }
     }
   }

@@ -191,8 +191,10 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
       if (grads) grads->advance(last);
       column_pass<A>(Window<A>(g_rows, row, height), transposed, width, u);
       for (int64_t r = row; r < row + kStripRows && r < height; ++r) {
-        row_pass<A>(u, r - row, transposed, g_rows[r], Vector<A>{}, width, da_rows[r]);
-        if (grads) grads->add_row(r, r - row, g_rows[r], u, da_rows[r], transposed);
+        A* da = da_rows[r];
+        row_pass<A>(u, r - row, transposed, g_rows[r], Vector<A>{}, width,
+                    [&](int64_t w, const auto& sums) { store_tile<A>(da + w * L, L, sums); });
+        if (grads) grads->add_row(r, r - row, g_rows[r], u, da, transposed);
         if (grad_x.data != nullptr && r >= 2) write_grad_x(r - 2);
       }
       if (grads) grads->add_block(row);

@@ -120,9 +120,9 @@ SEGNEXT_INLINE void strip_tile(const A* row, const A* taps, int64_t w, Vector<A>
   }
 }
 
-// out[w] = start + base[w] + sum over branches of (taps_b * strips(b, row))[w]
-template <class A>
-void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base, Vector<A> start, int64_t width, A* out) {
+// put(w, sums) <- (start + base + sum over branches of taps_b * strips(b, row))[w ...], a tile of pixels at a time
+template <class A, class F>
+void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base, Vector<A> start, int64_t width, const F& put) {
   constexpr int L = kLanes<A>;
   for_tiles<kTile>(width, [&](int64_t w, auto size) {
     constexpr int tile = size;
@@ -130,8 +130,7 @@ void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base,
     SEGNEXT_UNROLL
     for (int i = 0; i < tile; ++i) acc[i] = start + load<A>(base + (w + i) * L);
     for_branches([&](auto b) { strip_tile<A, kBranchTaps[b], tile>(strips(b, row), taps + kRowTaps[b] * L, w, acc); });
-    SEGNEXT_UNROLL
-    for (int i = 0; i < tile; ++i) store<A>(out + (w + i) * L, acc[i]);
+    put(w, acc);
   });
 }
 
