@@ -95,7 +95,7 @@ def peak(problem: Problem, label: str) -> int:
     freed earlier and kept by malloc would hide some of it, see :func:`peak_apart`. What building the contender leaves behind
     counts, what it needs meanwhile doesn't. Linux only.
     """
-    case, direction = problem.case, problem.direction
+    case, direction, weights = problem.case, problem.direction, problem.weights
     y, *_ = Runner(problem.small, problem.small.contender(label)).prepare(direction)()
     contender = case.contender(label)
     contender.build()  # the shared weights and the exported file stay
@@ -104,7 +104,7 @@ def peak(problem: Problem, label: str) -> int:
     runner = Runner(case, contender)
     if direction != "forward" and case.gradients:
         runner.grad_out = case.grad_out(runner.inputs[0] if y.dim() else y)  # an image becomes an image, or one number
-    held = sum(tensor.nbytes for tensor in (*runner.inputs, runner.grad_out) if tensor is not None) + problem.weights
+    held = sum(tensor.nbytes for tensor in (*runner.inputs, runner.grad_out) if tensor is not None) + weights
     CLEAR_REFS.write_text("5")  # the peak starts again at what is resident now
     results = runner.prepare(direction)()
     after = _resident("VmHWM")
