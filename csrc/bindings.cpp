@@ -8,6 +8,7 @@ using segnext::DepthwiseFilter;
 using segnext::Dtype;
 using segnext::Image;
 using segnext::Matrices;
+using segnext::ResidualScale;
 using segnext::StripFilters;
 using segnext::Targets;
 
@@ -55,6 +56,46 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   segnext::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr()}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
                                 need_weights ? &grads : nullptr, parallel());
   return {grad_x, grad_weight, grad_bias};
+}
+
+// t, or a copy of it, in x's layout and its own dtype: a traced graph may bring another layout than was traced.
+Tensor arranged_like(const Tensor& t, const Image& x, const char* name) {
+  const Image other = image(t, name);
+  STD_TORCH_CHECK(other.images == x.images && other.channels == x.channels && other.height == x.height &&
+                      other.width == x.width && (other.dtype == Dtype::kFloat64) == (x.dtype == Dtype::kFloat64),
+                  "segnext_kernels: ", name, " must have the shape of x and go with its dtype");
+  if (t.numel() == 0 || other.channels_last == x.channels_last) return t;
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(t, x.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+ResidualScale residual_scale(const Tensor& scale, const std::optional<Tensor>& keep, const Image& x) {
+  const Dtype accumulator = x.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  STD_TORCH_CHECK(
+      !keep || (keep->is_cpu() && keep->is_contiguous() && keep->numel() == x.images && dtype_of(*keep, "keep") == accumulator),
+      "segnext_kernels: keep must be contiguous [N] on the CPU in the accumulator's dtype");
+  return {scale.data_ptr(), keep ? keep->data_ptr() : nullptr};
+}
+
+Tensor scale_add(const Tensor& x, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& keep) {
+  const Image in = image(x, "x");
+  const Tensor s = filter(scale, in, 1, "scale"), add = arranged_like(y, in, "y");
+  Tensor out = torch::stable::empty_like(x);
+  segnext::scale_add_forward(in, image(add, "y"), residual_scale(s, keep, in), image_like(out, in, "out"), parallel());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> scale_add_backward(const Tensor& grad_out, const Tensor& y, const Tensor& scale,
+                                              const std::optional<Tensor>& keep, bool need_y, bool need_scale) {
+  const Image in = image(y, "y");
+  const Tensor arranged = arranged_like(grad_out, in, "grad_out");
+  const Image grad = image(arranged, "grad_out");
+  const Tensor s = filter(scale, grad, 1, "scale");
+  Tensor grad_y = need_y ? torch::stable::empty_like(y) : empty(y);
+  Tensor grad_scale = need_scale ? contiguous_like(scale) : empty(scale);
+  segnext::scale_add_backward(grad, in, residual_scale(s, keep, grad), need_y ? image_like(grad_y, in, "grad_y") : Image{},
+                              need_scale ? grad_scale.data_ptr() : nullptr, parallel());
+  return {grad_y, grad_scale};
 }
 
 Matrices matrices(const Tensor& t, const char* name) {
@@ -152,6 +193,8 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
   m.impl("msca_strips_backward", TORCH_BOX(&msca_strips_backward));
   m.impl("dwconv_gelu", TORCH_BOX(&dwconv_gelu));
   m.impl("dwconv_gelu_backward", TORCH_BOX(&dwconv_gelu_backward));
+  m.impl("scale_add", TORCH_BOX(&scale_add));
+  m.impl("scale_add_backward", TORCH_BOX(&scale_add_backward));
   m.impl("nmf", TORCH_BOX(&nmf));
   m.impl("nmf_backward", TORCH_BOX(&nmf_backward));
   m.impl("upsample_argmax", TORCH_BOX(&upsample_argmax));

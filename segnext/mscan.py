@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segnext_kernels import scale_add
 from segnext_kernels.nn import AttentionModule, DWConvGELU
 
 LAYER_SCALE = 1e-2
@@ -29,11 +30,16 @@ class DropPath(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mask(self, images: int, like: Tensor) -> Tensor | None:
+        """What each image's x is multiplied by [images], in ``like``'s dtype; None where nothing is lost."""
         if not self.training or self.p == 0:
-            return x
+            return None
         keep = 1 - self.p
-        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+        return like.new_empty(images).bernoulli_(keep).div_(keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.mask(x.shape[0], x)
+        return x if mask is None else x * mask[:, None, None, None]
 
     def extra_repr(self) -> str:
         return f"p={self.p:.3g}"
@@ -108,8 +114,11 @@ class Block(nn.Module):
         self.layer_scale_2 = nn.Parameter(torch.full((dim,), LAYER_SCALE))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
-        return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
+        x = self.update(x, self.attn(self.norm1(x)), self.layer_scale_1)
+        return self.update(x, self.mlp(self.norm2(x)), self.layer_scale_2)
+
+    def update(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return scale_add(x, y, scale, self.drop_path.mask(x.shape[0], scale))
 
 
 class MSCAN(nn.Module):

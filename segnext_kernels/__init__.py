@@ -16,6 +16,7 @@ from .mlp import mlp
 from .msca_strips import msca_strips
 from .nmf import nmf
 from .resize_concat_conv import resize_concat_conv
+from .scale_add import scale_add
 from .spatial_attention import spatial_attention
 from .upsample_argmax import upsample_argmax
 from .upsample_cross_entropy import upsample_cross_entropy
@@ -32,6 +33,7 @@ __all__ = [
     "nmf",
     "pack",
     "resize_concat_conv",
+    "scale_add",
     "spatial_attention",
     "upsample_argmax",
     "upsample_cross_entropy",

@@ -12,6 +12,7 @@ OPERATORS = (
     "msca_strips",
     "dwconv_gelu",
     "nmf",
+    "scale_add",
     "upsample_argmax",
     "upsample_cross_entropy",
     "conv_act",

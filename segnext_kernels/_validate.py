@@ -78,6 +78,25 @@ def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         _shape("dwconv_gelu", name, tensor, expected)
 
 
+def scale_add(x: Tensor, y: Tensor, scale: Tensor, keep: Tensor | None) -> torch.dtype:
+    """Checks the arguments of scale_add and returns the dtype of its result."""
+    op = "scale_add"
+    _image(op, x)
+    for name, tensor, expected in (("y", y, tuple(x.shape)), ("scale", scale, (x.shape[1],)), ("keep", keep, (x.shape[0],))):
+        if name == "keep" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        mixed = name != "keep" and (tensor.dtype == torch.float64) != (x.dtype == torch.float64)
+        if tensor.dtype not in DTYPES or mixed:
+            raise TypeError(f"{op}: {name} must have a floating dtype that goes with x's {x.dtype}, got {tensor.dtype}")
+        _same_device(op, name, tensor, x)
+        _shape(op, name, tensor, expected)
+    if keep is not None and keep.requires_grad:
+        raise ValueError(f"{op}: keep gets no gradient, so it must not require one")
+    return torch.promote_types(torch.promote_types(x.dtype, y.dtype), scale.dtype)
+
+
 def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str) -> None:
     """Checks the arguments of nmf."""
     _tensor("nmf", "x", x, "[B, D, N]")

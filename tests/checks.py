@@ -25,6 +25,7 @@ from operators import (
     msca_strips_sample,
     nmf_sample,
     results,
+    scale_add_sample,
     tolerance,
 )
 from torch import Tensor
@@ -174,7 +175,11 @@ def check_compile(samples: list[Sample], backend: str | None, compiler: str) -> 
 
 def check_all_operators() -> None:
     """Values and gradients of the compiled kernels in a nutshell, for processes that are started in another environment."""
-    images = [make(shape) for make in (msca_strips_sample, dwconv_gelu_sample) for shape in ((2, 33, 13, 21), (1, 3, 1, 40))]
+    images = [
+        make(shape)
+        for make in (msca_strips_sample, dwconv_gelu_sample, scale_add_sample)
+        for shape in ((2, 33, 13, 21), (1, 3, 1, 40))
+    ]
     matrices = [nmf_sample(2, 45, 70, 17, 6, gradient) for gradient in ("exact", "one_step")]
     samples = [*itertools.product(images, IMAGE_LAYOUTS), *itertools.product(matrices, MATRIX_LAYOUTS)]
     for (sample, layout), dtype in itertools.product(samples, DTYPES):

@@ -16,6 +16,7 @@ from segnext_kernels import _load, _select
 from segnext_kernels.dwconv_gelu.reference import dwconv_gelu as dwconv_gelu_reference
 from segnext_kernels.msca_strips.reference import msca_strips as msca_strips_reference
 from segnext_kernels.nmf.reference import nmf as nmf_reference
+from segnext_kernels.scale_add.reference import scale_add as scale_add_reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -34,11 +35,13 @@ FUNCTIONS = {
     "msca_strips": lambda x, *weights, **options: segnext_kernels.msca_strips(x, list(weights), **options),
     "dwconv_gelu": segnext_kernels.dwconv_gelu,
     "nmf": segnext_kernels.nmf,
+    "scale_add": segnext_kernels.scale_add,
 }
 REFERENCES = {
     "msca_strips": lambda x, *weights: msca_strips_reference(x, list(weights)),
     "dwconv_gelu": dwconv_gelu_reference,
     "nmf": nmf_reference,
+    "scale_add": scale_add_reference,
 }
 
 # [N, C, H, W]: one pixel, one row, one column, smaller than the filters, odd, longer than any block, empty
@@ -101,6 +104,14 @@ def dwconv_gelu_sample(shape: Sequence[int]) -> Sample:
     return Sample("dwconv_gelu", (normal(shape, draw), filters(shape[1], 3, 3, draw), normal(shape[1:2], draw)))
 
 
+def scale_add_sample(shape: Sequence[int], dropped: bool = True) -> Sample:
+    """x and y [N, C, H, W] and a scale, in float64; with ``dropped`` also keep, by which every second image loses y."""
+    draw = generator()
+    keep = torch.tensor([1.25, 0.0], dtype=torch.float64).repeat(shape[0])[: shape[0]]
+    leaves = (normal(shape, draw), normal(shape, draw), normal(shape[1:2], draw))
+    return Sample("scale_add", leaves, {"keep": keep} if dropped else {})
+
+
 def nmf_sample(batch: int, rows: int, columns: int, rank: int, steps: int, gradient: str = "exact") -> Sample:
     """x [B, D, N] with the exact zeros of a ReLU and bases [B, D, R] with columns of length one, in float64."""
     draw = generator()
@@ -121,7 +132,7 @@ def sample_inputs(operator: str) -> list:
     if operator == "nmf":
         cases = [(*shape, gradient) for shape in MATRICES + EMPTY_MATRICES for gradient in GRADIENTS]
         return [pytest.param(nmf_sample(*case), id="B{}-D{}-N{}-R{}-steps{}-{}".format(*case)) for case in cases]
-    make = msca_strips_sample if operator == "msca_strips" else dwconv_gelu_sample
+    make = {"msca_strips": msca_strips_sample, "dwconv_gelu": dwconv_gelu_sample, "scale_add": scale_add_sample}[operator]
     return [pytest.param(make(shape), id="x".join(map(str, shape))) for shape in IMAGES + EMPTY_IMAGES]
 
 

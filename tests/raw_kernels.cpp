@@ -70,6 +70,15 @@ PYBIND11_MODULE(raw_kernels, m) {
     dwconv_gelu_backward(image(grad_out, channels_last), image(x, channels_last), {data(w), data(b)},
                          image(grad_x, channels_last), &grads, kSerial);
   });
+  m.def("scale_add", [](py::array x, py::array y, py::array scale, py::array keep, py::array out, bool channels_last) {
+    scale_add_forward(image(x, channels_last), image(y, channels_last), {data(scale), data(keep)}, image(out, channels_last),
+                      kSerial);
+  });
+  m.def("scale_add_backward", [](py::array grad_out, py::array y, py::array scale, py::array keep, py::array grad_y,
+                                 py::array grad_scale, bool channels_last) {
+    scale_add_backward(image(grad_out, channels_last), image(y, channels_last), {data(scale), data(keep)},
+                       image(grad_y, channels_last), data(grad_scale), kSerial);
+  });
   m.def("nmf", [](py::array x, py::array bases, int64_t steps, py::array y, bool transposed) {
     nmf_forward(matrices(x, transposed), data(bases), bases.shape(2), steps, matrices(y, transposed), kSerial);
   });
@@ -81,13 +90,13 @@ PYBIND11_MODULE(raw_kernels, m) {
   m.def("upsample_argmax", [](py::array logits, py::array_t<int64_t> labels, bool channels_last) {
     upsample_argmax_forward(image(logits, channels_last), labels.shape(1), labels.shape(2), labels.mutable_data(), kSerial);
   });
-  m.def("upsample_cross_entropy", [](py::array logits, py::array_t<int64_t> labels, py::array weights, py::array grad_logits,
-                                     bool channels_last) {
-    const Targets targets{labels.data(), labels.shape(1), labels.shape(2), data(weights), 255};
-    const Image in = image(logits, channels_last);
-    upsample_cross_entropy_backward(1.5, in, targets, image(grad_logits, channels_last), kSerial);
-    return upsample_cross_entropy_forward(in, targets, kSerial);
-  });
+  m.def("upsample_cross_entropy",
+        [](py::array logits, py::array_t<int64_t> labels, py::array weights, py::array grad_logits, bool channels_last) {
+          const Targets targets{labels.data(), labels.shape(1), labels.shape(2), data(weights), 255};
+          const Image in = image(logits, channels_last);
+          upsample_cross_entropy_backward(1.5, in, targets, image(grad_logits, channels_last), kSerial);
+          return upsample_cross_entropy_forward(in, targets, kSerial);
+        });
   m.def("conv_act", [](py::array x, py::array weight, py::array bias, int64_t kernel, int64_t stride, bool gelu, py::array y,
                        bool channels_last) {
     const Activation activation = gelu ? Activation::kGelu : Activation::kNone;

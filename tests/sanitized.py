@@ -52,6 +52,11 @@ def images(dtype, size, channels_last):
     raw_kernels.dwconv_gelu(x, weight, bias, y, channels_last)
     raw_kernels.dwconv_gelu_backward(grad_out, x, weight, bias, grad_x, *grads, channels_last)
     yield from (y, grad_x, *grads)
+    keep = normal((n,), "float64" if dtype == "float64" else "float32")
+    out, grad_y, grad_scale = poisoned(x, dtype), poisoned(x, dtype), poisoned(bias, dtype)
+    raw_kernels.scale_add(x, grad_out, bias, keep, out, channels_last)
+    raw_kernels.scale_add_backward(grad_out, x, bias, keep, grad_y, grad_scale, channels_last)
+    yield from (out, grad_y, grad_scale)
 
 
 def matrices(dtype, size, transposed):

@@ -40,6 +40,17 @@ void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Im
 void dwconv_gelu_backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x,
                           const DepthwiseFilter* grads, const Parallel& parallel);
 
+// out = x + keep[n] scale[c] y, all images in one layout; scale has x's dtype, y its own; keep [N] may be null.
+struct ResidualScale {
+  void* scale;
+  const void* keep;  // accumulators
+};
+void scale_add_forward(const Image& x, const Image& y, const ResidualScale& factors, const Image& out,
+                       const Parallel& parallel);
+// grad_y.data may be null, and so may grad_scale.
+void scale_add_backward(const Image& grad_out, const Image& y, const ResidualScale& factors, const Image& grad_y,
+                        void* grad_scale, const Parallel& parallel);
+
 // A batch of matrices [B, D, N], N fastest in memory or (transposed) D fastest.
 struct Matrices {
   void* data;

@@ -1,0 +1,45 @@
+"""Schema, fake, autograd and autocast of scale_add; x and scale have the result's dtype, keep the accumulator's."""
+
+from __future__ import annotations
+
+import torch
+
+from .._register import like_layout, register
+
+
+def _fake(x, y, scale, keep):
+    return torch.empty_like(x)
+
+
+def _backward_fake(grad_out, y, scale, keep, need_y, need_scale):
+    return torch.empty_like(y) if need_y else y.new_empty(0), scale.new_empty(scale.shape if need_scale else 0)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx, grad_out):
+    y, scale, keep = ctx.saved_tensors
+    _, need_y, need_scale, _ = ctx.needs_input_grad
+    grad_out, grads = like_layout(grad_out, y), (None, None)
+    if need_y or need_scale:
+        grads = torch.ops.segnext_kernels.scale_add_backward(grad_out, y, scale, keep, need_y, need_scale)
+    return grad_out, grads[0] if need_y else None, grads[1] if need_scale else None, None
+
+
+def autocast(dtype, *args):
+    return args  # PyTorch's multiplication and addition promote there as elsewhere
+
+
+register(
+    "scale_add(Tensor x, Tensor y, Tensor scale, Tensor? keep) -> Tensor",
+    "scale_add_backward(Tensor grad_out, Tensor y, Tensor scale, Tensor? keep, bool need_y, bool need_scale)"
+    " -> (Tensor, Tensor)",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=autocast,
+)
+operator = torch.ops.segnext_kernels.scale_add
