@@ -88,11 +88,12 @@ class Case:
         return self.operator.partition("_")[0] if self.model else self.operator
 
     def inputs(self, layout: str | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The inputs rounded to the case's dtype (and then cast to ``dtype``), the first in the layout."""
+        """The inputs, rounded to the case's dtype and then cast to ``dtype``; the first and those of its shape in the layout."""
         given = self.input_dtype or self.dtype
         drawn = self.setup()
-        first, *rest = (tensor.to(given).to(dtype or given) if tensor.is_floating_point() else tensor for tensor in drawn)
-        inputs = [lay_out(first, layout or "contiguous"), *rest]
+        inputs = [tensor.to(given).to(dtype or given) if tensor.is_floating_point() else tensor for tensor in drawn]
+        shape = inputs[0].shape
+        inputs = [lay_out(tensor, layout or "contiguous") if tensor.shape == shape else tensor for tensor in inputs]
         return [tensor.requires_grad_(self.gradients and tensor.is_floating_point()) for tensor in inputs]
 
     def grad_out(self, y: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from segnext.model import SIZES
 
 from .case import Case
 from .models import labels_case, logits_case
-from .operators import dwconv_gelu_case, msca_strips_case, nmf_case, upsample_argmax_case, upsample_cross_entropy_case
+from .operators import (
+    dwconv_gelu_case,
+    msca_strips_case,
+    nmf_case,
+    scale_add_case,
+    upsample_argmax_case,
+    upsample_cross_entropy_case,
+)
 from .training import training_case
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,6 +36,9 @@ def _registry() -> Iterable[Case]:
     for dtype in DTYPES:
         for channels, side in T_MLPS:
             yield dwconv_gelu_case(channels, side, side, dtype)
+    for dtype in DTYPES:
+        for channels, side in T_STAGES:
+            yield scale_add_case(channels, side, side, dtype)
     for depth, rank in ((256, 16), (1024, 64)):
         yield nmf_case(depth, 4096, rank, 7, ("forward",))
         yield nmf_case(depth, 4096, rank, 6, ("backward", "step"))

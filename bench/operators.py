@@ -13,6 +13,7 @@ import segnext_kernels
 from segnext_kernels.dwconv_gelu.reference import dwconv_gelu as dwconv_gelu_reference
 from segnext_kernels.msca_strips.reference import msca_strips as msca_strips_reference
 from segnext_kernels.nmf.reference import nmf as nmf_reference
+from segnext_kernels.scale_add.reference import scale_add as scale_add_reference
 
 from . import plain
 from .case import DIRECTIONS, LAYOUTS, Case, Contender, Work, generator, image_shape
@@ -78,6 +79,31 @@ def dwconv_gelu_case(channels: int, height: int, width: int, dtype: torch.dtype,
         contenders(segnext_kernels.dwconv_gelu, plain.dwconv_gelu),
         ("forward", "backward"),
         _work(pixels, 10 * channels, 18 * pixels, dtype),
+    )
+
+
+def scale_add_case(channels: int, height: int, width: int, dtype: torch.dtype, batch: int = 2) -> Case:
+    """scale_add of two [batch, channels, height, width], of which every image keeps the second."""
+    keep = torch.ones(batch)
+
+    def setup() -> list[Tensor]:
+        draw = partial(torch.randn, generator=generator(), dtype=torch.float64)
+        image = batch, channels, height, width
+        return [draw(*image), draw(*image), draw(channels)]
+
+    def keeping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, y, scale: function(x, y, scale, keep.to(x.dtype))
+
+    pixels = batch * channels * height * width
+    return Case(
+        "scale_add",
+        image_shape(batch, channels, height, width),
+        dtype,
+        setup,
+        keeping(scale_add_reference),
+        contenders(keeping(segnext_kernels.scale_add), keeping(plain.scale_add)),
+        ("forward", "backward"),
+        lambda direction: Work(3 * pixels * dtype.itemsize, 3 * pixels),
     )
 
 

@@ -27,6 +27,10 @@ def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.conv2d(x, weight, bias, padding=1, groups=x.shape[1]))
 
 
+def scale_add(x: Tensor, y: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
+    return x + keep[:, None, None, None] * (scale[:, None, None] * y)
+
+
 def nmf(x: Tensor, bases: Tensor, steps: int) -> Tensor:
     coef = torch.softmax(x.mT @ bases, dim=-1)
     for _ in range(steps):
