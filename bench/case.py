@@ -88,7 +88,7 @@ class Case:
         return self.operator.partition("_")[0] if self.model else self.operator
 
     def inputs(self, layout: str | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The inputs, rounded to the case's dtype and then cast to ``dtype``; the first and those of its shape in the layout."""
+        """The inputs, rounded to the case's dtype and cast to ``dtype``; the first and those of its shape in the layout."""
         given = self.input_dtype or self.dtype
         drawn = self.setup()
         inputs = [tensor.to(given).to(dtype or given) if tensor.is_floating_point() else tensor for tensor in drawn]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segnext.mscan import Block
 from segnext_kernels.nn import NMF2D, AttentionModule, DWConvGELU
 
 
@@ -66,7 +67,12 @@ class PlainNMF2D(NMF2D):
         return nmf(x.flatten(2), bases.to(x.dtype), steps).view(x.shape)
 
 
-PLAIN = {AttentionModule: PlainAttentionModule, DWConvGELU: PlainDWConvGELU, NMF2D: PlainNMF2D}
+class PlainBlock(Block):
+    def update(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return x + self.drop_path(scale[:, None, None] * y)
+
+
+PLAIN = {AttentionModule: PlainAttentionModule, DWConvGELU: PlainDWConvGELU, NMF2D: PlainNMF2D, Block: PlainBlock}
 
 
 def network(model: nn.Module) -> nn.Module:

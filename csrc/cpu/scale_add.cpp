@@ -41,14 +41,15 @@ struct Factors {
 };
 
 // The product by itself, so that no multiply-add rounds it together with a sum and the result has the bits of plain PyTorch.
+// (The compiler's own barriers take vectors to pieces.)
 template <class V>
 SEGNEXT_INLINE V rounded(V product) {
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_assoc_barrier)
-  return __builtin_assoc_barrier(product);
-#elif __has_builtin(__arithmetic_fence)
-  return __arithmetic_fence(product);
-#endif
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(product));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
 #endif
   return product;
 }
@@ -87,7 +88,7 @@ void forward(const Image& x, const Image& y, const ResidualScale& f, const Image
   const Factors<A> factors(x, f);
   for (int64_t item = begin; item < end; ++item) {
     const A keep = factors.of_item(runs, item);
-    for_vectors<A>(runs, item, [&](int64_t c, int64_t i, int count) {
+    for_vectors<A>(runs, item, [&](int64_t c, int64_t i, auto count) {
       const Vector<A> scaled = factors.of_channel(runs, c) * load_count<A>(add + i, count) * keep;
       store_count<A>(to + i, load_count<A>(from + i, count) + rounded(scaled), count);
     });
@@ -106,7 +107,7 @@ void backward(const Image& grad_out, const Image& y, const ResidualScale& f, con
     const A keep = factors.of_item(runs, item);
     A* sums = partial == nullptr ? nullptr : partial + item * runs.sums();
     if (sums != nullptr) std::memset(sums, 0, sizeof(A) * runs.sums());
-    for_vectors<A>(runs, item, [&](int64_t c, int64_t i, int count) {
+    for_vectors<A>(runs, item, [&](int64_t c, int64_t i, auto count) {
       const Vector<A> g = load_count<A>(grad + i, count);
       if (to != nullptr) store_count<A>(to + i, g * keep * factors.of_channel(runs, c), count);
       if (sums == nullptr) return;
