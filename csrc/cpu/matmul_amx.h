@@ -64,6 +64,21 @@ inline void multiply_panel(const Operands<BFloat16>& operands, const LastRows& l
     std::memcpy(last_sum + m * sum_row, filled_up + m * kPanel, sizeof(float) * kPanel);
 }
 
+// Calls f(first row, number of rows as an integral constant, sums [kTileVectors][rows]) for tiles of sums [rows][32].
+template <class F>
+SEGNEXT_INLINE void for_sum_tiles(const float* sums, int64_t rows, const F& f) {
+  for_row_tiles(rows, [&](int64_t m, auto tile) {
+    constexpr int count = tile;
+    Vector<float> acc[kTileVectors][count];
+    SEGNEXT_UNROLL
+    for (int i = 0; i < count; ++i) {
+      SEGNEXT_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) acc[v][i] = load<float>(sums + (m + i) * kPanel + v * kLanes<float>);
+    }
+    f(m, tile, acc);
+  });
+}
+
 // As for_product_tiles.
 template <class F>
 SEGNEXT_INLINE void for_product_blocks(const Pixels<BFloat16>& a, const Packed<BFloat16>& w, const F& f) {
@@ -77,16 +92,7 @@ SEGNEXT_INLINE void for_product_blocks(const Pixels<BFloat16>& a, const Packed<B
     const int64_t rows = std::min(group, a.count - begin);
     for (int64_t first = 0; first < w.columns; first += kPanel) {
       multiply_panel(operands, last, begin, rows, operands.panel(first / kPanel), sums, kPanel, false);
-      for_row_tiles(rows, [&](int64_t m, auto tile) {
-        constexpr int count = tile;
-        Vector<float> acc[kTileVectors][count];
-        SEGNEXT_UNROLL
-        for (int i = 0; i < count; ++i) {
-          SEGNEXT_UNROLL
-          for (int v = 0; v < kTileVectors; ++v) acc[v][i] = load<float>(sums + (m + i) * kPanel + v * kLanes<float>);
-        }
-        f(begin + m, tile, first, acc);
-      });
+      for_sum_tiles(sums, rows, [&](int64_t m, auto tile, auto& acc) { f(begin + m, tile, first, acc); });
     }
   }
 }

@@ -156,16 +156,7 @@ SEGNEXT_INLINE void for_split_products(const SplitPixels& a, const SplitWeights&
           multiply_split<blocks>(a, begin + m, panel, k, {}, 0, out, kPanel);
         });
       }
-      for_row_tiles(rows, [&](int64_t m, auto tile) {
-        constexpr int count = tile;
-        Vector<float> acc[kTileVectors][count];
-        SEGNEXT_UNROLL
-        for (int i = 0; i < count; ++i) {
-          SEGNEXT_UNROLL
-          for (int v = 0; v < kTileVectors; ++v) acc[v][i] = load<float>(sums + (m + i) * kPanel + v * kLanes<float>);
-        }
-        f(begin + m, tile, first, acc);
-      });
+      for_sum_tiles(sums, rows, [&](int64_t m, auto tile, auto& acc) { f(begin + m, tile, first, acc); });
     }
   }
 }
