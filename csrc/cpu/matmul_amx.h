@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu/amx.h"
+#include "cpu/matmul_tiles.h"
 
 namespace segnext {
 

@@ -10,7 +10,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cpu/amx.h"
+#include "cpu/matmul_amx.h"
 
 namespace segnext {
 
@@ -138,6 +138,20 @@ SEGNEXT_INLINE void multiply_split(const SplitPixels& a, int64_t m, const BFloat
                                       out_row);
 }
 
+// sum [rows rounded up to 16][16 Halves] (+)= pixels [begin, begin + rows) * a panel, `begin` a multiple of 16
+template <int Halves = 2>
+void sum_panel_split(const SplitPixels& a, int64_t begin, int64_t rows, const BFloat16* panel, float* sum, int64_t sum_row,
+                     bool add) {
+  for (int64_t k = 0; k < a.depth; k += kSplitPart) {
+    for_blocks((rows + amx::kRows - 1) / amx::kRows * amx::kRows, [&](int64_t m, auto blocks) {
+      float *at = sum + m * sum_row, *next = at + (blocks - 1) * amx::kRows * sum_row;
+      float* const out[] = {at, at + amx::kColumns, next, next + amx::kColumns};
+      const float* const start[] = {add ? at : nullptr, out[1], next, out[3]};
+      multiply_split<blocks, Halves>(a, begin + m, panel, k, start, sum_row, out, sum_row);
+    });
+  }
+}
+
 // As for_product_tiles.
 template <class F>
 SEGNEXT_INLINE void for_split_products(const SplitPixels& a, const SplitWeights& w, const F& f) {
@@ -148,14 +162,7 @@ SEGNEXT_INLINE void for_split_products(const SplitPixels& a, const SplitWeights&
   for (int64_t begin = 0; begin < a.count; begin += group) {
     const int64_t rows = std::min(group, a.count - begin);
     for (int64_t first = 0; first < w.columns; first += kPanel) {
-      const BFloat16* panel = w.panel(first);
-      for (int64_t k = 0; k < a.depth; k += kSplitPart) {
-        for_blocks((rows + amx::kRows - 1) / amx::kRows * amx::kRows, [&](int64_t m, auto blocks) {
-          float *at = sums + m * kPanel, *next = at + (blocks - 1) * amx::kRows * kPanel;
-          float* const out[] = {at, at + amx::kColumns, next, next + amx::kColumns};
-          multiply_split<blocks>(a, begin + m, panel, k, {}, 0, out, kPanel);
-        });
-      }
+      sum_panel_split(a, begin, rows, w.panel(first), sums, kPanel, false);
       for_sum_tiles(sums, rows, [&](int64_t m, auto tile, auto& acc) { f(begin + m, tile, first, acc); });
     }
   }
@@ -164,17 +171,8 @@ SEGNEXT_INLINE void for_split_products(const SplitPixels& a, const SplitWeights&
 // sum [rows rounded up to 16][columns rounded up to panels] (+)= a * w
 inline void matmul_sum_split(const SplitPixels& a, const SplitWeights& w, float* sum, int64_t sum_row, bool add) {
   const amx::Tiles tiles;
-  for (int64_t first = 0; first < w.columns; first += kPanel) {
-    const BFloat16* panel = w.panel(first);
-    for (int64_t k = 0; k < a.depth; k += kSplitPart) {
-      for_blocks((a.count + amx::kRows - 1) / amx::kRows * amx::kRows, [&](int64_t m, auto blocks) {
-        float *at = sum + m * sum_row + first, *next = at + (blocks - 1) * amx::kRows * sum_row;
-        float* const out[] = {at, at + amx::kColumns, next, next + amx::kColumns};
-        const float* const start[] = {add ? at : nullptr, out[1], next, out[3]};
-        multiply_split<blocks>(a, m, panel, k, start, sum_row, out, sum_row);
-      });
-    }
-  }
+  for (int64_t first = 0; first < w.columns; first += kPanel)
+    sum_panel_split(a, 0, a.count, w.panel(first), sum + first, sum_row, add);
 }
 
 // out + place[m] + (c / 16) group <- bias + a * w in vectors of 16 columns c; rows in multiples of 16 that lie side by side

@@ -59,10 +59,11 @@ class NmfOfFloat32 : public NmfOnTiles<NmfOfFloat32> {
     void project(float* num) const {
       const amx::Tiles tiles;
       for (int64_t r = 0; r < R_; r += kPanel) {
+        const BFloat16* panel = nmf_.bases_[image_].panel(r);
         if (r + kPanel <= R_) {
-          project_panel<2>(num, r);
+          sum_panel_split<2>(x_, 0, count_, panel, num + r, R_, false);
         } else {
-          project_panel<1>(num, r);
+          sum_panel_split<1>(x_, 0, count_, panel, num + r, R_, false);
         }
       }
     }
@@ -75,13 +76,7 @@ class NmfOfFloat32 : public NmfOnTiles<NmfOfFloat32> {
       const amx::Tiles tiles;
       for (int64_t d = 0; d < D_; d += kPanel) {
         pair_tiles(d, panel);
-        for (int64_t k = 0; k < count_; k += kSplitPart) {
-          for_blocks(R_, [&](int64_t m, auto blocks) {
-            float *at = sums + m * D_ + d, *next = at + (blocks - 1) * amx::kRows * D_;
-            float* const out[] = {at, at + amx::kColumns, next, next + amx::kColumns};
-            multiply_split<blocks>(left, m, panel, k, {add ? at : nullptr, out[1], next, out[3]}, D_, out, D_);
-          });
-        }
+        sum_panel_split(left, 0, R_, panel, sums + d, D_, add);
       }
     }
 
@@ -96,18 +91,6 @@ class NmfOfFloat32 : public NmfOnTiles<NmfOfFloat32> {
     }
 
    private:
-    // num columns from r on
-    template <int Halves>
-    void project_panel(float* num, int64_t r) const {
-      for (int64_t k = 0; k < D_; k += kSplitPart) {
-        for_blocks(count_, [&](int64_t m, auto blocks) {
-          float *at = num + m * R_ + r, *next = at + (blocks - 1) * amx::kRows * R_;
-          float* const out[] = {at, at + amx::kColumns, next, next + amx::kColumns};
-          multiply_split<blocks, Halves>(x_, m, nmf_.bases_[image_].panel(r), k, {}, 0, out, R_);
-        });
-      }
-    }
-
     // panel [count / 32][kParts][2 halves][16 pairs of rows n and n + 16][16 columns from d on][2]
     void pair_tiles(int64_t d, BFloat16* panel) const {
       typedef VectorN<uint32_t, L> U;

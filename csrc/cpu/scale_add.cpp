@@ -69,16 +69,6 @@ SEGNEXT_INLINE void for_vectors(const Runs<A>& runs, int64_t item, const F& f) {
   for (int64_t p = part * runs.per_run; p < end; ++p) run((n * runs.pixels + p) * runs.channels, runs.channels, 0, 1);
 }
 
-template <class A, class T>
-SEGNEXT_INLINE Vector<A> load_count(const T* p, int count) {
-  return count == kLanes<A> ? load_as<A>(p) : load_some<A>(p, count);
-}
-
-template <class A, class T>
-SEGNEXT_INLINE void store_count(T* p, Vector<A> v, int count) {
-  count == kLanes<A> ? store_as<A>(p, v) : store_some<A>(p, v, count);
-}
-
 template <class A, class X, class Y>
 void forward(const Image& x, const Image& y, const ResidualScale& f, const Image& out, int64_t begin, int64_t end) {
   const Runs<A> runs(x);
@@ -89,8 +79,8 @@ void forward(const Image& x, const Image& y, const ResidualScale& f, const Image
   for (int64_t item = begin; item < end; ++item) {
     const A keep = factors.of_item(runs, item);
     for_vectors<A>(runs, item, [&](int64_t c, int64_t i, auto count) {
-      const Vector<A> scaled = factors.of_channel(runs, c) * load_count<A>(add + i, count) * keep;
-      store_count<A>(to + i, load_count<A>(from + i, count) + rounded(scaled), count);
+      const Vector<A> scaled = factors.of_channel(runs, c) * load_lanes<A>(add + i, count) * keep;
+      store_lanes<A>(to + i, load_lanes<A>(from + i, count) + rounded(scaled), count);
     });
   }
 }
@@ -108,11 +98,11 @@ void backward(const Image& grad_out, const Image& y, const ResidualScale& f, con
     A* sums = partial == nullptr ? nullptr : partial + item * runs.sums();
     if (sums != nullptr) std::memset(sums, 0, sizeof(A) * runs.sums());
     for_vectors<A>(runs, item, [&](int64_t c, int64_t i, auto count) {
-      const Vector<A> g = load_count<A>(grad + i, count);
-      if (to != nullptr) store_count<A>(to + i, g * keep * factors.of_channel(runs, c), count);
+      const Vector<A> g = load_lanes<A>(grad + i, count);
+      if (to != nullptr) store_lanes<A>(to + i, g * keep * factors.of_channel(runs, c), count);
       if (sums == nullptr) return;
       A* sum = runs.channels_last ? sums + c : sums;
-      store<A>(sum, load<A>(sum) + g * load_count<A>(in + i, count));
+      store<A>(sum, load<A>(sum) + g * load_lanes<A>(in + i, count));
     });
   }
 }

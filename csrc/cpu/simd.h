@@ -208,6 +208,17 @@ SEGNEXT_INLINE void store_some(T* p, Vector<A> v, int count) {
   std::memcpy(p, lanes, sizeof(T) * count);
 }
 
+// As the above for a count that may be all.
+template <class A = float, class T>
+SEGNEXT_INLINE Vector<A> load_lanes(const T* p, int count) {
+  return count == kLanes<A> ? load_as<A>(p) : load_some<A>(p, count);
+}
+
+template <class A = float, class T>
+SEGNEXT_INLINE void store_lanes(T* p, Vector<A> v, int count) {
+  count == kLanes<A> ? store_as<A>(p, v) : store_some<A>(p, v, count);
+}
+
 template <class A, int... I>
 SEGNEXT_INLINE std::pair<Vector<A>, Vector<A>> interleave(Vector<A> a, Vector<A> b, std::integer_sequence<int, I...>) {
   constexpr int n = kLanes<A>;

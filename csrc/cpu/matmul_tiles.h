@@ -1,0 +1,182 @@
+// The operands of products and the micro-kernel that multiplies them in registers. Part of matmul.h.
+//
+// A panel holds 32 columns of the weights, so that a tile of 8 rows by 32 columns is summed in registers while its operands
+// come from the first two caches. Every sum runs over the depth in order, wherever the tiles begin.
+#pragma once
+#include "cpu/image.h"
+
+namespace segnext {
+
+inline constexpr int kPanel = 32;                           // columns that are packed together
+inline constexpr int kTileRows = kRegisters == 32 ? 8 : 4;  // what the registers hold of two vectors each
+inline constexpr int kTileVectors = 2;
+
+// bfloat16 is multiplied in pairs by the processor's dot products where it has them; elsewhere it is widened first.
+#if defined(__AVX512BF16__)
+template <class T>
+using Operand = T;
+#else
+template <class T>
+using Operand = float;
+#endif
+
+// Weights in panels, zero past the last column: float [panels][depth][32], bfloat16 [panels][depth / 2, rounded up][32][2].
+template <class T>
+struct Packed {
+  const T* data;
+  int64_t depth, columns, panel_size;
+
+  Packed(const T* data, int64_t depth, int64_t columns)
+      : data(data), depth(depth), columns(columns), panel_size((depth + depth % step()) * kPanel) {}
+  static constexpr int step() { return std::is_same_v<T, float> ? 1 : 2; }
+  // Some rows of the weights, the first of them even; some columns, the first of them a panel's.
+  Packed rows(int64_t first, int64_t last) const { return {data + first * kPanel, last - first, columns, panel_size}; }
+  Packed from_column(int64_t first, int64_t last) const {
+    return {data + first / kPanel * panel_size, depth, last - first, panel_size};
+  }
+
+ private:
+  Packed(const T* data, int64_t depth, int64_t columns, int64_t panel_size)
+      : data(data), depth(depth), columns(columns), panel_size(panel_size) {}
+};
+
+// What the depth of a product is filled up to with zeros: pairs for dot products, whole tiles for AMX.
+#if defined(__AMX_BF16__)
+template <class T>
+inline constexpr int kDepthStep = std::is_same_v<T, float> ? 1 : 32;
+#else
+template <class T>
+inline constexpr int kDepthStep = Packed<Operand<T>>::step();
+#endif
+
+template <class T>
+constexpr int64_t filled(int64_t depth) {
+  return (depth + kDepthStep<T> - 1) / kDepthStep<T> * kDepthStep<T>;
+}
+
+// Rows of pixels, `depth` elements each, `row` elements apart; `zeros`: each row has zeros up to the filled depth.
+template <class T>
+struct Pixels {
+  const T* data;
+  int64_t row, count, depth;
+  bool zeros = false;
+};
+
+// sum += the product of one element of the left side with a vector of the right, or of a pair with a vector of pairs.
+SEGNEXT_INLINE void multiply_add(Vector<float>& sum, const float* left, const float* right) {
+  sum += *left * load<float>(right);
+}
+
+#if defined(__AVX512BF16__)
+SEGNEXT_INLINE void multiply_add(Vector<float>& sum, const BFloat16* left, const BFloat16* right) {
+  int32_t pair;
+  std::memcpy(&pair, left, sizeof pair);
+  const __m512 dot =
+      _mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(right));
+  sum = bit_cast<Vector<float>>(dot);
+}
+#endif
+
+// acc[v][m] += row m of left [M][depth] * vector v of a panel
+template <int M, class O>
+SEGNEXT_INLINE void multiply_tile(const O* left, int64_t left_row, const O* right, int64_t depth,
+                                  Vector<float> (&acc)[kTileVectors][M]) {
+  constexpr int step = Packed<O>::step();
+  for (int64_t k = 0; k < depth; k += step, right += step * kPanel) {
+    SEGNEXT_UNROLL
+    for (int m = 0; m < M; ++m) {
+      SEGNEXT_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) multiply_add(acc[v][m], left + m * left_row + k, right + v * kLanes<float> * step);
+    }
+  }
+}
+
+// The operands of one product in the form that the micro-kernels take: as they are, or in scratch memory, widened or filled up
+// with zeros.
+template <class T>
+class Operands {
+  typedef Operand<T> O;
+  static constexpr bool kSame = std::is_same_v<O, T>;
+
+ public:
+  Operands(const Pixels<T>& a, const Packed<T>& w)
+      : w_(w),
+        depth_(filled<T>(a.depth)),
+        staged_(!kSame || (depth_ != a.depth && !a.zeros)),
+        left_(staged_ ? a.count * depth_ : 0),
+        panel_(kSame && depth_ == packed_depth() ? 0 : depth_ * kPanel),
+        data_(nullptr),
+        row_(staged_ ? depth_ : a.row) {
+    if constexpr (kSame) data_ = a.data;
+    if (!staged_) return;
+    for (int64_t m = 0; m < a.count; ++m) copy(a.data + m * a.row, a.depth, left_ + m * depth_);
+    data_ = left_;
+  }
+  const O* left() const { return data_; }
+  int64_t row() const { return row_; }
+  int64_t depth() const { return depth_; }
+  const O* panel(int64_t p) const {
+    const T* panel = w_.data + p * w_.panel_size;
+    if constexpr (kSame) {
+      if (depth_ == packed_depth()) return panel;
+      std::memcpy(panel_, panel, sizeof(T) * packed_depth() * kPanel);
+      std::memset(panel_ + packed_depth() * kPanel, 0, sizeof(T) * (depth_ - packed_depth()) * kPanel);
+      return panel_;
+    } else {
+      for (int64_t k = 0; k < depth_; ++k) {
+        for (int i = 0; i < kPanel; ++i) panel_[k * kPanel + i] = widen(panel[(k / 2 * kPanel + i) * 2 + k % 2]);
+      }
+      return panel_;
+    }
+  }
+
+ private:
+  int64_t packed_depth() const { return w_.depth + w_.depth % Packed<T>::step(); }
+  void copy(const T* from, int64_t count, O* to) {
+    for (int64_t k = 0; k < count; ++k) {
+      if constexpr (kSame) {
+        to[k] = from[k];
+      } else {
+        to[k] = widen(from[k]);
+      }
+    }
+    for (int64_t k = count; k < depth_; ++k) to[k] = O{};
+  }
+
+  const Packed<T> w_;
+  const int64_t depth_;
+  const bool staged_;
+  Buffer<O> left_, panel_;
+  const O* data_;
+  const int64_t row_;
+};
+
+// Calls f(first row, number of rows as an integral constant) for tiles of `rows` rows.
+template <class F>
+SEGNEXT_INLINE void for_row_tiles(int64_t rows, const F& f) {
+  int64_t m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows) f(m, std::integral_constant<int, kTileRows>{});
+  if constexpr (kTileRows > 4) {
+    for (; m + 4 <= rows; m += 4) f(m, std::integral_constant<int, 4>{});
+  }
+  for (; m < rows; ++m) f(m, std::integral_constant<int, 1>{});
+}
+
+// Calls f(first row, number of rows as an integral constant, first column, sums [kTileVectors][rows]) for every tile of a * w.
+template <class T, class F>
+SEGNEXT_INLINE void for_product_tiles(const Pixels<T>& a, const Packed<T>& w, const F& f) {
+  const Operands<T> operands(a, w);
+  for (int64_t first = 0; first < w.columns; first += kPanel) {
+    const auto* panel = operands.panel(first / kPanel);
+    for_row_tiles(a.count, [&](int64_t m, auto rows) {
+      for (int column = 0; column < kPanel; column += kTileVectors * kLanes<float>) {
+        Vector<float> acc[kTileVectors][rows] = {};
+        multiply_tile<rows>(operands.left() + m * operands.row(), operands.row(), panel + column * Packed<Operand<T>>::step(),
+                            operands.depth(), acc);
+        f(m, rows, first + column, acc);
+      }
+    });
+  }
+}
+
+}  // namespace segnext
