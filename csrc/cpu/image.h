@@ -5,19 +5,10 @@
 #include <new>
 #include <utility>
 
+#include "arguments.h"
 #include "cpu/simd.h"
 
 namespace segnext {
-
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kHalf };
-
-// [N, C, H, W], dense, in either layout.
-struct Image {
-  void* data;
-  Dtype dtype;
-  bool channels_last;
-  int64_t images, channels, height, width;
-};
 
 // How work is cut into items: one group of kLanes channels of one image each.
 template <class A>

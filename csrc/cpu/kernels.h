@@ -22,20 +22,11 @@ void with_accumulator(Dtype dtype, const F& f) {
   dtype == Dtype::kFloat64 ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
 }
 
-// msca_strips: w5, b5, then row filter, bias, column filter, bias for the branches 7, 11, 21.
-inline constexpr int kStripTensors = 14;
-inline constexpr int kStripTaps[kStripTensors] = {25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1};
-struct StripFilters {
-  void* tensors[kStripTensors];
-};
 void msca_strips_forward(const Image& x, const StripFilters& filters, const Image& y, const Parallel& parallel);
 // grad_x.data may be null, and so may grads.
 void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x,
                           const StripFilters* grads, const Parallel& parallel);
 
-struct DepthwiseFilter {
-  void *weight, *bias;
-};
 void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Image& y, const Parallel& parallel);
 void dwconv_gelu_backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x,
                           const DepthwiseFilter* grads, const Parallel& parallel);

@@ -8,9 +8,6 @@
 
 namespace segnext {
 
-inline constexpr int kBranches = 3;
-inline constexpr int kBranchTaps[kBranches] = {7, 11, 21};
-inline constexpr int kReach = 10;     // of the longest branch
 inline constexpr int kStripRows = 4;  // output rows computed together, so that a row read from the ring serves several
 inline constexpr int kWindow = kStripRows + 2 * kReach;
 

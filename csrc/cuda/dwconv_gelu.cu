@@ -1,0 +1,251 @@
+// dwconv_gelu: a 3x3 depthwise convolution, its bias and GELU in one pass; backward computes the convolution again.
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/stencil.h"
+#include "cuda/sums.h"
+
+namespace segnext::cuda {
+namespace {
+
+constexpr int kTaps = 10;        // of a channel: the filter and the bias
+constexpr int kTapStride = 12;   // in shared memory
+constexpr int kPad = 4;          // columns beside a tile's in shared memory; one of them is read
+constexpr int kMostThreads = 256;
+
+// In shared memory, for forward: the taps, the ring of x, kRows rows of y in channels_last, what is on its way from memory.
+// Backward has the ring of dz too, and rows of the output's gradient.
+struct Arrays {
+  Layout layout;
+  int x_pad, taps, x, dz, rows, staging, grad_staging;
+  __host__ __device__ Arrays(const Tiling& t, bool backward, int staging_bytes, float* memory)
+      : layout(memory),
+        x_pad(backward ? 2 * kPad : kPad),
+        taps(layout.take(t.tile_channels * kTapStride)),
+        x(layout.take(t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * x_pad))),
+        dz(layout.take(backward ? t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) : 0)),
+        rows(layout.take(backward || t.channels_last ? t.tile_channels * plane_stride(kRows, t.tile_columns + 2 * kPad) : 0)),
+        staging(layout.take(staging_bytes / 4)),
+        grad_staging(layout.take(backward ? staging_bytes / 4 : 0)) {}
+};
+
+template <class T, bool kLast>
+__host__ __device__ Arrays arrays(const Tiling& t, bool backward, float* memory) {
+  return {t, backward, RowMover<T, kLast>::staging_bytes(t, t.tile_columns + 4), memory};
+}
+
+template <class T>
+__device__ void load_taps(const DepthwiseFilter& filter, const Tile& tile, float* taps) {
+  const T *weight = static_cast<const T*>(filter.weight), *bias = static_cast<const T*>(filter.bias);
+  for (int i = threadIdx.x; i < tile.channels * kTaps; i += blockDim.x) {
+    const int channel = i / kTaps, tap = i - channel * kTaps;
+    const int64_t c = tile.channel + channel;
+    const T* from = tap < kTaps - 1 ? weight + c * (kTaps - 1) + tap : bias + c;
+    taps[channel * kTapStride + tap] = to_float(read<1>(from)[0]);
+  }
+}
+
+__device__ float gelu(float z) { return 0.5f * z * (1 + erff(z * 0.70710678f)); }
+__device__ float gelu_slope(float z) { return 0.5f * (1 + erff(z * 0.70710678f)) + z * 0.39894228f * expf(-0.5f * z * z); }
+
+// A thread's own task: a pair of rows, four columns of one channel.
+struct Own {
+  int channel, pair, column;
+  __device__ Own(const Tiling& t, const Tile& tile) : channel(threadIdx.x / t.per_channel) {
+    const int place = threadIdx.x - channel * t.per_channel, groups = t.tile_columns / kTaskColumns;
+    pair = place / groups * kTaskRows;
+    column = tile.column + place % groups * kTaskColumns;
+  }
+};
+
+template <class T, bool kLast>
+__global__ void __launch_bounds__(kMostThreads)
+    convolution(const Tiling t, const void* x, const DepthwiseFilter filter, void* y) {
+  SEGNEXT_SHARED(memory);
+  float* shared = reinterpret_cast<float*>(memory);
+  const Arrays at = arrays<T, kLast>(t, false, shared);
+  const Tile tile(t);
+  const int end = tile.column + t.tile_columns, pitch = t.tile_columns + 2 * kPad;
+  const RowMover<T, kLast> rows(x, t, tile, tile.column - 1, end + 1, shared + at.staging);
+  const Planes xs = {shared + at.x, pitch, plane_stride(kRing, pitch), tile.column - kPad};
+  const Planes ys = {shared + at.rows, pitch, plane_stride(kRows, pitch), tile.column - kPad};
+  clear(xs, t.tile_channels);
+  load_taps<T>(filter, tile, shared + at.taps);
+  __syncthreads();
+
+  const Own own(t, tile);
+  const bool active = own.channel < tile.channels;
+  T* plane = static_cast<T*>(y) + (tile.image * t.channels + tile.channel + own.channel) * t.height * t.width;
+  // Rows row ... row + 3 of y lie in the middle of x's rows row - 2 ... row + 5, the ring.
+  rows.fetch(tile.row - 2);
+  rows.template put<4>(tile.row - 2, xs.from_row(0));
+  rows.fetch(tile.row + 2);
+  for (int row = tile.row, parity = 0; row < tile.end_row; row += kRows, parity ^= 1) {
+    rows.template put<4>(row + 2, xs.from_row((parity ^ 1) * kRows));
+    __syncthreads();
+    rows.fetch(row + 2 + kRows);
+    if (active) {
+      float z[kTaskRows][kTaskColumns];
+      convolve<3, kPad>(xs, shared + at.taps + own.channel * kTapStride, own.channel, own.pair + 1 + parity * kRows, own.column, z);
+#pragma unroll
+      for (int o = 0; o < kTaskRows; ++o) {
+#pragma unroll
+        for (int c = 0; c < kTaskColumns; ++c) z[o][c] = gelu(z[o][c]);
+        const int out = row + own.pair + o;
+        if constexpr (kLast) {
+          write<4>(ys(own.channel, own.pair + o, own.column), {z[o][0], z[o][1], z[o][2], z[o][3]});
+        } else if (out < tile.end_row) {
+          store_columns(plane + static_cast<int64_t>(out) * t.width, own.column, t.width, t.vectors, z[o]);
+        }
+      }
+    }
+    __syncthreads();
+    if constexpr (kLast) RowMover<T, kLast>(y, t, tile, tile.column, end, nullptr).store(row, ys);
+  }
+}
+
+// dz = grad_out gelu'(z); dx is its transposed convolution, and what the filter gets is summed on the way.
+template <class T, bool kLast>
+__global__ void __launch_bounds__(kMostThreads)
+    gradients(const Tiling t, const void* grad_out, const void* x, const DepthwiseFilter filter, void* grad_x, float* partial) {
+  SEGNEXT_SHARED(memory);
+  float* shared = reinterpret_cast<float*>(memory);
+  const Arrays at = arrays<T, kLast>(t, true, shared);
+  const Tile tile(t);
+  const int end = tile.column + t.tile_columns, x_pitch = t.tile_columns + 2 * at.x_pad, pitch = t.tile_columns + 2 * kPad;
+  const RowMover<T, kLast> rows(x, t, tile, tile.column - 2, end + 2, shared + at.staging);
+  const RowMover<T, kLast> grads(grad_out, t, tile, tile.column - 1, end + 1, shared + at.grad_staging);
+  const Planes xs = {shared + at.x, x_pitch, plane_stride(kRing, x_pitch), tile.column - at.x_pad};
+  const Planes dzs = {shared + at.dz, pitch, plane_stride(kRing, pitch), tile.column - kPad};
+  const Planes gs = {shared + at.rows, pitch, plane_stride(kRows, pitch), tile.column - kPad};
+  clear(xs, t.tile_channels);
+  clear(dzs, t.tile_channels);
+  clear(gs, t.tile_channels);
+  load_taps<T>(filter, tile, shared + at.taps);
+  __syncthreads();
+
+  const Own own(t, tile);
+  const bool active = own.channel < tile.channels;
+  const float* own_taps = shared + at.taps + (active ? own.channel : 0) * kTapStride;
+  float sums[kTaps] = {};
+  // Groups of 4 columns of dz that lie in the image, of two pairs of rows for each channel.
+  const int first_group = tile.column == 0 ? kPad / 4 : 0;
+  const int groups = ceil_div(min(t.width - tile.column + kPad, pitch), 4) - first_group;
+  const Walk first_task(threadIdx.x, groups), task_step(blockDim.x, groups);
+  // Rows row ... row + 3 of dz lie in the middle of x's rows row - 2 ... row + 5, and rows row - 2 ... row + 1 of dx in the middle
+  // of dz's rows row - 4 ... row + 3.
+  int row = tile.row - 2;
+  rows.fetch(row - 2);
+  rows.template put<4>(row - 2, xs.from_row(0));
+  rows.fetch(row + 2);
+  grads.fetch(row);
+  for (int parity = 0; row - 2 < tile.end_row; row += kRows, parity ^= 1) {
+    rows.template put<4>(row + 2, xs.from_row((parity ^ 1) * kRows));
+    grads.template put<4>(row, gs);
+    __syncthreads();
+    rows.fetch(row + 2 + kRows);
+    grads.fetch(row + kRows);
+    for (Walk task = first_task; task.line < 2 * tile.channels; task.advance(task_step, groups)) {
+      const int channel = task.line / 2, pair = task.line % 2 * kTaskRows;
+      const int first = tile.column - kPad + 4 * (first_group + task.at);
+      float z[kTaskRows][kTaskColumns];
+      convolve<3, kPad>(xs, shared + at.taps + channel * kTapStride, channel, pair + 1 + parity * kRows, first, z);
+#pragma unroll
+      for (int o = 0; o < kTaskRows; ++o) {
+        const bool inside = row + pair + o >= 0 && row + pair + o < t.height;
+        auto dz = read<4>(gs(channel, pair + o, first));
+#pragma unroll
+        for (int c = 0; c < kTaskColumns; ++c) {
+          dz[c] = inside && first + c >= 0 && first + c < t.width ? dz[c] * gelu_slope(z[o][c]) : 0.0f;
+        }
+        write<4>(dzs(channel, pair + o + parity * kRows, first), dz);
+      }
+    }
+    __syncthreads();
+    const int done = row - 2;
+    const bool owes = active && done >= tile.row;
+    if (owes) {
+      float own_x[kTaskRows][kTaskColumns], dx[kTaskRows][kTaskColumns];
+#pragma unroll
+      for (int o = 0; o < kTaskRows; ++o) {
+        const auto values = read<4>(xs(own.channel, own.pair + o + parity * kRows, own.column));
+#pragma unroll
+        for (int c = 0; c < kTaskColumns; ++c) own_x[o][c] = values[c];
+      }
+      convolve_back<3, kPad>(dzs, own_taps, own.channel, own.pair + 1 + (parity ^ 1) * kRows, own.column, own_x, dx, sums);
+#pragma unroll
+      for (int o = 0; o < kTaskRows; ++o) {
+        const int out = done + own.pair + o;
+        if constexpr (kLast) {
+          write<4>(gs(own.channel, own.pair + o, own.column), {dx[o][0], dx[o][1], dx[o][2], dx[o][3]});
+        } else if (grad_x != nullptr && out < tile.end_row) {
+          T* plane = static_cast<T*>(grad_x) + (tile.image * t.channels + tile.channel + own.channel) * t.height * t.width;
+          store_columns(plane + static_cast<int64_t>(out) * t.width, own.column, t.width, t.vectors, dx[o]);
+        }
+      }
+    }
+    __syncthreads();
+    if constexpr (kLast) {
+      if (grad_x != nullptr) RowMover<T, kLast>(grad_x, t, tile, tile.column, end, nullptr).store(done, gs);
+      __syncthreads();
+    }
+  }
+  if (partial != nullptr) add_up(sums, t, tile, shared + at.x, partial);
+}
+
+template <class T>
+__global__ void reduce(const float* partial, int64_t parts, int channels, const DepthwiseFilter grads) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= channels * kTaps) return;
+  const float sum = sum_parts(partial + i, static_cast<int64_t>(channels) * kTaps, parts);
+  const int channel = i / kTaps, tap = i % kTaps;
+  T* to = tap < kTaps - 1 ? static_cast<T*>(grads.weight) + channel * (kTaps - 1) + tap : static_cast<T*>(grads.bias) + channel;
+  Vec<T, 1> rounded;
+  round_to(sum, rounded[0]);
+  write<1>(to, rounded);
+}
+
+template <class T, bool kLast>
+Tiling cut_for(const Image& x, bool backward) {
+  const auto bytes = [&](const Tiling& t) { return arrays<T, kLast>(t, backward, nullptr).layout.bytes(); };
+  return cut(x, backward ? 2 : 1, 0, kMostThreads, shared_memory_limit(), bytes);
+}
+
+}  // namespace
+
+void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Image& y, cudaStream_t stream) {
+  with_kernel(x, [&](auto* type, auto last) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr bool kLast = last;
+    Tiling t = cut_for<T, kLast>(x, false);
+    t.vectors = aligned(x) && aligned(y);
+    launch(convolution<T, kLast>, t.blocks, t.threads, arrays<T, kLast>(t, false, nullptr).layout.bytes(), stream, t, x.data, filter,
+           y.data);
+  });
+}
+
+int64_t dwconv_gelu_backward_scratch(const Image& x) {
+  int64_t floats = 0;
+  with_kernel(x, [&](auto* type, auto last) {
+    constexpr bool kLast = last;
+    floats = parts_of(cut_for<std::remove_pointer_t<decltype(type)>, kLast>(x, true), x) * x.channels * kTaps;
+  });
+  return floats;
+}
+
+void dwconv_gelu_backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x,
+                          const DepthwiseFilter* grads, float* scratch, cudaStream_t stream) {
+  with_kernel(x, [&](auto* type, auto last) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr bool kLast = last;
+    Tiling t = cut_for<T, kLast>(x, true);
+    t.vectors = aligned(x) && aligned(grad_out) && (grad_x.data == nullptr || aligned(grad_x));
+    launch(gradients<T, kLast>, t.blocks, t.threads, arrays<T, kLast>(t, true, nullptr).layout.bytes(), stream, t, grad_out.data,
+           x.data, filter, grad_x.data, grads == nullptr ? nullptr : scratch);
+    if (grads == nullptr) return;
+    const int outputs = static_cast<int>(x.channels) * kTaps;
+    launch(reduce<T>, ceil_div(outputs, 128), 128, 0, stream, static_cast<const float*>(scratch), parts_of(t, x),
+           static_cast<int>(x.channels), *grads);
+  });
+}
+
+}  // namespace segnext::cuda
