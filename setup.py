@@ -1,8 +1,10 @@
-"""Builds one CPU library per instruction set, all under torch's stable ABI and Python's abi3, with ninja."""
+"""Builds one CPU library per instruction set, and one for CUDA, all under torch's stable ABI and Python's abi3, with ninja."""
 
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -54,10 +56,79 @@ def instruction_sets() -> dict[str, list[str]]:
     return known
 
 
+def cuda_home() -> Path | None:
+    """The toolkit's folder: CUDA_HOME, or the one that the nvcc on PATH, which may be a wrapper, says it belongs to."""
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home) if Path(home, "bin", "nvcc").exists() else None
+    if shutil.which("nvcc") is None:
+        return None
+    trial = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(.+)", trial)
+    return Path(top[1]).resolve() if top else None
+
+
+def cuda_architectures(home: Path) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, else those of torch from Turing on that nvcc knows, such as "9.0", the last as PTX too."""
+    import torch
+
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return re.split(r"[ ;]+", listed.strip(" ;"))
+    flags = torch._C._cuda_getArchFlags() if torch.version.cuda else "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
+    known = subprocess.run([home / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    names = sorted({int(name[3:]) for name in flags.split() if name[3:].isdigit() and name in known and int(name[3:]) >= 75})
+    return [f"{name // 10}.{name % 10}" for name in names[:-1]] + [f"{names[-1] // 10}.{names[-1] % 10}+PTX"]
+
+
+def cuda_extension() -> Extension | None:
+    """None where CUDA is not asked for: FORCE_CUDA=1 asks, FORCE_CUDA=0 declines, else torch's own CUDA and an nvcc of its major."""
+    import torch
+
+    wanted, home = os.environ.get("FORCE_CUDA"), cuda_home()
+    if wanted == "1" and home is None:
+        raise SystemExit("segnext-kernels: FORCE_CUDA=1, but there is no nvcc: put it on PATH, or name its toolkit in CUDA_HOME")
+    reason = None
+    if wanted == "0":
+        reason = "FORCE_CUDA=0"
+    elif wanted != "1" and torch.version.cuda is None:
+        reason = "this torch has no CUDA (FORCE_CUDA=1 builds it nevertheless)"
+    elif home is None:
+        reason = "there is no nvcc on PATH, nor a toolkit in CUDA_HOME"
+    elif wanted != "1":
+        version = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)", version)
+        if release is None or release[1] != torch.version.cuda.split(".")[0]:
+            reason = f"nvcc is {release[1] if release else 'unknown'}, torch has CUDA {torch.version.cuda}"
+    if reason is not None:
+        print(f"segnext-kernels: the CUDA kernels are left out: {reason}")
+        return None
+    os.environ["CUDA_HOME"] = str(home)  # before torch.utils.cpp_extension looks for it
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(home)
+    architectures = cuda_architectures(home)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
+    print(f"segnext-kernels: the CUDA kernels are built for {', '.join(architectures)}")
+    facts = [TORCH_TARGET, f'-DSEGNEXT_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
+    return cpp_extension.CppExtension(
+        "segnext_kernels._C_cuda",
+        ["csrc/bindings_cuda.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))],
+        include_dirs=[str(Path("csrc").resolve()), str(home / "include")],
+        library_dirs=[str(home / "lib64")],
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+        extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"],  # whose libtorch_cuda knows the stream
+        extra_compile_args={
+            "cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", "-Wall", *facts],
+            "nvcc": ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden", "--threads", "2"],
+        },
+        py_limited_api=True,
+    )
+
+
 def extensions() -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension
 
-    sources = sorted(str(path) for pattern in ("bindings*.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern))
+    cuda = cuda_extension()
+    sources = sorted(str(path) for pattern in ("bindings.cpp", "bindings_inference.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern))
     cpu = Extension(
         "segnext_kernels._cpu",
         ["csrc/cpu_features.cpp"],
@@ -74,7 +145,7 @@ def extensions() -> list[Extension]:
             py_limited_api=True,
         )
         for isa, flags in instruction_sets().items()
-    ]
+    ] + ([cuda] if cuda else [])
 
 
 if os.environ.get(COMPILE_VARIABLE, "1") == "0":

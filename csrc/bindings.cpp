@@ -1,5 +1,5 @@
 // The registration of the operators' CPU kernels. Only the bindings know torch; the schemas are Python's.
-#include "tensors.h"
+#include "threads.h"
 
 namespace {
 
@@ -56,17 +56,6 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   segnext::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr()}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
                                 need_weights ? &grads : nullptr, parallel());
   return {grad_x, grad_weight, grad_bias};
-}
-
-// t, or a copy of it, in x's layout and its own dtype: a traced graph may bring another layout than was traced.
-Tensor arranged_like(const Tensor& t, const Image& x, const char* name) {
-  const Image other = image(t, name);
-  STD_TORCH_CHECK(other.images == x.images && other.channels == x.channels && other.height == x.height &&
-                      other.width == x.width && (other.dtype == Dtype::kFloat64) == (x.dtype == Dtype::kFloat64),
-                  "segnext_kernels: ", name, " must have the shape of x and go with its dtype");
-  if (t.numel() == 0 || other.channels_last == x.channels_last) return t;
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::contiguous(t, x.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 ResidualScale residual_scale(const Tensor& scale, const std::optional<Tensor>& keep, const Image& x) {

@@ -1,5 +1,5 @@
 // The registration of the operators that serve inference alone.
-#include "tensors.h"
+#include "threads.h"
 
 namespace {
 

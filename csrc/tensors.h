@@ -1,4 +1,4 @@
-// Tensors -> pointers, with the checks that memory safety needs. For the bindings alone.
+// Tensors -> pointers, with the checks that memory safety needs. For the bindings alone; SEGNEXT_CUDA says that tensors are on a GPU.
 #pragma once
 #undef Py_LIMITED_API  // torch's build adds its own
 #define Py_LIMITED_API 0x030a0000
@@ -13,12 +13,20 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "arguments.h"
 
 namespace segnext::tensors {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+#ifdef SEGNEXT_CUDA
+inline constexpr char kDevice[] = "a CUDA device";
+inline bool on_device(const Tensor& t) { return t.is_cuda(); }
+#else
+inline constexpr char kDevice[] = "the CPU";
+inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+#endif
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -46,7 +54,7 @@ inline bool dense(const Tensor& t, std::initializer_list<int> order) {
 }
 
 inline Image image(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4, "segnext_kernels: ", name, " must be a CPU tensor [N, C, H, W]");
+  STD_TORCH_CHECK(on_device(t) && t.dim() == 4, "segnext_kernels: ", name, " must be a tensor [N, C, H, W] on ", kDevice);
   const bool contiguous = t.numel() == 0 || dense(t, {0, 1, 2, 3});
   STD_TORCH_CHECK(contiguous || dense(t, {0, 2, 3, 1}), "segnext_kernels: ", name, " must be contiguous or channels_last");
   return {t.data_ptr(), dtype_of(t, name), !contiguous, t.size(0), t.size(1), t.size(2), t.size(3)};
@@ -60,10 +68,21 @@ inline Image image_like(const Tensor& t, const Image& x, const char* name) {
   return other;
 }
 
+// t, or a copy of it, in x's layout and its own dtype: a traced graph may bring another layout than was traced.
+inline Tensor arranged_like(const Tensor& t, const Image& x, const char* name) {
+  const Image other = image(t, name);
+  STD_TORCH_CHECK(other.images == x.images && other.channels == x.channels && other.height == x.height &&
+                      other.width == x.width && (other.dtype == Dtype::kFloat64) == (x.dtype == Dtype::kFloat64),
+                  "segnext_kernels: ", name, " must have the shape of x and go with its dtype");
+  if (t.numel() == 0 || other.channels_last == x.channels_last) return t;
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(t, x.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
 // A filter's or bias' memory; `count` elements of x's dtype. The caller keeps the returned tensor alive.
 inline Tensor filter(const Tensor& t, const Image& x, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && dtype_of(t, name) == x.dtype && t.numel() == x.channels * count, "segnext_kernels: ", name,
-                  " must hold ", x.channels * count, " elements of x's dtype on the CPU");
+  STD_TORCH_CHECK(on_device(t) && dtype_of(t, name) == x.dtype && t.numel() == x.channels * count, "segnext_kernels: ", name,
+                  " must hold ", x.channels * count, " elements of x's dtype on ", kDevice);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
@@ -74,7 +93,7 @@ struct Filters {
 
 inline Filters strip_filters(const std::vector<Tensor>& weights, const Image& x) {
   STD_TORCH_CHECK(weights.size() == kStripTensors,
-                  "segnext_kernels: msca_strips on the CPU takes the 5x5 filter and branches of 7, 11 and 21 taps: 14 tensors");
+                  "segnext_kernels: msca_strips takes the 5x5 filter and branches of 7, 11 and 21 taps: 14 tensors");
   Filters filters;
   for (int i = 0; i < kStripTensors; ++i) {
     filters.kept.push_back(filter(weights[i], x, kStripTaps[i], ("weights[" + std::to_string(i) + "]").c_str()));
@@ -85,11 +104,5 @@ inline Filters strip_filters(const std::vector<Tensor>& weights, const Image& x)
 
 inline Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
 inline Tensor empty(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
-
-inline Parallel parallel() {
-  return {torch::stable::get_num_threads(), [](int64_t items, const Range& body) {
-            if (items > 0) torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
-          }};
-}
 
 }  // namespace segnext::tensors

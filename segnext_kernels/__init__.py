@@ -8,7 +8,8 @@ import torch
 
 from . import _load
 from ._pack import pack
-from ._select import ABSENT, explain
+from ._select import explain
+from ._select import missing as _missing
 from .conv_act import conv_act
 from .dwconv_gelu import dwconv_gelu
 from .group_norm_relu import group_norm_relu
@@ -46,15 +47,14 @@ def build_info() -> dict[str, object]:
     Returns:
         version: of this package. torch_running: of the torch in use. torch_built, compiler: of the build, None without one.
         isa: the instruction set in use ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline") or None.
-        cuda_architectures: a list, empty without CUDA kernels. missing: for every absent backend one sentence that says why.
+        cuda_architectures: that the CUDA kernels were compiled for, empty without them. missing: for every absent backend one sentence that says why.
     """
-    missing = ABSENT | ({"cpu": _load.failure} if _load.failure is not None else {})
     return {
         "version": __version__,
         "isa": _load.facts.get("isa"),
         "torch_built": _load.facts.get("torch"),
         "torch_running": torch.__version__,
         "compiler": _load.facts.get("compiler"),
-        "cuda_architectures": [],
-        "missing": missing,
+        "cuda_architectures": list(_load.cuda_architectures),
+        "missing": _missing(),
     }

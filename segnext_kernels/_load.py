@@ -1,7 +1,8 @@
-"""Finds and loads the compiled library that fits this processor; says what is missing and why."""
+"""Finds and loads the compiled libraries, one that fits this processor and one for CUDA; says what is missing and why."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 
@@ -18,7 +19,10 @@ _LIBRARIES = {
 ISA_VARIABLE = "SEGNEXT_KERNELS_ISA"
 BUILD_VARIABLE = "SEGNEXT_KERNELS_COMPILE"
 
+CUDA_VARIABLE = "FORCE_CUDA"
+
 facts: dict[str, str] = {}  # what the loaded library says of its own build
+cuda_architectures: list[str] = []  # that the CUDA library was compiled for, such as "9.0" or, with PTX, "12.0+PTX"
 
 
 def _load(wanted: str | None) -> str | None:
@@ -51,7 +55,35 @@ def _load(wanted: str | None) -> str | None:
     return reason
 
 
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA"
+    try:
+        library = importlib.import_module("segnext_kernels._C_cuda")
+    except ModuleNotFoundError:
+        return (
+            "the CUDA kernels were not built: that takes nvcc of torch's CUDA version at installation"
+            f" (CUDA_HOME names the toolkit, {CUDA_VARIABLE}=1 makes its lack an error)"
+        )
+    except ImportError as error:
+        return f"the CUDA kernels did not load under torch {torch.__version__}: {error}"
+    cuda_architectures.extend(library.facts()["architectures"].split())
+    return None
+
+
+@functools.cache
+def why_not_on_gpu(index: int) -> str | None:
+    """Why the CUDA kernels do not run on this GPU, or None if they do."""
+    own = torch.cuda.get_device_capability(index)
+    for name in cuda_architectures:
+        built = tuple(map(int, name.removesuffix("+PTX").split(".")))
+        if (built[0] == own[0] and built <= own) or (name.endswith("+PTX") and built <= own):
+            return None
+    return f"the CUDA kernels were built for {', '.join(cuda_architectures)}, this GPU is {own[0]}.{own[1]}"
+
+
 _wanted = os.environ.get(ISA_VARIABLE)
 failure = _load(_wanted)  # why there are no compiled CPU kernels; None where they are loaded
 if _wanted and failure:
     raise ImportError(f"{ISA_VARIABLE}={_wanted}: {failure}")
+cuda_failure = _load_cuda()  # why there are no CUDA kernels; None where they are loaded

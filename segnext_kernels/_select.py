@@ -23,7 +23,9 @@ OPERATORS = (
 )
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_BRANCHES = (7, 11, 21)
-ABSENT = {"cuda": "this version has no CUDA kernels", "triton": "this version has no Triton kernels"}
+CUDA_OPERATORS = ("msca_strips", "dwconv_gelu")
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ABSENT = {"triton": "this version has no Triton kernels"}
 
 
 def why_not(backend: str, operator: str, x: Tensor, branch_sizes: tuple[int, ...] = COMPILED_BRANCHES) -> str | None:
@@ -34,10 +36,32 @@ def why_not(backend: str, operator: str, x: Tensor, branch_sizes: tuple[int, ...
         return f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}"
     if backend in ABSENT:
         return ABSENT[backend]
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}, the compiled kernels are for the CPU"
-    if _load.failure is not None:
-        return _load.failure
+    return _why_not_compiled(backend, operator, x) or _why_not_called(operator, branch_sizes)
+
+
+def missing() -> dict[str, str]:
+    """For every backend that is absent altogether, why."""
+    failures = {"cuda": _load.cuda_failure, "cpu": _load.failure}
+    return ABSENT | {name: reason for name, reason in failures.items() if reason is not None}
+
+
+def _why_not_compiled(backend: str, operator: str, x: Tensor) -> str | None:
+    if backend == "cpu":
+        return f"x is on {x.device.type}, these kernels are for the CPU" if x.device.type != "cpu" else _load.failure
+    if operator not in CUDA_OPERATORS:
+        return f"the CUDA kernels are for {' and '.join(CUDA_OPERATORS)}"
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}, these kernels are for CUDA"
+    if _load.cuda_failure is not None:
+        return _load.cuda_failure
+    if x.dtype not in CUDA_DTYPES:
+        return f"the CUDA kernels are for float32, bfloat16 and float16, x is {str(x.dtype).removeprefix('torch.')}"
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():  # tensors without a GPU are fake ones
+        return None
+    return _load.why_not_on_gpu(x.get_device())
+
+
+def _why_not_called(operator: str, branch_sizes: tuple[int, ...]) -> str | None:
     if _transformed():
         return "torch.func's transforms and forward-mode derivatives see through plain PyTorch only"
     if operator == "msca_strips" and branch_sizes != COMPILED_BRANCHES:

@@ -71,7 +71,7 @@ def test_explain_without_compiled_kernels(operator, monkeypatch):
 
 def test_explain_other_device():
     answer = explain("nmf", torch.ones(1, 2, 3, device="meta"))
-    assert answer["cpu"] == "x is on meta, the compiled kernels are for the CPU"
+    assert answer["cpu"] == "x is on meta, these kernels are for the CPU"
     assert answer["reference"] == "serves"
 
 

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMostThreads)
   for (int row = tile.row, parity = 0; row < tile.end_row; row += kRows, parity ^= 1) {
     rows.template put<4>(row + 2, xs.from_row((parity ^ 1) * kRows));
     __syncthreads();
-    rows.fetch(row + 2 + kRows);
+    if (row + kRows < tile.end_row) rows.fetch(row + 2 + kRows);
     if (active) {
       float z[kTaskRows][kTaskColumns];
       convolve<3, kPad>(xs, shared + at.taps + own.channel * kTapStride, own.channel, own.pair + 1 + parity * kRows, own.column, z);
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
 // dz = grad_out gelu'(z); dx is its transposed convolution, and what the filter gets is summed on the way.
 template <class T, bool kLast>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 2)
     gradients(const Tiling t, const void* grad_out, const void* x, const DepthwiseFilter filter, void* grad_x, float* partial) {
   SEGNEXT_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -142,8 +142,10 @@ __global__ void __launch_bounds__(kMostThreads)
     rows.template put<4>(row + 2, xs.from_row((parity ^ 1) * kRows));
     grads.template put<4>(row, gs);
     __syncthreads();
-    rows.fetch(row + 2 + kRows);
-    grads.fetch(row + kRows);
+    if (row + kRows - 2 < tile.end_row) {
+      rows.fetch(row + 2 + kRows);
+      grads.fetch(row + kRows);
+    }
     for (Walk task = first_task; task.line < 2 * tile.channels; task.advance(task_step, groups)) {
       const int channel = task.line / 2, pair = task.line % 2 * kTaskRows;
       const int first = tile.column - kPad + 4 * (first_group + task.at);
@@ -207,7 +209,7 @@ __global__ void reduce(const float* partial, int64_t parts, int channels, const 
 template <class T, bool kLast>
 Tiling cut_for(const Image& x, bool backward) {
   const auto bytes = [&](const Tiling& t) { return arrays<T, kLast>(t, backward, nullptr).layout.bytes(); };
-  return cut(x, backward ? 2 : 1, 0, kMostThreads, shared_memory_limit(), bytes);
+  return cut(x, backward ? 2 : 1, 0, backward ? 3 : 2, 0, kMostThreads, shared_memory_limit(), bytes);
 }
 
 }  // namespace
@@ -227,7 +229,7 @@ int64_t dwconv_gelu_backward_scratch(const Image& x) {
   int64_t floats = 0;
   with_kernel(x, [&](auto* type, auto last) {
     constexpr bool kLast = last;
-    floats = parts_of(cut_for<std::remove_pointer_t<decltype(type)>, kLast>(x, true), x) * x.channels * kTaps;
+    floats = parts_of(cut_for<std::remove_pointer_t<decltype(type)>, kLast>(x, true)) * x.channels * kTaps;
   });
   return floats;
 }
@@ -243,7 +245,7 @@ void dwconv_gelu_backward(const Image& grad_out, const Image& x, const Depthwise
            x.data, filter, grad_x.data, grads == nullptr ? nullptr : scratch);
     if (grads == nullptr) return;
     const int outputs = static_cast<int>(x.channels) * kTaps;
-    launch(reduce<T>, ceil_div(outputs, 128), 128, 0, stream, static_cast<const float*>(scratch), parts_of(t, x),
+    launch(reduce<T>, ceil_div(outputs, 128), 128, 0, stream, static_cast<const float*>(scratch), parts_of(t),
            static_cast<int>(x.channels), *grads);
   });
 }

@@ -6,7 +6,7 @@
 namespace segnext::cuda {
 namespace {
 
-constexpr int kHalo = kReach + 2;   // columns of x that are read on either side
+constexpr int kHalo = kReach + 2;  // columns of x that are read on either side
 constexpr int kXPad = StemTasks::kInputPad, kAPad = StemTasks::kPad;
 
 // In shared memory: the taps, the ring of x, kRows rows of a, of y in channels_last, what is on its way from memory.
@@ -38,9 +38,8 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), 512 / kMostThreads<T
   SEGNEXT_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
   const Arrays at = arrays<T, kLast>(t, shared);
-  const Tile tile(t);
+  Tile tile(t);
   const int end = tile.column + t.tile_columns;
-  const RowMover<T, kLast> rows(x, t, tile, tile.column - kHalo, end + kHalo, shared + at.staging);
   const Planes xs = {shared + at.x, at.x_pitch, plane_stride(kRing, at.x_pitch), tile.column - kXPad};
   const Planes as = {shared + at.a, at.a_pitch, plane_stride(kRows, at.a_pitch), tile.column - kAPad};
   const Planes ys = {shared + at.y, t.tile_columns, plane_stride(kRows, t.tile_columns), tile.column};
@@ -55,80 +54,82 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), 512 / kMostThreads<T
   const bool active = own < tile.channels;
   const float* taps = shared + at.taps + (active ? own : 0) * kTapStride;
   const float bias = taps[kColumnBias];
-  Sums sums;
-#pragma unroll
-  for (int i = 0; i < kSumRows; ++i) {
-#pragma unroll
-    for (int p = 0; p < kOwn; ++p) sums[i][p] = bias;
-  }
-
   const StemTasks tasks(t, tile);
 
-  // Rows row ... row + 3 of a lie in the middle of x's rows row - 2 ... row + 5, the ring.
-  int row = tile.row == 0 ? -2 : tile.row - kReach;
-  const int last = min(tile.end_row + kReach, t.height) - 1;
-  rows.fetch(row - 2);
-  rows.template put<2>(row - 2, xs.from_row(0));
-  rows.fetch(row + 2);
-  for (int parity = 0; row - kReach < tile.end_row; row += kRows, parity ^= 1) {
-    if (row <= last) {
-      rows.template put<2>(row + 2, xs.from_row((parity ^ 1) * kRows));
-      __syncthreads();
-      rows.fetch(row + 2 + kRows);
-      tasks.run(xs, as, shared + at.taps, row, parity);
-      __syncthreads();
-      if (active) {
-        Branches h;
-        float middle[kRows][kOwn];
+  for (; tile.image < tile.end_image; ++tile.image) {
+    Sums sums;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const bool inside = row + r >= 0 && row + r < t.height;
+    for (int i = 0; i < kSumRows; ++i) {
 #pragma unroll
-          for (int b = 0; b < kBranches; ++b) {
+      for (int p = 0; p < kOwn; ++p) sums[i][p] = bias;
+    }
+    // Rows row ... row + 3 of a lie in the middle of x's rows row - 2 ... row + 5, the ring.
+    int row = tile.row == 0 ? -2 : tile.row - kReach;
+    const int last = min(tile.end_row + kReach, t.height) - 1;
+    const RowMover<T, kLast> rows(x, t, tile, tile.column - kHalo, end + kHalo, shared + at.staging);
+    rows.fetch(row - 2);
+    rows.template put<2>(row - 2, xs.from_row(0));
+    rows.fetch(row + 2);
+    for (int parity = 0; row - kReach < tile.end_row; row += kRows, parity ^= 1) {
+      if (row <= last) {
+        rows.template put<2>(row + 2, xs.from_row((parity ^ 1) * kRows));
+        __syncthreads();
+        if (row + kRows <= last) rows.fetch(row + 2 + kRows);
+        tasks.run(xs, as, shared + at.taps, row, parity);
+        __syncthreads();
+        if (active) {
+          Branches h;
+          float middle[kRows][kOwn];
 #pragma unroll
-            for (int p = 0; p < kOwn; ++p) h[b][r][p] = inside ? taps[kRowBias + b] : 0.0f;
+          for (int r = 0; r < kRows; ++r) {
+            const bool inside = row + r >= 0 && row + r < t.height;
+#pragma unroll
+            for (int b = 0; b < kBranches; ++b) {
+#pragma unroll
+              for (int p = 0; p < kOwn; ++p) h[b][r][p] = inside ? taps[kRowBias + b] : 0.0f;
+            }
+          }
+          filter_rows(as(own, 0, col - kReach), as.pitch, taps + kRowTaps, h, middle);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (int p = 0; p < kOwn; ++p) sums[kReach + r][p] += middle[r][p];
+          }
+          filter_columns(h, taps + kColumnTaps, sums);
+        }
+      } else if constexpr (kLast) {
+        __syncthreads();  // the rows before are stored
+      }
+      const int done = row - kReach;  // its first kRows rows of sums are complete
+      if constexpr (kLast) {
+        if (active) {
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            Vec<float, kOwn> values;
+#pragma unroll
+            for (int p = 0; p < kOwn; ++p) values[p] = sums[r][p];
+            write<kOwn>(ys(own, r, col), values);
           }
         }
-        filter_rows(as(own, 0, col - kReach), as.pitch, taps + kRowTaps, h, middle);
+        __syncthreads();
+        RowMover<T, kLast>(y, t, tile, tile.column, end, nullptr).store(done, ys);
+      } else if (active) {
+        T* plane = static_cast<T*>(y) + (tile.image * t.channels + tile.channel + own) * t.height * t.width;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-          for (int p = 0; p < kOwn; ++p) sums[kReach + r][p] += middle[r][p];
-        }
-        filter_columns(h, taps + kColumnTaps, sums);
-      }
-    } else if constexpr (kLast) {
-      __syncthreads();  // the rows before are stored
-    }
-    const int done = row - kReach;  // its first kRows rows of sums are complete
-    if constexpr (kLast) {
-      if (active) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          Vec<float, kOwn> values;
-#pragma unroll
-          for (int p = 0; p < kOwn; ++p) values[p] = sums[r][p];
-          write<kOwn>(ys(own, r, col), values);
+          if (done + r < tile.row || done + r >= tile.end_row) continue;
+          store_columns<kOwn>(plane + static_cast<int64_t>(done + r) * t.width, col, t.width, t.vectors, sums[r]);
         }
       }
-      __syncthreads();
-      RowMover<T, kLast>(y, t, tile, tile.column, end, nullptr).store(done, ys);
-    } else if (active) {
-      T* plane = static_cast<T*>(y) + (tile.image * t.channels + tile.channel + own) * t.height * t.width;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (done + r < tile.row || done + r >= tile.end_row) continue;
-        store_columns<kOwn>(plane + static_cast<int64_t>(done + r) * t.width, col, t.width, t.vectors, sums[r]);
-      }
+      advance(sums, bias);
     }
-    advance(sums, bias);
   }
 }
 
 template <class T, bool kLast>
 void forward(const Image& x, const StripFilters& filters, const Image& y, cudaStream_t stream) {
   const auto bytes = [](const Tiling& t) { return arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  Tiling t = cut(x, kHalo, 0, kMostThreads<T, kLast>, shared_memory_limit(), bytes);
+  Tiling t = cut(x, kHalo, 0, 2, kChannelTaps, kMostThreads<T, kLast>, shared_memory_limit(), bytes);
   t.vectors = aligned(x) && aligned(y);
   launch(strips<T, kLast>, t.blocks, t.threads, bytes(t), stream, t, x.data, filters, y.data);
 }

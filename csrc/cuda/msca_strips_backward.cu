@@ -68,10 +68,8 @@ __global__ void __launch_bounds__(kMostThreads)
   SEGNEXT_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
   const InputArrays at = input_arrays<T, kLast>(t, shared);
-  const Tile tile(t);
+  Tile tile(t);
   const int end = tile.column + t.tile_columns, first_col = tile.column - t.border;
-  const RowMover<T, kLast> grads(grad_out, t, tile, first_col - kReach, end + t.border + kReach, shared + at.g_staging);
-  const RowMover<T, kLast> rows(x, t, tile, tile.column, end, shared + at.x_staging);
   const Planes gs = {shared + at.g, at.g_pitch, plane_stride(kRows, at.g_pitch), first_col - kReach};
   const Planes das = {shared + at.da, at.da_pitch, plane_stride(kRing, at.da_pitch), tile.column - kDaPad};
   const Planes xs = {shared + at.x, t.tile_columns, plane_stride(kRows, t.tile_columns), tile.column};
@@ -79,7 +77,6 @@ __global__ void __launch_bounds__(kMostThreads)
   clear(das, t.tile_channels);
   clear(xs, t.tile_channels);
   load_taps<T, true>(filters, t, tile, shared + at.taps);
-  __syncthreads();
 
   const int own = threadIdx.x / t.per_channel, place = threadIdx.x - own * t.per_channel, col = first_col + place * kOwn;
   const bool active = own < tile.channels;
@@ -88,76 +85,80 @@ __global__ void __launch_bounds__(kMostThreads)
   const int groups = t.tile_columns / kTaskColumns, pair = place / groups * kTaskRows;
   const int task_col = tile.column + place % groups * kTaskColumns;
   const bool owes = active && place < 2 * groups;
-  Sums da = {};
   float sums[kInputSums] = {};
 
-  // Rows row ... row + 3 of g complete rows row - 10 ... row - 7 of da, and those rows row - 12 ... row - 9 of dx.
-  constexpr int kBehind = kReach + 2;
-  int row = tile.row == 0 ? 0 : tile.row - kBehind;
-  const int last = min(tile.end_row + kBehind, t.height) - 1;
-  grads.fetch(row);
-  rows.fetch(row - kBehind);
-  for (int parity = 0; row - kBehind < tile.end_row; row += kRows, parity ^= 1) {
-    if (row <= last) {
-      grads.template put<2>(row, gs);
-      __syncthreads();
-      grads.fetch(row + kRows);
+  for (; tile.image < tile.end_image; ++tile.image) {
+    // Rows row ... row + 3 of g complete rows row - 10 ... row - 7 of da, and those rows row - 12 ... row - 9 of dx.
+    constexpr int kBehind = kReach + 2;
+    Sums da = {};
+    int row = tile.row == 0 ? 0 : tile.row - kBehind;
+    const int last = min(tile.end_row + kBehind, t.height) - 1;
+    const RowMover<T, kLast> grads(grad_out, t, tile, first_col - kReach, end + t.border + kReach, shared + at.g_staging);
+    const RowMover<T, kLast> rows(x, t, tile, tile.column, end, shared + at.x_staging);
+    grads.fetch(row);
+    rows.fetch(row - kBehind);
+    for (int parity = 0; row - kBehind < tile.end_row; row += kRows, parity ^= 1) {
+      if (row <= last) {
+        grads.template put<2>(row, gs);
+        __syncthreads();
+        if (row + kRows <= last) grads.fetch(row + kRows);
+        if (active) {
+          Branches h = {};
+          float middle[kRows][kOwn];
+          filter_rows(gs(own, 0, col - kReach), gs.pitch, taps + kRowTaps, h, middle);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (int p = 0; p < kOwn; ++p) da[kReach + r][p] += middle[r][p];
+          }
+          filter_columns(h, taps + kColumnTaps, da);
+        }
+      } else {
+        __syncthreads();  // the tasks before have read da, and their rows are stored
+      }
       if (active) {
-        Branches h = {};
-        float middle[kRows][kOwn];
-        filter_rows(gs(own, 0, col - kReach), gs.pitch, taps + kRowTaps, h, middle);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
+          const bool inside = row - kReach + r >= 0 && row - kReach + r < t.height;
+          Vec<float, kOwn> values;
 #pragma unroll
-          for (int p = 0; p < kOwn; ++p) da[kReach + r][p] += middle[r][p];
-        }
-        filter_columns(h, taps + kColumnTaps, da);
-      }
-    } else {
-      __syncthreads();  // the tasks before have read da, and their rows are stored
-    }
-    if (active) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const bool inside = row - kReach + r >= 0 && row - kReach + r < t.height;
-        Vec<float, kOwn> values;
-#pragma unroll
-        for (int p = 0; p < kOwn; ++p) values[p] = inside && col + p >= 0 && col + p < t.width ? da[r][p] : 0.0f;
-        write<kOwn>(das(own, r + parity * kRows, col), values);
-      }
-    }
-    advance(da, 0.0f);
-    const int done = row - kBehind;
-    rows.template put<4>(done, xs);
-    __syncthreads();
-    rows.fetch(done + kRows);
-    if (done < tile.row) continue;
-    if (owes) {
-      float own_x[kTaskRows][kTaskColumns], dx[kTaskRows][kTaskColumns];
-#pragma unroll
-      for (int o = 0; o < kTaskRows; ++o) {
-        const auto values = read<4>(xs(own, pair + o, task_col));
-#pragma unroll
-        for (int c = 0; c < kTaskColumns; ++c) own_x[o][c] = values[c];
-      }
-      convolve_back<5, kDaPad>(das, taps, own, pair + (parity ^ 1) * kRows, task_col, own_x, dx, sums);
-#pragma unroll
-      for (int o = 0; o < kTaskRows; ++o) {
-        const int out = done + pair + o;
-        if constexpr (kLast) {
-          Vec<float, 4> values;  // x stays zero beside the image
-#pragma unroll
-          for (int c = 0; c < kTaskColumns; ++c) values[c] = task_col + c < t.width ? dx[o][c] : 0.0f;
-          write<4>(xs(own, pair + o, task_col), values);
-        } else if (grad_x != nullptr && out < tile.end_row) {
-          T* plane = static_cast<T*>(grad_x) + (tile.image * t.channels + tile.channel + own) * t.height * t.width;
-          store_columns(plane + static_cast<int64_t>(out) * t.width, task_col, t.width, t.vectors, dx[o]);
+          for (int p = 0; p < kOwn; ++p) values[p] = inside && col + p >= 0 && col + p < t.width ? da[r][p] : 0.0f;
+          write<kOwn>(das(own, r + parity * kRows, col), values);
         }
       }
-    }
-    if constexpr (kLast) {
+      advance(da, 0.0f);
+      const int done = row - kBehind;
+      rows.template put<4>(done, xs);
       __syncthreads();
-      if (grad_x != nullptr) RowMover<T, kLast>(grad_x, t, tile, tile.column, end, nullptr).store(done, xs);
+      if (done + kRows < tile.end_row) rows.fetch(done + kRows);
+      if (done < tile.row) continue;
+      if (owes) {
+        float own_x[kTaskRows][kTaskColumns], dx[kTaskRows][kTaskColumns];
+#pragma unroll
+        for (int o = 0; o < kTaskRows; ++o) {
+          const auto values = read<4>(xs(own, pair + o, task_col));
+#pragma unroll
+          for (int c = 0; c < kTaskColumns; ++c) own_x[o][c] = values[c];
+        }
+        convolve_back<5, kDaPad>(das, taps, own, pair + (parity ^ 1) * kRows, task_col, own_x, dx, sums);
+#pragma unroll
+        for (int o = 0; o < kTaskRows; ++o) {
+          const int out = done + pair + o;
+          if constexpr (kLast) {
+            Vec<float, 4> values;  // x stays zero beside the image
+#pragma unroll
+            for (int c = 0; c < kTaskColumns; ++c) values[c] = task_col + c < t.width ? dx[o][c] : 0.0f;
+            write<4>(xs(own, pair + o, task_col), values);
+          } else if (grad_x != nullptr && out < tile.end_row) {
+            T* plane = static_cast<T*>(grad_x) + (tile.image * t.channels + tile.channel + own) * t.height * t.width;
+            store_columns(plane + static_cast<int64_t>(out) * t.width, task_col, t.width, t.vectors, dx[o]);
+          }
+        }
+      }
+      if constexpr (kLast) {
+        __syncthreads();
+        if (grad_x != nullptr) RowMover<T, kLast>(grad_x, t, tile, tile.column, end, nullptr).store(done, xs);
+      }
     }
   }
   if (partial != nullptr) add_up(sums, t, tile, shared + at.da, partial);
@@ -208,10 +209,8 @@ __global__ void __launch_bounds__(kMostThreads)
   SEGNEXT_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
   const TapArrays at = tap_arrays<T, kLast>(t, shared);
-  const Tile tile(t);
+  Tile tile(t);
   const int end = tile.column + t.tile_columns;
-  const RowMover<T, kLast> rows(x, t, tile, tile.column - kReach - 2, end + kReach + 2, shared + at.x_staging);
-  const RowMover<T, kLast> grads(grad_out, t, tile, tile.column, end, shared + at.g_staging);
   const Planes xs = {shared + at.x, at.x_pitch, plane_stride(kRing, at.x_pitch), tile.column - kXPad};
   const Planes as = {shared + at.a, at.a_pitch, plane_stride(kRows, at.a_pitch), tile.column - kAPad};
   const Planes gs = {shared + at.g, t.tile_columns, plane_stride(kRows, t.tile_columns), tile.column};
@@ -219,47 +218,50 @@ __global__ void __launch_bounds__(kMostThreads)
   clear(as, t.tile_channels);
   clear(gs, t.tile_channels);
   load_taps<T, false>(filters, t, tile, shared + at.taps);
-  __syncthreads();
 
   const int own = threadIdx.x / t.per_channel, col = tile.column + (threadIdx.x - own * t.per_channel) * kOwn;
   const bool active = own < tile.channels;
   const float* own_taps = shared + at.taps + (active ? own : 0) * kTapStride;
-  Sums g = {};  // rows row - 10 ... row + 13 of the output's gradient in the thread's columns
   float sums[kTapSums] = {};
   const StemTasks tasks(t, tile);
-  int row = tile.row - 2 * kReach;
-  grads.fetch(row + kReach);
-  for (int parity = 0; row < tile.end_row; row += kRows) {
-    grads.template put<4>(row + kReach, gs);
-    if (row == tile.row) {
-      rows.fetch(row - 2);
-      rows.template put<2>(row - 2, xs.from_row(0));
-      rows.fetch(row + 2);
-    }
-    if (row >= tile.row) rows.template put<2>(row + 2, xs.from_row((parity ^ 1) * kRows));
-    __syncthreads();
-    grads.fetch(row + kReach + kRows);
-    advance(g, 0.0f);
-    if (active) {
+  for (; tile.image < tile.end_image; ++tile.image) {
+    Sums g = {};  // rows row - 10 ... row + 13 of the output's gradient in the thread's columns
+    int row = tile.row - 2 * kReach;
+    const RowMover<T, kLast> rows(x, t, tile, tile.column - kReach - 2, end + kReach + 2, shared + at.x_staging);
+    const RowMover<T, kLast> grads(grad_out, t, tile, tile.column, end, shared + at.g_staging);
+    grads.fetch(row + kReach);
+    for (int parity = 0; row < tile.end_row; row += kRows) {
+      grads.template put<4>(row + kReach, gs);
+      if (row == tile.row) {
+        rows.fetch(row - 2);
+        rows.template put<2>(row - 2, xs.from_row(0));
+        rows.fetch(row + 2);
+      }
+      if (row >= tile.row) rows.template put<2>(row + 2, xs.from_row((parity ^ 1) * kRows));
+      __syncthreads();
+      if (row + kRows < tile.end_row) grads.fetch(row + kReach + kRows);
+      advance(g, 0.0f);
+      if (active) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const auto values = read<kOwn>(gs(own, r, col));
+#pragma unroll
+          for (int p = 0; p < kOwn; ++p) g[2 * kReach + r][p] = values[p];
+        }
+      }
+      if (row < tile.row) {
+        __syncthreads();
+        continue;
+      }
+      if (row + kRows < tile.end_row) rows.fetch(row + 2 + kRows);
+      tasks.run(xs, as, shared + at.taps, row, parity);
+      parity ^= 1;
+      __syncthreads();
+      if (!active) continue;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const auto values = read<kOwn>(gs(own, r, col));
-#pragma unroll
-        for (int p = 0; p < kOwn; ++p) g[2 * kReach + r][p] = values[p];
+        if (row + r < tile.end_row) add_products(as(own, r, col - kReach), own_taps, r, g, sums);
       }
-    }
-    if (row < tile.row) {
-      __syncthreads();
-      continue;
-    }
-    rows.fetch(row + 2 + kRows);
-    tasks.run(xs, as, shared + at.taps, row, parity);
-    parity ^= 1;
-    __syncthreads();
-    if (!active) continue;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (row + r < tile.end_row) add_products(as(own, r, col - kReach), own_taps, r, g, sums);
     }
   }
   add_up(sums, t, tile, shared + at.x, partial);
@@ -292,12 +294,12 @@ __global__ void reduce(const float* input_sums, int64_t input_parts, const float
 template <class T, bool kLast>
 Tiling cut_inputs(const Image& x) {
   const auto bytes = [](const Tiling& t) { return input_arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  return cut(x, kReach + 2, kDaPad, kMostThreads, shared_memory_limit(), bytes);
+  return cut(x, kReach + 2, kDaPad, 3, kChannelTaps + 4 * kInputSums, kMostThreads, shared_memory_limit(), bytes);
 }
 template <class T, bool kLast>
 Tiling cut_taps(const Image& x) {
   const auto bytes = [](const Tiling& t) { return tap_arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  return cut(x, kReach + 2, 0, kMostThreads, shared_memory_limit(), bytes);
+  return cut(x, kReach + 2, 0, 2, kChannelTaps + 4 * kTapSums, kMostThreads, shared_memory_limit(), bytes);
 }
 
 }  // namespace
@@ -307,7 +309,7 @@ int64_t msca_strips_backward_scratch(const Image& x) {
   with_kernel(x, [&](auto* type, auto last) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr bool kLast = last;
-    floats = x.channels * (parts_of(cut_inputs<T, kLast>(x), x) * kInputSums + parts_of(cut_taps<T, kLast>(x), x) * kTapSums);
+    floats = x.channels * (parts_of(cut_inputs<T, kLast>(x)) * kInputSums + parts_of(cut_taps<T, kLast>(x)) * kTapSums);
   });
   return floats;
 }
@@ -320,7 +322,7 @@ void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilt
     const bool vectors = aligned(x) && aligned(grad_out) && (grad_x.data == nullptr || aligned(grad_x));
     Tiling t = cut_inputs<T, kLast>(x);
     t.vectors = vectors;
-    const int64_t input_parts = parts_of(t, x);
+    const int64_t input_parts = parts_of(t);
     launch(inputs<T, kLast>, t.blocks, t.threads, input_arrays<T, kLast>(t, nullptr).layout.bytes(), stream, t, grad_out.data, x.data,
            filters, grad_x.data, grads == nullptr ? nullptr : scratch);
     if (grads == nullptr) return;
@@ -330,7 +332,7 @@ void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilt
     launch(taps<T, kLast>, t.blocks, t.threads, tap_arrays<T, kLast>(t, nullptr).layout.bytes(), stream, t, grad_out.data, x.data,
            filters, tap_sums);
     launch(reduce<T>, dim3(ceil_div(t.channels * 25, 128), kStripTensors), 128, 0, stream, static_cast<const float*>(scratch),
-           input_parts, static_cast<const float*>(tap_sums), parts_of(t, x), t.channels, *grads);
+           input_parts, static_cast<const float*>(tap_sums), parts_of(t), t.channels, *grads);
   });
 }
 

@@ -12,6 +12,7 @@ namespace segnext::cuda {
 // the order in which they are used, position by position: the taps of 21, of 11, of 7 there.
 inline constexpr int kPositions = 2 * kReach + 1;
 inline constexpr int kStripsTaps = 39;  // 7 + 11 + 21
+inline constexpr int kChannelTaps = 25 + 1 + 2 * (kStripsTaps + kBranches);  // elements of all tensors for a channel
 inline constexpr int kColumnBias = 26, kRowTaps = 28, kColumnTaps = 68, kRowBias = 108;
 inline constexpr int kTapStride = 116;  // a multiple of 4; eight channels' taps lie in different banks
 

@@ -7,11 +7,11 @@ namespace segnext::cuda {
 inline constexpr int kSumsTogether = 8;
 __host__ __device__ inline int sums_floats(const Tiling& t) { return kSumsTogether * (t.tile_channels * t.per_channel + 1); }
 
-// partial [block's part of the image][channel][N] <- the sums of a channel's threads. `shared`: sums_floats(t), free to use.
+// partial [block's part of the images][channel][N] <- the sums of a channel's threads. `shared`: sums_floats(t), free to use.
 template <int N>
 __device__ void add_up(const float (&sums)[N], const Tiling& t, const Tile& tile, float* shared, float* partial) {
   const int own = threadIdx.x / t.per_channel, pitch = t.tile_channels * t.per_channel + 1;
-  const int64_t part = (tile.image * t.row_parts + tile.row / t.part_rows) * t.column_tiles + tile.column / t.tile_columns;
+  const int64_t part = (tile.first_image / t.block_images * t.row_parts + tile.row / t.part_rows) * t.column_tiles + tile.column / t.tile_columns;
   float* to = partial + (part * t.channels + tile.channel) * N;
 #pragma unroll
   for (int first = 0; first < N; first += kSumsTogether) {
@@ -41,6 +41,6 @@ __device__ inline float sum_parts(const float* from, int64_t step, int64_t parts
   return sum;
 }
 
-inline int64_t parts_of(const Tiling& t, const Image& x) { return x.images * t.row_parts * t.column_tiles; }
+inline int64_t parts_of(const Tiling& t) { return t.groups == 0 ? 0 : t.blocks / t.groups; }
 
 }  // namespace segnext::cuda

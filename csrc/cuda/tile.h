@@ -14,12 +14,14 @@ namespace segnext::cuda {
 inline constexpr int kRows = 4;
 inline constexpr int kOwn = 2;  // neighbouring columns of one channel that a thread owns
 // Work is cut for 12 warps on each of 132 multiprocessors, whatever the device at hand has: results must not depend on it.
-inline constexpr int kWarps = 12 * 132;
+inline constexpr int kBlocks = 132, kWarps = 12 * kBlocks;
 
 struct Tiling {
-  int channels, height, width;                // of the image
+  int channels, height, width;                 // of the image
+  int64_t images;
   int tile_channels, tile_columns, part_rows;  // of a block; tile_channels = 1 << log_channels
   int log_channels, groups, column_tiles, row_parts;
+  int block_images;                            // that a block does one after another
   int border, per_channel, threads;           // columns of neighbouring tiles that threads own too; threads for a channel
   bool channels_last, vectors;  // vectors: rows (or pixels, in channels_last) begin at multiples of 16 bytes
   unsigned blocks;
@@ -37,10 +39,12 @@ inline bool aligned(const Image& x) {
 }
 
 // Cuts x for a kernel that reads `reach` pixels around its outputs and where a thread owns kOwn columns of a channel, of those
-// `border` columns of the neighbouring tiles too. bytes(tiling) of shared memory may be at most `limit`.
+// `border` columns of the neighbouring tiles too. bytes(tiling) of shared memory may be at most `limit`. A block reads `moved`
+// elements for each pixel and `extra` for each channel: where planes are so small that these weigh, it does several images.
 template <class F>
-Tiling cut(const Image& x, int reach, int border, int most_threads, int limit, const F& bytes) {
+Tiling cut(const Image& x, int reach, int border, int moved, int extra, int most_threads, int limit, const F& bytes) {
   Tiling t = {};
+  t.images = x.images;
   t.channels = static_cast<int>(x.channels);
   t.height = static_cast<int>(x.height);
   t.width = static_cast<int>(x.width);
@@ -69,15 +73,19 @@ Tiling cut(const Image& x, int reach, int border, int most_threads, int limit, c
   const int64_t parts = std::min<int64_t>({(kWarps + warps - 1) / warps, most_parts, ceil_div(t.height, 2 * kRows)});
   t.part_rows = round_up(ceil_div(t.height, static_cast<int>(parts)), kRows);
   t.row_parts = ceil_div(t.height, t.part_rows);
-  const int64_t blocks = x.images * t.groups * t.column_tiles * t.row_parts;
+  int64_t blocks = x.images * t.groups * t.column_tiles * t.row_parts;
+  const int64_t plane = x.height * x.width * moved, worth = (8 * extra + plane - 1) / plane;
+  t.block_images = static_cast<int>(std::max<int64_t>(std::min({worth, blocks / kBlocks, x.images}), 1));
+  blocks = (x.images + t.block_images - 1) / t.block_images * t.groups * t.column_tiles * t.row_parts;
   if (blocks > INT32_MAX) throw std::runtime_error("segnext_kernels: the tensor is too large for one launch");
   t.blocks = static_cast<unsigned>(blocks);
   return t;
 }
 
-// What one block owns: `channels` from `channel`, rows [row, end_row), columns from `column`.
+// What one block owns: of images [first_image, end_image), `image` now, `channels` from `channel`, rows [row, end_row), columns from
+// `column`.
 struct Tile {
-  int64_t image;
+  int64_t first_image, end_image, image;
   int channel, channels, column, row, end_row;
 
   __device__ explicit Tile(const Tiling& t) {
@@ -87,7 +95,8 @@ struct Tile {
     column = static_cast<int>(rest % t.column_tiles) * t.tile_columns;
     rest /= t.column_tiles;
     row = static_cast<int>(rest % t.row_parts) * t.part_rows;
-    image = rest / t.row_parts;
+    image = first_image = static_cast<int64_t>(rest / t.row_parts) * t.block_images;
+    end_image = min(first_image + t.block_images, t.images);
     channels = min(t.tile_channels, t.channels - channel);
     end_row = min(row + t.part_rows, t.height);
   }

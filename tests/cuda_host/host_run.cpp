@@ -25,7 +25,6 @@ WEAK void __asan_poison_memory_region(const volatile void* from, size_t bytes);
 WEAK void __asan_unpoison_memory_region(const volatile void* from, size_t bytes);
 WEAK void* __tsan_get_current_fiber();
 WEAK void* __tsan_create_fiber(unsigned flags);
-WEAK void __tsan_destroy_fiber(void* fiber);
 WEAK void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 WEAK void __tsan_acquire(void* tag);
 WEAK void __tsan_release(void* tag);
@@ -92,6 +91,7 @@ using Instruction = std::tuple<unsigned, unsigned, unsigned, bool>;  // warp, si
 std::map<Instruction, std::vector<Access>> instructions;
 std::unordered_set<uintptr_t> sectors_read;
 Traffic total;
+std::string problem;  // that the kernel has, thrown at the next barrier
 
 void switch_to_main() {
   Fiber* self = current;
@@ -113,7 +113,7 @@ void fiber_main() {
 
 void start(Fiber& fiber, unsigned index) {
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fiber.stack.get(), kStack);
-  if (__tsan_create_fiber) fiber.tsan = __tsan_create_fiber(0);
+  if (__tsan_create_fiber && fiber.tsan == nullptr) fiber.tsan = __tsan_create_fiber(0);
   auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStack) & ~uintptr_t{63};
   auto* frame = reinterpret_cast<void**>(top) - 8;  // six registers, the return address, and where that one would return to
   std::memset(frame, 0, 8 * sizeof(void*));
@@ -188,6 +188,7 @@ void finish_phase() {
 }
 
 void run_block(unsigned threads, std::mt19937& random) {
+  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(shared.get(), shared_size);
   std::memset(shared.get(), 0xFF, shared_size);  // NaN in every dtype
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
@@ -199,7 +200,6 @@ void run_block(unsigned threads, std::mt19937& random) {
     left = 0;
     unsigned done = 0;
     const Fiber* waiting = nullptr;
-    std::string problem;
     for (const unsigned i : order) {
       Fiber& fiber = *fibers[i];
       if (fiber.state == State::kDone) {
@@ -209,6 +209,7 @@ void run_block(unsigned threads, std::mt19937& random) {
       resume(fiber);
       if (fiber.state == State::kDone) {
         ++done;
+        if (!fiber.copies.empty()) problem = "a thread returned before its copies landed";
         continue;
       }
       ++left;
@@ -222,10 +223,7 @@ void run_block(unsigned threads, std::mt19937& random) {
     }
     if (__tsan_acquire) __tsan_acquire(&tags[tag ^ 1]);
     finish_phase();
-    if (!problem.empty()) throw std::runtime_error(problem);
-  }
-  if (__tsan_destroy_fiber) {
-    for (unsigned i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[i]->tsan);
+    if (!problem.empty()) throw std::runtime_error(std::exchange(problem, {}));
   }
 }
 
@@ -250,6 +248,9 @@ void guard(void* from, size_t bytes) {
 void copy_async(void* to, const void* from, unsigned site) {
   trace(from, 16, false, site);
   trace(to, 16, true, site);
+  for (const Copy& pending : current->copies) {
+    if (pending.to == to) problem = "a copy in line " + std::to_string(site) + " goes where another is still to land";
+  }
   current->copies.push_back({to, from});
 }
 
