@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const Arrays at = arrays<T, kLast>(t, false, shared);
   const Tile tile(t);
   const int end = tile.column + t.tile_columns, pitch = t.tile_columns + 2 * kPad;
-  const RowMover<T, kLast> rows(x, t, tile, tile.column - 1, end + 1, shared + at.staging);
+  const RowMover<T, kLast> rows(t, tile, tile.column - 1, end + 1, shared + at.staging);
   const Planes xs = {shared + at.x, pitch, plane_stride(kRing, pitch), tile.column - kPad};
   const Planes ys = {shared + at.rows, pitch, plane_stride(kRows, pitch), tile.column - kPad};
   clear(xs, t.tile_channels);
@@ -74,15 +74,15 @@ __global__ void __launch_bounds__(kMostThreads)
 
   const Own own(t, tile);
   const bool active = own.channel < tile.channels;
-  T* plane = static_cast<T*>(y) + (tile.image * t.channels + tile.channel + own.channel) * t.height * t.width;
+  T* plane = static_cast<T*>(y) + (plane_of(t, tile) + own.channel) * t.height * t.width;
   // Rows row ... row + 3 of y lie in the middle of x's rows row - 2 ... row + 5, the ring.
-  rows.fetch(tile.row - 2);
-  rows.template put<4>(tile.row - 2, xs.from_row(0));
-  rows.fetch(tile.row + 2);
+  rows.fetch(x, tile.row - 2);
+  rows.template put<4>(x, tile.row - 2, xs.from_row(0));
+  rows.fetch(x, tile.row + 2);
   for (int row = tile.row, parity = 0; row < tile.end_row; row += kRows, parity ^= 1) {
-    rows.template put<4>(row + 2, xs.from_row((parity ^ 1) * kRows));
+    rows.template put<4>(x, row + 2, xs.from_row((parity ^ 1) * kRows));
     __syncthreads();
-    if (row + kRows < tile.end_row) rows.fetch(row + 2 + kRows);
+    if (row + kRows < tile.end_row) rows.fetch(x, row + 2 + kRows);
     if (active) {
       float z[kTaskRows][kTaskColumns];
       convolve<3, kPad>(xs, shared + at.taps + own.channel * kTapStride, own.channel, own.pair + 1 + parity * kRows, own.column, z);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kMostThreads)
       }
     }
     __syncthreads();
-    if constexpr (kLast) RowMover<T, kLast>(y, t, tile, tile.column, end, nullptr).store(row, ys);
+    if constexpr (kLast) rows.store(y, row, ys);
   }
 }
 
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const Arrays at = arrays<T, kLast>(t, true, shared);
   const Tile tile(t);
   const int end = tile.column + t.tile_columns, x_pitch = t.tile_columns + 2 * at.x_pad, pitch = t.tile_columns + 2 * kPad;
-  const RowMover<T, kLast> rows(x, t, tile, tile.column - 2, end + 2, shared + at.staging);
-  const RowMover<T, kLast> grads(grad_out, t, tile, tile.column - 1, end + 1, shared + at.grad_staging);
+  const RowMover<T, kLast> rows(t, tile, tile.column - 2, end + 2, shared + at.staging);
+  const RowMover<T, kLast> grads(t, tile, tile.column - 1, end + 1, shared + at.grad_staging);
   const Planes xs = {shared + at.x, x_pitch, plane_stride(kRing, x_pitch), tile.column - at.x_pad};
   const Planes dzs = {shared + at.dz, pitch, plane_stride(kRing, pitch), tile.column - kPad};
   const Planes gs = {shared + at.rows, pitch, plane_stride(kRows, pitch), tile.column - kPad};
@@ -134,21 +134,21 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   // Rows row ... row + 3 of dz lie in the middle of x's rows row - 2 ... row + 5, and rows row - 2 ... row + 1 of dx in the middle
   // of dz's rows row - 4 ... row + 3.
   int row = tile.row - 2;
-  rows.fetch(row - 2);
-  rows.template put<4>(row - 2, xs.from_row(0));
-  rows.fetch(row + 2);
-  grads.fetch(row);
+  rows.fetch(x, row - 2);
+  rows.template put<4>(x, row - 2, xs.from_row(0));
+  rows.fetch(x, row + 2);
+  grads.fetch(grad_out, row);
   for (int parity = 0; row - 2 < tile.end_row; row += kRows, parity ^= 1) {
-    rows.template put<4>(row + 2, xs.from_row((parity ^ 1) * kRows));
-    grads.template put<4>(row, gs);
+    rows.template put<4>(x, row + 2, xs.from_row((parity ^ 1) * kRows));
+    grads.template put<4>(grad_out, row, gs);
     __syncthreads();
     if (row + kRows - 2 < tile.end_row) {
-      rows.fetch(row + 2 + kRows);
-      grads.fetch(row + kRows);
+      rows.fetch(x, row + 2 + kRows);
+      grads.fetch(grad_out, row + kRows);
     }
-    for (Walk task = first_task; task.line < 2 * tile.channels; task.advance(task_step, groups)) {
-      const int channel = task.line / 2, pair = task.line % 2 * kTaskRows;
-      const int first = tile.column - kPad + 4 * (first_group + task.at);
+    for (Walk task = first_task; task.line() < 2 * tile.channels; task.advance(task_step, groups)) {
+      const int channel = task.line() / 2, pair = task.line() % 2 * kTaskRows;
+      const int first = tile.column - kPad + 4 * (first_group + task.at());
       float z[kTaskRows][kTaskColumns];
       convolve<3, kPad>(xs, shared + at.taps + channel * kTapStride, channel, pair + 1 + parity * kRows, first, z);
 #pragma unroll
@@ -166,28 +166,23 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const int done = row - 2;
     const bool owes = active && done >= tile.row;
     if (owes) {
-      float own_x[kTaskRows][kTaskColumns], dx[kTaskRows][kTaskColumns];
-#pragma unroll
-      for (int o = 0; o < kTaskRows; ++o) {
-        const auto values = read<4>(xs(own.channel, own.pair + o + parity * kRows, own.column));
-#pragma unroll
-        for (int c = 0; c < kTaskColumns; ++c) own_x[o][c] = values[c];
-      }
-      convolve_back<3, kPad>(dzs, own_taps, own.channel, own.pair + 1 + (parity ^ 1) * kRows, own.column, own_x, dx, sums);
+      float dx[kTaskRows][kTaskColumns];
+      const float* own_x = xs(own.channel, own.pair + parity * kRows, own.column);
+      convolve_back<3, kPad>(dzs, own_taps, own.channel, own.pair + 1 + (parity ^ 1) * kRows, own.column, own_x, xs.pitch, dx, sums);
 #pragma unroll
       for (int o = 0; o < kTaskRows; ++o) {
         const int out = done + own.pair + o;
         if constexpr (kLast) {
           write<4>(gs(own.channel, own.pair + o, own.column), {dx[o][0], dx[o][1], dx[o][2], dx[o][3]});
         } else if (grad_x != nullptr && out < tile.end_row) {
-          T* plane = static_cast<T*>(grad_x) + (tile.image * t.channels + tile.channel + own.channel) * t.height * t.width;
+          T* plane = static_cast<T*>(grad_x) + (plane_of(t, tile) + own.channel) * t.height * t.width;
           store_columns(plane + static_cast<int64_t>(out) * t.width, own.column, t.width, t.vectors, dx[o]);
         }
       }
     }
     __syncthreads();
     if constexpr (kLast) {
-      if (grad_x != nullptr) RowMover<T, kLast>(grad_x, t, tile, tile.column, end, nullptr).store(done, gs);
+      if (grad_x != nullptr) grads.store(grad_x, done, gs);
       __syncthreads();
     }
   }
@@ -209,7 +204,7 @@ __global__ void reduce(const float* partial, int64_t parts, int channels, const 
 template <class T, bool kLast>
 Tiling cut_for(const Image& x, bool backward) {
   const auto bytes = [&](const Tiling& t) { return arrays<T, kLast>(t, backward, nullptr).layout.bytes(); };
-  return cut(x, backward ? 2 : 1, 0, backward ? 3 : 2, 0, kMostThreads, shared_memory_limit(), bytes);
+  return cut(x, backward ? 2 : 1, 0, backward ? 3 : 2, 0, 1.5, kMostThreads, shared_memory_limit(), bytes);
 }
 
 }  // namespace

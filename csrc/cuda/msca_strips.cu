@@ -15,11 +15,11 @@ struct Arrays {
   int x_pitch, a_pitch, taps, x, a, y, staging;
   __host__ __device__ Arrays(const Tiling& t, int staging_bytes, float* memory)
       : layout(memory),
-        x_pitch(t.tile_columns + 2 * kXPad),
+        x_pitch(StemTasks::input_pitch(t)),
         a_pitch(t.tile_columns + 2 * kAPad),
         taps(layout.take(t.tile_channels * kTapStride)),
         x(layout.take(t.tile_channels * plane_stride(kRing, x_pitch))),
-        a(layout.take(t.tile_channels * plane_stride(kRows, a_pitch))),
+        a(layout.take(t.tile_channels * own_stride(kRows, a_pitch))),
         y(layout.take(t.channels_last ? t.tile_channels * plane_stride(kRows, t.tile_columns) : 0)),
         staging(layout.take(staging_bytes / 4)) {}
 };
@@ -30,10 +30,12 @@ __host__ __device__ Arrays arrays(const Tiling& t, float* memory) {
 }
 
 template <class T, bool kLast>
-constexpr int kMostThreads = kLast && sizeof(T) == 2 ? 512 : 256;
+constexpr int kMostThreads = !kLast ? 128 : sizeof(T) == 2 ? 512 : 256;
+template <class T, bool kLast>
+constexpr int kBlocksTogether = !kLast ? 3 : sizeof(T) == 2 ? 1 : 2;  // on a multiprocessor, which bounds the registers
 
 template <class T, bool kLast>
-__global__ void __launch_bounds__((kMostThreads<T, kLast>), 512 / kMostThreads<T, kLast>)
+__global__ void __launch_bounds__((kMostThreads<T, kLast>), (kBlocksTogether<T, kLast>))
     strips(const Tiling t, const void* x, const __grid_constant__ StripFilters filters, void* y) {
   SEGNEXT_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), 512 / kMostThreads<T
   Tile tile(t);
   const int end = tile.column + t.tile_columns;
   const Planes xs = {shared + at.x, at.x_pitch, plane_stride(kRing, at.x_pitch), tile.column - kXPad};
-  const Planes as = {shared + at.a, at.a_pitch, plane_stride(kRows, at.a_pitch), tile.column - kAPad};
+  const Planes as = {shared + at.a, at.a_pitch, own_stride(kRows, at.a_pitch), tile.column - kAPad};
   const Planes ys = {shared + at.y, t.tile_columns, plane_stride(kRows, t.tile_columns), tile.column};
 
   clear(xs, t.tile_channels);
@@ -53,33 +55,31 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), 512 / kMostThreads<T
   const int own = threadIdx.x / t.per_channel, col = tile.column + (threadIdx.x - own * t.per_channel) * kOwn;
   const bool active = own < tile.channels;
   const float* taps = shared + at.taps + (active ? own : 0) * kTapStride;
-  const float bias = taps[kColumnBias];
   const StemTasks tasks(t, tile);
+  const RowMover<T, kLast> rows(t, tile, tile.column - kHalo, end + kHalo, shared + at.staging);
 
-  for (; tile.image < tile.end_image; ++tile.image) {
+  for (bool more = true; more; more = tile.next_image(t)) {
     Sums sums;
 #pragma unroll
     for (int i = 0; i < kSumRows; ++i) {
 #pragma unroll
-      for (int p = 0; p < kOwn; ++p) sums[i][p] = bias;
+      for (int p = 0; p < kOwn; ++p) sums[i][p] = taps[kColumnBias];
     }
     // Rows row ... row + 3 of a lie in the middle of x's rows row - 2 ... row + 5, the ring.
     int row = tile.row == 0 ? -2 : tile.row - kReach;
     const int last = min(tile.end_row + kReach, t.height) - 1;
-    const RowMover<T, kLast> rows(x, t, tile, tile.column - kHalo, end + kHalo, shared + at.staging);
-    rows.fetch(row - 2);
-    rows.template put<2>(row - 2, xs.from_row(0));
-    rows.fetch(row + 2);
+    rows.fetch(x, row - 2);
+    rows.template put<2>(x, row - 2, xs.from_row(0));
+    rows.fetch(x, row + 2);
     for (int parity = 0; row - kReach < tile.end_row; row += kRows, parity ^= 1) {
       if (row <= last) {
-        rows.template put<2>(row + 2, xs.from_row((parity ^ 1) * kRows));
+        rows.template put<2>(x, row + 2, xs.from_row((parity ^ 1) * kRows));
         __syncthreads();
-        if (row + kRows <= last) rows.fetch(row + 2 + kRows);
+        if (row + kRows <= last) rows.fetch(x, row + 2 + kRows);
         tasks.run(xs, as, shared + at.taps, row, parity);
         __syncthreads();
         if (active) {
           Branches h;
-          float middle[kRows][kOwn];
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             const bool inside = row + r >= 0 && row + r < t.height;
@@ -89,12 +89,7 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), 512 / kMostThreads<T
               for (int p = 0; p < kOwn; ++p) h[b][r][p] = inside ? taps[kRowBias + b] : 0.0f;
             }
           }
-          filter_rows(as(own, 0, col - kReach), as.pitch, taps + kRowTaps, h, middle);
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-            for (int p = 0; p < kOwn; ++p) sums[kReach + r][p] += middle[r][p];
-          }
+          filter_rows(as(own, 0, col - kReach), as.pitch, taps + kRowTaps, h, sums);
           filter_columns(h, taps + kColumnTaps, sums);
         }
       } else if constexpr (kLast) {
@@ -112,16 +107,16 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), 512 / kMostThreads<T
           }
         }
         __syncthreads();
-        RowMover<T, kLast>(y, t, tile, tile.column, end, nullptr).store(done, ys);
+        rows.store(y, done, ys);
       } else if (active) {
-        T* plane = static_cast<T*>(y) + (tile.image * t.channels + tile.channel + own) * t.height * t.width;
+        T* plane = static_cast<T*>(y) + (plane_of(t, tile) + own) * t.height * t.width;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (done + r < tile.row || done + r >= tile.end_row) continue;
           store_columns<kOwn>(plane + static_cast<int64_t>(done + r) * t.width, col, t.width, t.vectors, sums[r]);
         }
       }
-      advance(sums, bias);
+      advance(sums, taps[kColumnBias]);
     }
   }
 }
@@ -129,7 +124,7 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), 512 / kMostThreads<T
 template <class T, bool kLast>
 void forward(const Image& x, const StripFilters& filters, const Image& y, cudaStream_t stream) {
   const auto bytes = [](const Tiling& t) { return arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  Tiling t = cut(x, kHalo, 0, 2, kChannelTaps, kMostThreads<T, kLast>, shared_memory_limit(), bytes);
+  Tiling t = cut(x, kHalo, 0, 2, kChannelTaps, 2, kMostThreads<T, kLast>, shared_memory_limit(), bytes);
   t.vectors = aligned(x) && aligned(y);
   launch(strips<T, kLast>, t.blocks, t.threads, bytes(t), stream, t, x.data, filters, y.data);
 }

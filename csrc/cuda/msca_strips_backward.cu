@@ -14,7 +14,9 @@
 namespace segnext::cuda {
 namespace {
 
-constexpr int kMostThreads = 256;
+template <bool kLast>
+constexpr int kMostInputThreads = kLast ? 288 : 256;  // channels_last: 16 channels of 32 columns and of the neighbours' that dx needs
+constexpr int kMostTapThreads = 256;
 constexpr int kDaPad = 2;                    // columns of da beside a tile's that dx needs
 constexpr int kXPad = StemTasks::kInputPad, kAPad = StemTasks::kPad;
 constexpr int kInputSums = 26;               // dW5, db5
@@ -41,11 +43,11 @@ struct TapArrays {
   int x_pitch, a_pitch, taps, x, a, g, x_staging, g_staging;
   __host__ __device__ TapArrays(const Tiling& t, int x_bytes, int g_bytes, float* memory)
       : layout(memory),
-        x_pitch(t.tile_columns + 2 * kXPad),
+        x_pitch(StemTasks::input_pitch(t)),
         a_pitch(t.tile_columns + 2 * kAPad),
         taps(layout.take(t.tile_channels * kTapStride)),
         x(layout.take(most(t.tile_channels * plane_stride(kRing, x_pitch), sums_floats(t)))),
-        a(layout.take(t.tile_channels * plane_stride(kRows, a_pitch))),
+        a(layout.take(t.tile_channels * own_stride(kRows, a_pitch))),
         g(layout.take(t.tile_channels * plane_stride(kRows, t.tile_columns))),
         x_staging(layout.take(x_bytes / 4)),
         g_staging(layout.take(g_bytes / 4)) {}
@@ -63,7 +65,7 @@ __host__ __device__ TapArrays tap_arrays(const Tiling& t, float* memory) {
 }
 
 template <class T, bool kLast>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostInputThreads<kLast>)
     inputs(const Tiling t, const void* grad_out, const void* x, const __grid_constant__ StripFilters filters, void* grad_x, float* partial) {
   SEGNEXT_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -81,36 +83,30 @@ __global__ void __launch_bounds__(kMostThreads)
   const int own = threadIdx.x / t.per_channel, place = threadIdx.x - own * t.per_channel, col = first_col + place * kOwn;
   const bool active = own < tile.channels;
   const float* taps = shared + at.taps + (active ? own : 0) * kTapStride;
+  const RowMover<T, kLast> grads(t, tile, first_col - kReach, end + t.border + kReach, shared + at.g_staging);
+  const RowMover<T, kLast> rows(t, tile, tile.column, end, shared + at.x_staging);
   // The thread's task: a pair of rows, four columns of dx.
   const int groups = t.tile_columns / kTaskColumns, pair = place / groups * kTaskRows;
   const int task_col = tile.column + place % groups * kTaskColumns;
   const bool owes = active && place < 2 * groups;
   float sums[kInputSums] = {};
 
-  for (; tile.image < tile.end_image; ++tile.image) {
+  for (bool more = true; more; more = tile.next_image(t)) {
     // Rows row ... row + 3 of g complete rows row - 10 ... row - 7 of da, and those rows row - 12 ... row - 9 of dx.
     constexpr int kBehind = kReach + 2;
     Sums da = {};
     int row = tile.row == 0 ? 0 : tile.row - kBehind;
     const int last = min(tile.end_row + kBehind, t.height) - 1;
-    const RowMover<T, kLast> grads(grad_out, t, tile, first_col - kReach, end + t.border + kReach, shared + at.g_staging);
-    const RowMover<T, kLast> rows(x, t, tile, tile.column, end, shared + at.x_staging);
-    grads.fetch(row);
-    rows.fetch(row - kBehind);
+    grads.fetch(grad_out, row);
+    rows.fetch(x, row - kBehind);
     for (int parity = 0; row - kBehind < tile.end_row; row += kRows, parity ^= 1) {
       if (row <= last) {
-        grads.template put<2>(row, gs);
+        grads.template put<2>(grad_out, row, gs);
         __syncthreads();
-        if (row + kRows <= last) grads.fetch(row + kRows);
+        if (row + kRows <= last) grads.fetch(grad_out, row + kRows);
         if (active) {
           Branches h = {};
-          float middle[kRows][kOwn];
-          filter_rows(gs(own, 0, col - kReach), gs.pitch, taps + kRowTaps, h, middle);
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-            for (int p = 0; p < kOwn; ++p) da[kReach + r][p] += middle[r][p];
-          }
+          filter_rows(gs(own, 0, col - kReach), gs.pitch, taps + kRowTaps, h, da);
           filter_columns(h, taps + kColumnTaps, da);
         }
       } else {
@@ -128,19 +124,13 @@ __global__ void __launch_bounds__(kMostThreads)
       }
       advance(da, 0.0f);
       const int done = row - kBehind;
-      rows.template put<4>(done, xs);
+      rows.template put<4>(x, done, xs);
       __syncthreads();
-      if (done + kRows < tile.end_row) rows.fetch(done + kRows);
+      if (done + kRows < tile.end_row) rows.fetch(x, done + kRows);
       if (done < tile.row) continue;
       if (owes) {
-        float own_x[kTaskRows][kTaskColumns], dx[kTaskRows][kTaskColumns];
-#pragma unroll
-        for (int o = 0; o < kTaskRows; ++o) {
-          const auto values = read<4>(xs(own, pair + o, task_col));
-#pragma unroll
-          for (int c = 0; c < kTaskColumns; ++c) own_x[o][c] = values[c];
-        }
-        convolve_back<5, kDaPad>(das, taps, own, pair + (parity ^ 1) * kRows, task_col, own_x, dx, sums);
+        float dx[kTaskRows][kTaskColumns];
+        convolve_back<5, kDaPad>(das, taps, own, pair + (parity ^ 1) * kRows, task_col, xs(own, pair, task_col), xs.pitch, dx, sums);
 #pragma unroll
         for (int o = 0; o < kTaskRows; ++o) {
           const int out = done + pair + o;
@@ -150,14 +140,14 @@ __global__ void __launch_bounds__(kMostThreads)
             for (int c = 0; c < kTaskColumns; ++c) values[c] = task_col + c < t.width ? dx[o][c] : 0.0f;
             write<4>(xs(own, pair + o, task_col), values);
           } else if (grad_x != nullptr && out < tile.end_row) {
-            T* plane = static_cast<T*>(grad_x) + (tile.image * t.channels + tile.channel + own) * t.height * t.width;
+            T* plane = static_cast<T*>(grad_x) + (plane_of(t, tile) + own) * t.height * t.width;
             store_columns(plane + static_cast<int64_t>(out) * t.width, task_col, t.width, t.vectors, dx[o]);
           }
         }
       }
       if constexpr (kLast) {
         __syncthreads();
-        if (grad_x != nullptr) RowMover<T, kLast>(grad_x, t, tile, tile.column, end, nullptr).store(done, xs);
+        if (grad_x != nullptr) rows.store(grad_x, done, xs);
       }
     }
   }
@@ -204,7 +194,7 @@ __device__ __forceinline__ void add_products(const float* row, const float* taps
 }
 
 template <class T, bool kLast>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostTapThreads)
     taps(const Tiling t, const void* grad_out, const void* x, const __grid_constant__ StripFilters filters, float* partial) {
   SEGNEXT_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -212,7 +202,7 @@ __global__ void __launch_bounds__(kMostThreads)
   Tile tile(t);
   const int end = tile.column + t.tile_columns;
   const Planes xs = {shared + at.x, at.x_pitch, plane_stride(kRing, at.x_pitch), tile.column - kXPad};
-  const Planes as = {shared + at.a, at.a_pitch, plane_stride(kRows, at.a_pitch), tile.column - kAPad};
+  const Planes as = {shared + at.a, at.a_pitch, own_stride(kRows, at.a_pitch), tile.column - kAPad};
   const Planes gs = {shared + at.g, t.tile_columns, plane_stride(kRows, t.tile_columns), tile.column};
   clear(xs, t.tile_channels);
   clear(as, t.tile_channels);
@@ -223,23 +213,23 @@ __global__ void __launch_bounds__(kMostThreads)
   const bool active = own < tile.channels;
   const float* own_taps = shared + at.taps + (active ? own : 0) * kTapStride;
   float sums[kTapSums] = {};
+  const RowMover<T, kLast> rows(t, tile, tile.column - kReach - 2, end + kReach + 2, shared + at.x_staging);
+  const RowMover<T, kLast> grads(t, tile, tile.column, end, shared + at.g_staging);
   const StemTasks tasks(t, tile);
-  for (; tile.image < tile.end_image; ++tile.image) {
+  for (bool more = true; more; more = tile.next_image(t)) {
     Sums g = {};  // rows row - 10 ... row + 13 of the output's gradient in the thread's columns
     int row = tile.row - 2 * kReach;
-    const RowMover<T, kLast> rows(x, t, tile, tile.column - kReach - 2, end + kReach + 2, shared + at.x_staging);
-    const RowMover<T, kLast> grads(grad_out, t, tile, tile.column, end, shared + at.g_staging);
-    grads.fetch(row + kReach);
+    grads.fetch(grad_out, row + kReach);
     for (int parity = 0; row < tile.end_row; row += kRows) {
-      grads.template put<4>(row + kReach, gs);
+      grads.template put<4>(grad_out, row + kReach, gs);
       if (row == tile.row) {
-        rows.fetch(row - 2);
-        rows.template put<2>(row - 2, xs.from_row(0));
-        rows.fetch(row + 2);
+        rows.fetch(x, row - 2);
+        rows.template put<2>(x, row - 2, xs.from_row(0));
+        rows.fetch(x, row + 2);
       }
-      if (row >= tile.row) rows.template put<2>(row + 2, xs.from_row((parity ^ 1) * kRows));
+      if (row >= tile.row) rows.template put<2>(x, row + 2, xs.from_row((parity ^ 1) * kRows));
       __syncthreads();
-      if (row + kRows < tile.end_row) grads.fetch(row + kReach + kRows);
+      if (row + kRows < tile.end_row) grads.fetch(grad_out, row + kReach + kRows);
       advance(g, 0.0f);
       if (active) {
 #pragma unroll
@@ -253,7 +243,7 @@ __global__ void __launch_bounds__(kMostThreads)
         __syncthreads();
         continue;
       }
-      if (row + kRows < tile.end_row) rows.fetch(row + 2 + kRows);
+      if (row + kRows < tile.end_row) rows.fetch(x, row + 2 + kRows);
       tasks.run(xs, as, shared + at.taps, row, parity);
       parity ^= 1;
       __syncthreads();
@@ -294,12 +284,12 @@ __global__ void reduce(const float* input_sums, int64_t input_parts, const float
 template <class T, bool kLast>
 Tiling cut_inputs(const Image& x) {
   const auto bytes = [](const Tiling& t) { return input_arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  return cut(x, kReach + 2, kDaPad, 3, kChannelTaps + 4 * kInputSums, kMostThreads, shared_memory_limit(), bytes);
+  return cut(x, kReach + 2, kDaPad, 3, kChannelTaps + 4 * kInputSums, 1.5, kMostInputThreads<kLast>, shared_memory_limit(), bytes);
 }
 template <class T, bool kLast>
 Tiling cut_taps(const Image& x) {
   const auto bytes = [](const Tiling& t) { return tap_arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  return cut(x, kReach + 2, 0, 2, kChannelTaps + 4 * kTapSums, kMostThreads, shared_memory_limit(), bytes);
+  return cut(x, kReach + 2, 0, 2, kChannelTaps + 4 * kTapSums, 1.5, kMostTapThreads, shared_memory_limit(), bytes);
 }
 
 }  // namespace

@@ -65,11 +65,10 @@ __device__ __forceinline__ void convolve(const Planes& in, const float* taps, in
 }
 
 // The transposition: out[o][c] = sum over i, t of taps[K-1-i][K-1-t] * dz[row + o + i][col - K / 2 + c + t], and
-// sums[K-1-i][K-1-t] += x[o][c] * dz[...], the gradient of the taps.
+// sums[K-1-i][K-1-t] += x[o][c] * dz[...], the gradient of the taps. x is the first row's, the second `pitch` further.
 template <int K, int kLead>
-__device__ __forceinline__ void convolve_back(const Planes& dz, const float* taps, int channel, int row, int col,
-                                              const float (&x)[kTaskRows][kTaskColumns],
-                                              float (&out)[kTaskRows][kTaskColumns], float (&sums)[K * K + 1]) {
+__device__ __forceinline__ void convolve_back(const Planes& dz, const float* taps, int channel, int row, int col, const float* x,
+                                              int pitch, float (&out)[kTaskRows][kTaskColumns], float (&sums)[K * K + 1]) {
   float w[K * K + 1];
   read_floats(taps, w);
 #pragma unroll
@@ -82,13 +81,14 @@ __device__ __forceinline__ void convolve_back(const Planes& dz, const float* tap
     for (int o = 0; o < kTaskRows; ++o) {
       const int i = j - o;
       if (i < 0 || i >= K) continue;
+      const auto own = read<4>(x + o * pitch);  // again for every row of the window: registers are scarce
 #pragma unroll
       for (int t = 0; t < K; ++t) {
         const int tap = (K - 1 - i) * K + K - 1 - t;
 #pragma unroll
         for (int c = 0; c < kTaskColumns; ++c) {
           out[o][c] += w[tap] * v[c + t];
-          sums[tap] += x[o][c] * v[c + t];
+          sums[tap] += own[c] * v[c + t];
         }
       }
       if (i != K / 2) continue;

@@ -88,38 +88,36 @@ __device__ void load_taps(const StripFilters& filters, const Tiling& t, const Ti
 
 using Branches = float[kBranches][kRows][kOwn];
 
-// h += the row filters on kRows rows of a, middle = a itself; `row` is the first row's element kReach columns left of the thread's own.
-__device__ __forceinline__ void filter_rows(const float* row, int pitch, const float* taps, Branches& h,
-                                            float (&middle)[kRows][kOwn]) {
+// Output rows that kRows rows of h reach; the first is kReach above theirs.
+inline constexpr int kSumRows = kRows + 2 * kReach;
+using Sums = float[kSumRows][kOwn];
+
+// h += the row filters on kRows rows of a, sums += a itself; `row` is the first row's element kReach columns left of the thread's own.
+__device__ __forceinline__ void filter_rows(const float* row, int pitch, const float* taps, Branches& h, Sums& sums) {
   float v[kRows][kPositions - 1 + kOwn];
   for_taps(taps, [&](int branch, int position, float tap, int) {
+    if (branch == kBranches - 1) {  // the longest branch comes first at every position, and brings the columns that are new
 #pragma unroll
-    for (int first = 0; first < kPositions - 1 + kOwn; first += kOwn) {
-      // the longest branch comes first at every position
-      if (branch != kBranches - 1 || (first != position + 1 && (first != 0 || position != 0))) continue;
+      for (int first = 0; first < kPositions - 1 + kOwn; first += kOwn) {
+        if (first != position + 1 && (first != 0 || position != 0)) continue;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const auto part = read<kOwn>(row + r * pitch + first);
+        for (int r = 0; r < kRows; ++r) {
+          const auto part = read<kOwn>(row + r * pitch + first);
 #pragma unroll
-        for (int p = 0; p < kOwn; ++p) v[r][first + p] = part[p];
+          for (int p = 0; p < kOwn; ++p) v[r][first + p] = part[p];
+        }
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int p = 0; p < kOwn; ++p) h[branch][r][p] += tap * v[r][p + position];
+      for (int p = 0; p < kOwn; ++p) {
+        if (branch == kBranches - 1 && position == kReach) sums[kReach + r][p] += v[r][p + position];
+        h[branch][r][p] += tap * v[r][p + position];
+      }
     }
   });
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int p = 0; p < kOwn; ++p) middle[r][p] = v[r][p + kReach];
-  }
 }
-
-// Output rows that kRows rows of h reach; the first is kReach above theirs.
-inline constexpr int kSumRows = kRows + 2 * kReach;
-using Sums = float[kSumRows][kOwn];
 
 // sums += the column filters on h
 __device__ __forceinline__ void filter_columns(const Branches& h, const float* taps, Sums& sums) {
@@ -147,19 +145,24 @@ class StemTasks {
   static constexpr int kPad = kReach + 2;        // columns of a beside a tile's in shared memory, and
   static constexpr int kInputPad = kReach + 4;   // of x, so that windows and groups begin at multiples of 16 bytes
 
+  // Where a row has four groups, two rows further lie in the other half of the banks.
+  __host__ __device__ static int input_pitch(const Tiling& t) {
+    const int pitch = t.tile_columns + 2 * kInputPad;
+    return t.tile_columns <= 16 ? round_up(pitch - 8, 16) + 8 : pitch;
+  }
+
   __device__ StemTasks(const Tiling& t, const Tile& tile)
       : t_(t),
         tile_(tile),
-        first_group_(tile.column == 0 ? kPad / 4 : 0),
-        groups_(ceil_div(min(t.width - tile.column, t.tile_columns + kPad) + kPad, 4) - first_group_),
+        groups_(ceil_div(min(t.width - tile.column, t.tile_columns + kPad) + kPad, 4) - first_group()),
         first_(threadIdx.x, groups_),
         step_(blockDim.x, groups_) {}
 
   // a's rows row ... row + 3, zero outside the image, from the ring of x's rows row - 2 ... row + 5, which begins at `parity`.
   __device__ void run(const Planes& xs, const Planes& as, const float* taps, int row, int parity) const {
-    for (Walk task = first_; task.line < 2 * tile_.channels; task.advance(step_, groups_)) {
-      const int channel = task.line / 2, pair = task.line % 2 * kTaskRows;
-      const int first = tile_.column - kPad + 4 * (first_group_ + task.at);
+    for (Walk task = first_; task.line() < 2 * tile_.channels; task.advance(step_, groups_)) {
+      const int channel = task.line() / 2, pair = task.line() % 2 * kTaskRows;
+      const int first = tile_.column - kPad + 4 * (first_group() + task.at());
       float a[kTaskRows][kTaskColumns];
       convolve<5, 2>(xs, taps + channel * kTapStride, channel, pair + parity * kRows, first, a);
 #pragma unroll
@@ -174,9 +177,11 @@ class StemTasks {
   }
 
  private:
+  __device__ int first_group() const { return tile_.column == 0 ? kPad / 4 : 0; }
+
   const Tiling& t_;
   const Tile& tile_;
-  int first_group_, groups_;
+  int groups_;
   Walk first_, step_;
 };
 

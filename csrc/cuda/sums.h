@@ -11,8 +11,7 @@ __host__ __device__ inline int sums_floats(const Tiling& t) { return kSumsTogeth
 template <int N>
 __device__ void add_up(const float (&sums)[N], const Tiling& t, const Tile& tile, float* shared, float* partial) {
   const int own = threadIdx.x / t.per_channel, pitch = t.tile_channels * t.per_channel + 1;
-  const int64_t part = (tile.first_image / t.block_images * t.row_parts + tile.row / t.part_rows) * t.column_tiles + tile.column / t.tile_columns;
-  float* to = partial + (part * t.channels + tile.channel) * N;
+  float* to = partial + (static_cast<int64_t>(blockIdx.x / t.groups) * t.channels + tile.channel) * N;
 #pragma unroll
   for (int first = 0; first < N; first += kSumsTogether) {
     constexpr int kTogether = kSumsTogether;

@@ -13,12 +13,11 @@ namespace segnext::cuda {
 
 inline constexpr int kRows = 4;
 inline constexpr int kOwn = 2;  // neighbouring columns of one channel that a thread owns
-// Work is cut for 12 warps on each of 132 multiprocessors, whatever the device at hand has: results must not depend on it.
-inline constexpr int kBlocks = 132, kWarps = 12 * kBlocks;
+// Work is cut for 128 multiprocessors with 12 warps each, whatever the device at hand has: results must not depend on it.
+inline constexpr int kMultiprocessors = 128, kWarps = 12 * kMultiprocessors;
 
 struct Tiling {
-  int channels, height, width;                 // of the image
-  int64_t images;
+  int images, channels, height, width;
   int tile_channels, tile_columns, part_rows;  // of a block; tile_channels = 1 << log_channels
   int log_channels, groups, column_tiles, row_parts;
   int block_images;                            // that a block does one after another
@@ -39,12 +38,12 @@ inline bool aligned(const Image& x) {
 }
 
 // Cuts x for a kernel that reads `reach` pixels around its outputs and where a thread owns kOwn columns of a channel, of those
-// `border` columns of the neighbouring tiles too. bytes(tiling) of shared memory may be at most `limit`. A block reads `moved`
-// elements for each pixel and `extra` for each channel: where planes are so small that these weigh, it does several images.
+// `border` columns of the neighbouring tiles too. bytes(tiling) of shared memory may be at most `limit`. A block moves
+// `moved` elements for each pixel and `extra` for each channel: where planes are so small that these weigh, it does several images.
 template <class F>
-Tiling cut(const Image& x, int reach, int border, int moved, int extra, int most_threads, int limit, const F& bytes) {
+Tiling cut(const Image& x, int reach, int border, int moved, int extra, double most_read, int most_threads, int limit, const F& bytes) {
   Tiling t = {};
-  t.images = x.images;
+  t.images = static_cast<int>(x.images);
   t.channels = static_cast<int>(x.channels);
   t.height = static_cast<int>(x.height);
   t.width = static_cast<int>(x.width);
@@ -66,27 +65,28 @@ Tiling cut(const Image& x, int reach, int border, int moved, int extra, int most
   while (!shape(columns, channels)) (columns > 32 ? columns : channels) /= 2;
   while (1 << t.log_channels < t.tile_channels) ++t.log_channels;
   t.groups = ceil_div(t.channels, t.tile_channels);
-  // More parts of rows fill the device, until reads are twice what they must be.
+  // More parts of rows fill the device, at the price of rows that are read twice: up to a quarter more than must be read where six
+  // warps run on every multiprocessor anyway, else up to `most_read` times as much.
   const double columns_read = 1 + 2.0 * reach * (t.column_tiles - 1) / t.width;
-  const int most_parts = 1 + static_cast<int>(std::max(2 / columns_read - 1, 0.0) * t.height / (2 * reach));
   const int64_t warps = x.images * t.groups * t.column_tiles * (t.threads / 32);
+  const double allowed = warps >= kWarps / 2 ? 1.25 : most_read;
+  const int most_parts = 1 + static_cast<int>(std::max(allowed / columns_read - 1, 0.0) * t.height / (2 * reach));
   const int64_t parts = std::min<int64_t>({(kWarps + warps - 1) / warps, most_parts, ceil_div(t.height, 2 * kRows)});
   t.part_rows = round_up(ceil_div(t.height, static_cast<int>(parts)), kRows);
   t.row_parts = ceil_div(t.height, t.part_rows);
   int64_t blocks = x.images * t.groups * t.column_tiles * t.row_parts;
   const int64_t plane = x.height * x.width * moved, worth = (8 * extra + plane - 1) / plane;
-  t.block_images = static_cast<int>(std::max<int64_t>(std::min({worth, blocks / kBlocks, x.images}), 1));
+  t.block_images = static_cast<int>(std::max<int64_t>(std::min({worth, blocks / kMultiprocessors, x.images}), 1));
   blocks = (x.images + t.block_images - 1) / t.block_images * t.groups * t.column_tiles * t.row_parts;
   if (blocks > INT32_MAX) throw std::runtime_error("segnext_kernels: the tensor is too large for one launch");
   t.blocks = static_cast<unsigned>(blocks);
   return t;
 }
 
-// What one block owns: of images [first_image, end_image), `image` now, `channels` from `channel`, rows [row, end_row), columns from
-// `column`.
+// What one block owns: of `image` and those after it that it does too, `channels` from `channel`, rows [row, end_row), columns
+// from `column`.
 struct Tile {
-  int64_t first_image, end_image, image;
-  int channel, channels, column, row, end_row;
+  int image, channel, channels, column, row, end_row;
 
   __device__ explicit Tile(const Tiling& t) {
     unsigned rest = blockIdx.x;
@@ -95,24 +95,32 @@ struct Tile {
     column = static_cast<int>(rest % t.column_tiles) * t.tile_columns;
     rest /= t.column_tiles;
     row = static_cast<int>(rest % t.row_parts) * t.part_rows;
-    image = first_image = static_cast<int64_t>(rest / t.row_parts) * t.block_images;
-    end_image = min(first_image + t.block_images, t.images);
+    image = static_cast<int>(rest / t.row_parts) * t.block_images;
     channels = min(t.tile_channels, t.channels - channel);
     end_row = min(row + t.part_rows, t.height);
   }
+  // Goes on to the block's next image, if it has one.
+  __device__ bool next_image(const Tiling& t) { return ++image % t.block_images != 0 && image < t.images; }
 };
 
-// Places in lines of `size`, taken by threads in turn, without a division for each.
-struct Walk {
-  int line, at;
-  __device__ Walk(int place, int size) : line(place / size), at(place % size) {}
-  __device__ void advance(const Walk& step, int size) {
-    line += step.line;
-    at += step.at;
-    if (at < size) return;
-    at -= size;
-    ++line;
+// The number of an image's plane that holds the tile's first channel.
+__device__ __forceinline__ int64_t plane_of(const Tiling& t, const Tile& tile) {
+  return static_cast<int64_t>(tile.image) * t.channels + tile.channel;
+}
+
+// Places in lines of `size`, taken by threads in turn, without a division for each. Both fit in 16 bits: one register.
+class Walk {
+ public:
+  __device__ Walk(int place, int size) : packed_(static_cast<unsigned>(place / size) << 16 | place % size) {}
+  __device__ int line() const { return packed_ >> 16; }
+  __device__ int at() const { return packed_ & 0xFFFF; }
+  __device__ void advance(Walk step, int size) {
+    packed_ += step.packed_;
+    if (at() >= size) packed_ += 0x10000 - size;
   }
+
+ private:
+  unsigned packed_;
 };
 
 // Arrays one after another in shared memory, in floats; when run on the host, with guarded gaps between them.
@@ -139,8 +147,10 @@ class Layout {
   int floats_ = 0;
 };
 
-// From channel to channel: an odd multiple of 4, so that four channels' columns lie in other banks than the next four's.
+// From channel to channel in planes that are moved: an odd multiple of 4, so that four channels' columns lie in other banks than
+// the next four's. In planes of which each thread reads two columns: half of the banks further.
 __host__ __device__ constexpr int plane_stride(int rows, int pitch) { return round_up(rows * pitch - 4, 8) + 4; }
+__host__ __device__ constexpr int own_stride(int rows, int pitch) { return round_up(rows * pitch - 16, 32) + 16; }
 
 // Channels of some rows in shared memory.
 struct Planes {
@@ -162,49 +172,48 @@ class RowMover {
   static constexpr int kUnit = 16 / sizeof(T);
 
   // staging: 16-byte aligned, staging_bytes() of it.
-  __device__ RowMover(const void* data, const Tiling& tiling, const Tile& tile, int first, int last, void* staging)
-      : t_(tiling), tile_(tile), first_(max(first, 0)), staging_(static_cast<T*>(staging)), unit_(tiling.vectors ? kUnit : 1),
-        line_(1), start_(0, 1), step_(0, 1) {
-    last = min(last, t_.width);
-    if (!kLast) first_ = first_ / unit_ * unit_;
-    const int columns = max(last - first_, 0);
-    line_ = max(kLast ? columns * (t_.tile_channels / unit_) : ceil_div(columns, unit_), 1);
-    lines_ = columns == 0 ? 0 : kLast ? kRows : kRows * tile_.channels;
-    start_ = Walk(threadIdx.x, line_);
-    step_ = Walk(blockDim.x, line_);
-    const int64_t plane = static_cast<int64_t>(t_.height) * t_.width;
-    base_ = static_cast<T*>(const_cast<void*>(data)) +
-            (kLast ? tile_.image * plane * t_.channels + tile_.channel : (tile_.image * t_.channels + tile_.channel) * plane);
-  }
+  __device__ RowMover(const Tiling& tiling, const Tile& tile, int first, int last, void* staging)
+      : t_(tiling),
+        tile_(tile),
+        first_(kLast ? max(first, 0) : max(first, 0) / unit() * unit()),
+        line_(kLast ? (min(last, t_.width) - first_) * (t_.tile_channels / unit()) : ceil_div(min(last, t_.width) - first_, unit())),
+        staging_(static_cast<T*>(staging)),
+        start_(threadIdx.x, line_),
+        step_(blockDim.x, line_) {}
 
   __host__ __device__ static int staging_bytes(const Tiling& t, int columns) {
     return round_up(columns + kUnit, kUnit) * kRows * t.tile_channels * static_cast<int>(sizeof(T));
   }
 
-  // Starts to copy the rows from `row` on.
-  __device__ void fetch(int row) const {
+  // Starts to copy the image's rows from `row` on.
+  __device__ void fetch(const void* image, int row) const {
     if (!t_.vectors) return;
-    for_units([&](int channel, int r, int col, int unit) {
-      if (inside(row + r) && channel < tile_.channels) copy_async(staging_ + unit * kUnit, address(channel, row + r, col));
+    const T* base = this->base(image);
+    for_units([&](int channel, int r, int col, int number) {
+      if (inside(row + r) && channel < tile_.channels) {
+        copy_async(staging_ + number * kUnit, base + offset(channel, row + r, col));
+      }
     });
   }
 
   // Writes the rows from `row` on, fetched before, to the first kRows rows of `planes`; zeros where there is no such row. kAlign
   // floats of a plane are written at once.
   template <int kAlign>
-  __device__ void put(int row, const Planes& planes) const {
+  __device__ void put(const void* image, int row, const Planes& planes) const {
     if (!t_.vectors) {
+      const T* base = this->base(image);
       for_units([&](int channel, int r, int col, int) {
         if (channel >= tile_.channels) return;
-        write<1>(planes(channel, r, col), {inside(row + r) ? to_float(read<1>(address(channel, row + r, col))[0]) : 0.0f});
+        const float value = inside(row + r) ? to_float(read<1>(base + offset(channel, row + r, col))[0]) : 0.0f;
+        write<1>(planes(channel, r, col), {value});
       });
       return;
     }
     wait_async();
-    for_units([&](int channel, int r, int col, int unit) {
+    for_units([&](int channel, int r, int col, int number) {
       if (channel >= tile_.channels) return;
       Vec<T, kUnit> values = {};
-      if (inside(row + r)) values = read<kUnit>(staging_ + unit * kUnit);
+      if (inside(row + r)) values = read<kUnit>(staging_ + number * kUnit);
       if constexpr (kLast) {
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) write<1>(planes(channel + i, r, col), {to_float(values[i])});
@@ -222,48 +231,57 @@ class RowMover {
     });
   }
 
-  // Stores the first kRows rows of `planes` to the tile's rows from `row` on.
-  __device__ void store(int row, const Planes& planes) const {
-    if (!t_.vectors) return store_units<1>(row, planes);
-    store_units<kUnit>(row, planes);
+  // Stores the first kRows rows of `planes` to the image's rows from `row` on, as far as rows and columns are the tile's. For
+  // channels_last; otherwise threads store what they have computed.
+  __device__ void store(void* image, int row, const Planes& planes) const {
+    static_assert(kLast);
+    if (!t_.vectors) return store_units<1>(base(image), row, planes);
+    store_units<kUnit>(base(image), row, planes);
   }
 
  private:
   template <class F>
   __device__ void for_units(const F& f) const {
-    int unit = threadIdx.x;
-    for (Walk walk = start_; walk.line < lines_; walk.advance(step_, line_), unit += blockDim.x) {
+    int number = threadIdx.x;
+    for (Walk walk = start_; walk.line() < (kLast ? kRows : kRows * tile_.channels); walk.advance(step_, line_), number += blockDim.x) {
       if constexpr (kLast) {
-        const int element = walk.at * unit_;
-        f(element & (t_.tile_channels - 1), walk.line, first_ + (element >> t_.log_channels), unit);
+        const int element = walk.at() * unit();
+        f(element & (t_.tile_channels - 1), walk.line(), first_ + (element >> t_.log_channels), number);
       } else {
-        f(walk.line / kRows, walk.line % kRows, first_ + walk.at * unit_, unit);
+        f(walk.line() / kRows, walk.line() % kRows, first_ + walk.at() * unit(), number);
       }
     }
   }
 
   template <int V>
-  __device__ void store_units(int row, const Planes& planes) const {
+  __device__ void store_units(T* base, int row, const Planes& planes) const {
     for_units([&](int channel, int r, int col, int) {
       if (channel >= tile_.channels || row + r < tile_.row || row + r >= tile_.end_row) return;
+      if (col < tile_.column || col >= tile_.column + t_.tile_columns) return;
       Vec<T, V> values;
 #pragma unroll
-      for (int i = 0; i < V; ++i) round_to(read<1>(kLast ? planes(channel + i, r, col) : planes(channel, r, col + i))[0], values[i]);
-      write<V>(address(channel, row + r, col), values);
+      for (int i = 0; i < V; ++i) round_to(read<1>(planes(channel + i, r, col))[0], values[i]);
+      write<V>(base + offset(channel, row + r, col), values);
     });
   }
 
+  __device__ int unit() const { return t_.vectors ? kUnit : 1; }
   __device__ bool inside(int row) const { return row >= 0 && row < t_.height; }
-  __device__ T* address(int channel, int row, int col) const {
-    if constexpr (kLast) return base_ + (static_cast<int64_t>(row) * t_.width + col) * t_.channels + channel;
-    return base_ + static_cast<int64_t>(channel * t_.height + row) * t_.width + col;
+  // Where the tile's first channel lies in an image tensor, and, from there, an element of the tile.
+  __device__ T* base(const void* image) const {
+    const int64_t plane = static_cast<int64_t>(t_.height) * t_.width;
+    return static_cast<T*>(const_cast<void*>(image)) +
+           (kLast ? tile_.image * plane * t_.channels + tile_.channel : plane_of(t_, tile_) * plane);
+  }
+  __device__ int64_t offset(int channel, int row, int col) const {
+    if constexpr (kLast) return (static_cast<int64_t>(row) * t_.width + col) * t_.channels + channel;
+    return static_cast<int64_t>(channel * t_.height + row) * t_.width + col;
   }
 
   const Tiling& t_;
   const Tile& tile_;
-  int first_;
-  T *staging_, *base_;
-  int unit_, line_, lines_;
+  int first_, line_;  // the first column; units in a line: of a channel's row, in channels_last of a row
+  T* staging_;
   Walk start_, step_;
 };
 

@@ -56,6 +56,7 @@ switch_stacks:
 namespace host_run {
 
 Settings settings;
+std::vector<Cut> cuts;
 
 namespace {
 
@@ -91,6 +92,7 @@ using Instruction = std::tuple<unsigned, unsigned, unsigned, bool>;  // warp, si
 std::map<Instruction, std::vector<Access>> instructions;
 std::unordered_set<uintptr_t> sectors_read;
 Traffic total;
+int launches;
 std::string problem;  // that the kernel has, thrown at the next barrier
 
 void switch_to_main() {
@@ -264,6 +266,7 @@ void trace(const void* address, size_t bytes, bool store, unsigned site) {
 }
 
 void run(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+  if (const int number = launches++; settings.launch >= 0 && number != settings.launch) return;
   if (shared_bytes > static_cast<size_t>(settings.shared_limit) || threads > 1024 || threads == 0) {
     throw std::runtime_error("a launch asks for too much");
   }
@@ -287,7 +290,11 @@ void run(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function
 }
 
 Traffic traffic() { return total; }
-void reset() { total = {}; }
+void reset() {
+  total = {};
+  launches = 0;
+  cuts.clear();
+}
 
 }  // namespace host_run
 

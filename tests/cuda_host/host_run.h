@@ -40,8 +40,24 @@ void trace(const void* address, size_t bytes, bool store, unsigned site);
 
 void run(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 
+// How the last launch was cut, for module.cpp; other arguments than a tiling are of no interest.
+struct Cut {
+  int channels, columns, rows, groups, column_tiles, row_parts, block_images;
+  unsigned blocks, threads;
+  size_t shared_bytes;
+};
+extern std::vector<Cut> cuts;  // of the launches since reset() that have one
+template <class T>
+void note([[maybe_unused]] const cudaLaunchConfig_t& config, [[maybe_unused]] const T& argument) {
+  if constexpr (requires { argument.tile_channels; }) {
+    cuts.push_back({argument.tile_channels, argument.tile_columns, argument.part_rows, argument.groups, argument.column_tiles,
+                    argument.row_parts, argument.block_images, config.gridDim.x, config.blockDim.x, config.dynamicSmemBytes});
+  }
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  (note(*config, arguments), ...);
   run(config->gridDim, config->blockDim.x, config->dynamicSmemBytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;
 }
@@ -50,7 +66,8 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters..
 struct Settings {
   unsigned order = 0;                       // of the threads between two barriers: 0 as they are numbered, 1 reversed, else drawn
   int shared_limit = 227 * 1024;            // of a block, in bytes
-  unsigned first = 0, step = 1, count = ~0u;  // the blocks that run
+  unsigned first = 0, step = 1, count = ~0u;  // the blocks of a launch that run
+  int launch = -1;                          // only this one of the launches since reset() runs; -1: all
   bool traced = false;
 };
 extern Settings settings;

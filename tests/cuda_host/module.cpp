@@ -8,6 +8,7 @@
 
 namespace py = pybind11;
 using namespace segnext;
+using namespace py::literals;
 
 namespace {
 
@@ -69,22 +70,25 @@ PYBIND11_MODULE(cuda_host, m) {
     cuda::dwconv_gelu_backward(image(grad_out, channels_last), in, depthwise(filter), optional_image(grad_x, channels_last),
                                grads.is_none() ? nullptr : &results, sums.data(), nullptr);
   });
-  m.def("settings", [](unsigned order, int shared_limit, unsigned first, unsigned step, unsigned count, bool traced) {
-    host_run::settings = {order, shared_limit, first, step, count, traced};
+  m.def("settings", [](unsigned order, int shared_limit, unsigned first, unsigned step, unsigned count, int launch, bool traced) {
+    host_run::settings = {order, shared_limit, first, step, count, launch, traced};
     host_run::reset();
   }, py::arg("order") = 0, py::arg("shared_limit") = 227 * 1024, py::arg("first") = 0, py::arg("step") = 1,
-     py::arg("count") = ~0u, py::arg("traced") = false);
+     py::arg("count") = ~0u, py::arg("launch") = -1, py::arg("traced") = false);
   m.def("traffic", [] {
     const host_run::Traffic t = host_run::traffic();
-    py::dict d;
-    d["read_bytes"] = t.read_bytes;
-    d["written_bytes"] = t.written_bytes;
-    d["read_sectors"] = t.read_sectors;
-    d["written_sectors"] = t.written_sectors;
-    d["distinct_read_sectors"] = t.distinct_read_sectors;
-    d["shared_instructions"] = t.shared_instructions;
-    d["shared_wavefronts"] = t.shared_wavefronts;
-    d["shared_ideal"] = t.shared_ideal;
-    return d;
+    return py::dict("read_bytes"_a = t.read_bytes, "written_bytes"_a = t.written_bytes, "read_sectors"_a = t.read_sectors,
+                    "written_sectors"_a = t.written_sectors, "distinct_read_sectors"_a = t.distinct_read_sectors,
+                    "shared_instructions"_a = t.shared_instructions, "shared_wavefronts"_a = t.shared_wavefronts,
+                    "shared_ideal"_a = t.shared_ideal);
+  });
+  m.def("cuts", [] {
+    py::list all;
+    for (const host_run::Cut& c : host_run::cuts) {
+      all.append(py::dict("channels"_a = c.channels, "columns"_a = c.columns, "rows"_a = c.rows, "groups"_a = c.groups,
+                          "column_tiles"_a = c.column_tiles, "row_parts"_a = c.row_parts, "block_images"_a = c.block_images,
+                          "blocks"_a = c.blocks, "threads"_a = c.threads, "shared_bytes"_a = c.shared_bytes));
+    }
+    return all;
   });
 }
