@@ -98,7 +98,6 @@ __global__ void __launch_bounds__(kMostInputThreads<kLast>)
     int row = tile.row == 0 ? 0 : tile.row - kBehind;
     const int last = min(tile.end_row + kBehind, t.height) - 1;
     grads.fetch(grad_out, row);
-    rows.fetch(x, row - kBehind);
     for (int parity = 0; row - kBehind < tile.end_row; row += kRows, parity ^= 1) {
       if (row <= last) {
         grads.template put<2>(grad_out, row, gs);
@@ -124,9 +123,9 @@ __global__ void __launch_bounds__(kMostInputThreads<kLast>)
       }
       advance(da, 0.0f);
       const int done = row - kBehind;
-      rows.template put<4>(x, done, xs);
+      if (done >= tile.row) rows.template put<4>(x, done, xs);
       __syncthreads();
-      if (done + kRows < tile.end_row) rows.fetch(x, done + kRows);
+      if (done + kRows >= tile.row && done + kRows < tile.end_row) rows.fetch(x, done + kRows);
       if (done < tile.row) continue;
       if (owes) {
         float dx[kTaskRows][kTaskColumns];

@@ -3,11 +3,9 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -61,6 +59,7 @@ std::vector<Cut> cuts;
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
+constexpr size_t kSites = 512 * 8;  // lines, times four sizes, times load and store
 enum class State { kReady, kAtBarrier, kDone };
 
 struct Fiber {
@@ -70,7 +69,7 @@ struct Fiber {
   State state = State::kDone;
   unsigned site = 0, index = 0;
   std::vector<Copy> copies;
-  std::map<unsigned, unsigned> occurrences;  // of sites since the last barrier
+  std::vector<unsigned> occurrences = std::vector<unsigned>(kSites);  // of sites since the last barrier
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -88,8 +87,14 @@ struct Access {
   uintptr_t address;
   size_t bytes;
 };
-using Instruction = std::tuple<unsigned, unsigned, unsigned, bool>;  // warp, site, occurrence, store
-std::map<Instruction, std::vector<Access>> instructions;
+// Lanes of a warp that come by the same place for the same time make one instruction.
+struct Traced {
+  uint64_t instruction;  // warp, site, occurrence
+  unsigned lane;
+  bool store;
+  Access access;
+};
+std::vector<Traced> traced;
 std::unordered_set<uintptr_t> sectors_read;
 Traffic total;
 int launches;
@@ -124,7 +129,7 @@ void start(Fiber& fiber, unsigned index) {
   fiber.state = State::kReady;
   fiber.index = index;
   fiber.copies.clear();
-  fiber.occurrences.clear();
+  std::fill(fiber.occurrences.begin(), fiber.occurrences.end(), 0u);
 }
 
 void resume(Fiber& fiber) {
@@ -142,46 +147,60 @@ bool is_shared(uintptr_t address) {
   return address >= base && address < base + shared_size;
 }
 
-// 32 banks of 4 bytes. Wide accesses go by halves or quarters of a warp; a part that adds no word to the ones before is free.
+// The units of some size that lanes [first, last) touch, each once, in order.
+std::vector<uintptr_t> touched(const std::vector<Access>& lanes, size_t first, size_t last, size_t size) {
+  std::vector<uintptr_t> units;
+  for (size_t i = first; i < last; ++i) {
+    const uintptr_t end = (lanes[i].address + lanes[i].bytes - 1) / size;
+    for (uintptr_t unit = lanes[i].address / size; unit <= end; ++unit) units.push_back(unit);
+  }
+  std::sort(units.begin(), units.end());
+  units.erase(std::unique(units.begin(), units.end()), units.end());
+  return units;
+}
+
+// 32 banks of 4 bytes. Wide accesses go by halves or quarters of a warp; one that touches just what another does is free.
 long wavefronts(const std::vector<Access>& lanes) {
   const size_t together = std::max<size_t>(1, 128 / lanes[0].bytes);
   long count = 0;
-  std::set<uintptr_t> seen;
+  std::vector<uintptr_t> before;
   for (size_t first = 0; first < lanes.size(); first += together) {
-    std::set<uintptr_t> words;
-    for (size_t i = first; i < std::min(first + together, lanes.size()); ++i) {
-      for (size_t b = 0; b < lanes[i].bytes; b += 4) words.insert((lanes[i].address + b) / 4);
-    }
-    if (std::includes(seen.begin(), seen.end(), words.begin(), words.end())) continue;
-    seen.insert(words.begin(), words.end());
+    const std::vector<uintptr_t> words = touched(lanes, first, std::min(first + together, lanes.size()), 4);
+    if (words == before) continue;
     int banks[32] = {};
     for (const uintptr_t word : words) ++banks[word % 32];
     count += *std::max_element(banks, banks + 32);
+    before = words;
   }
   return count;
 }
 
-void count_instructions() {
-  for (const auto& [key, lanes] : instructions) {
-    if (is_shared(lanes[0].address)) {
-      std::set<uintptr_t> words;
-      for (const Access& a : lanes) {
-        for (size_t b = 0; b < a.bytes; b += 4) words.insert((a.address + b) / 4);
-      }
-      ++total.shared_instructions;
-      total.shared_wavefronts += wavefronts(lanes);
-      total.shared_ideal += (static_cast<long>(words.size()) + 31) / 32;
-      continue;
-    }
-    std::set<uintptr_t> bytes, sectors;
-    for (const Access& a : lanes) {
-      for (size_t b = 0; b < a.bytes; ++b) bytes.insert(a.address + b), sectors.insert((a.address + b) / 32);
-    }
-    (std::get<3>(key) ? total.written_bytes : total.read_bytes) += static_cast<long>(bytes.size());
-    (std::get<3>(key) ? total.written_sectors : total.read_sectors) += static_cast<long>(sectors.size());
-    if (!std::get<3>(key)) sectors_read.insert(sectors.begin(), sectors.end());
+void count(const std::vector<Access>& lanes, bool store) {
+  if (is_shared(lanes[0].address)) {
+    ++total.shared_instructions;
+    total.shared_wavefronts += wavefronts(lanes);
+    total.shared_ideal += (static_cast<long>(touched(lanes, 0, lanes.size(), 4).size()) + 31) / 32;
+    return;
   }
-  instructions.clear();
+  const std::vector<uintptr_t> sectors = touched(lanes, 0, lanes.size(), 32);
+  const long bytes = 2 * static_cast<long>(touched(lanes, 0, lanes.size(), 2).size());  // no element is smaller
+  (store ? total.written_bytes : total.read_bytes) += bytes;
+  (store ? total.written_sectors : total.read_sectors) += static_cast<long>(sectors.size());
+  if (!store) sectors_read.insert(sectors.begin(), sectors.end());
+}
+
+void count_instructions() {
+  std::sort(traced.begin(), traced.end(), [](const Traced& a, const Traced& b) {
+    return std::tie(a.instruction, a.lane) < std::tie(b.instruction, b.lane);
+  });
+  std::vector<Access> lanes;
+  for (size_t i = 0; i < traced.size(); ++i) {
+    lanes.push_back(traced[i].access);
+    if (i + 1 < traced.size() && traced[i + 1].instruction == traced[i].instruction) continue;
+    count(lanes, traced[i].store);
+    lanes.clear();
+  }
+  traced.clear();
 }
 
 void finish_phase() {
@@ -235,7 +254,7 @@ void barrier(unsigned site) {
   Fiber* self = current;
   self->state = State::kAtBarrier;
   self->site = site;
-  self->occurrences.clear();
+  if (settings.traced) std::fill(self->occurrences.begin(), self->occurrences.end(), 0u);
   if (__tsan_release) __tsan_release(&tags[tag ^ 1]);
   switch_to_main();
   if (__tsan_acquire) __tsan_acquire(&tags[tag]);
@@ -260,9 +279,9 @@ std::vector<Copy> take_copies() { return std::exchange(current->copies, {}); }
 
 void trace(const void* address, size_t bytes, bool store, unsigned site) {
   if (!settings.traced) return;
-  const unsigned key = site * 64 + static_cast<unsigned>(bytes) * 2 + store;
-  const unsigned occurrence = current->occurrences[key]++;
-  instructions[{current->index / 32, key, occurrence, store}].push_back({reinterpret_cast<uintptr_t>(address), bytes});
+  const uint64_t key = (site * 8 + (bytes >= 16 ? 3 : bytes >> 2) * 2 + store) % kSites;  // 2, 4, 8, 16 bytes
+  const uint64_t warp = current->index / 32, occurrence = current->occurrences[key]++;
+  traced.push_back({warp << 54 | key << 32 | occurrence, current->index % 32, store, {reinterpret_cast<uintptr_t>(address), bytes}});
 }
 
 void run(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
