@@ -74,18 +74,22 @@ def cuda_architectures(home: Path) -> list[str]:
     if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return re.split(r"[ ;]+", listed.strip(" ;"))
     flags = torch._C._cuda_getArchFlags() if torch.version.cuda else "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
-    known = subprocess.run([home / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(
+        [home / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     names = sorted({int(name[3:]) for name in flags.split() if name[3:].isdigit() and name in known and int(name[3:]) >= 75})
     return [f"{name // 10}.{name % 10}" for name in names[:-1]] + [f"{names[-1] // 10}.{names[-1] % 10}+PTX"]
 
 
 def cuda_extension() -> Extension | None:
-    """None where CUDA is not asked for: FORCE_CUDA=1 asks, FORCE_CUDA=0 declines, else torch's own CUDA and an nvcc of its major."""
+    """None where CUDA is not wanted: FORCE_CUDA=1 and 0 say so, else it takes torch's own CUDA and an nvcc of its major version."""
     import torch
 
     wanted, home = os.environ.get("FORCE_CUDA"), cuda_home()
     if wanted == "1" and home is None:
-        raise SystemExit("segnext-kernels: FORCE_CUDA=1, but there is no nvcc: put it on PATH, or name its toolkit in CUDA_HOME")
+        raise SystemExit(
+            "segnext-kernels: FORCE_CUDA=1, but there is no nvcc: put it on PATH, or name its toolkit in CUDA_HOME"
+        )
     reason = None
     if wanted == "0":
         reason = "FORCE_CUDA=0"
@@ -128,7 +132,9 @@ def extensions() -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension
 
     cuda = cuda_extension()
-    sources = sorted(str(path) for pattern in ("bindings.cpp", "bindings_inference.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern))
+    sources = sorted(
+        str(path) for pattern in ("bindings.cpp", "bindings_inference.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern)
+    )
     cpu = Extension(
         "segnext_kernels._cpu",
         ["csrc/cpu_features.cpp"],
@@ -136,16 +142,20 @@ def extensions() -> list[Extension]:
         extra_compile_args=["-O2", "-std=c++20"],
         py_limited_api=True,
     )
-    return [cpu] + [
-        CppExtension(
-            f"segnext_kernels._C_{isa}",
-            sources,
-            include_dirs=[str(Path("csrc").resolve())],
-            extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, f"-DSEGNEXT_ISA={isa}"],
-            py_limited_api=True,
-        )
-        for isa, flags in instruction_sets().items()
-    ] + ([cuda] if cuda else [])
+    return (
+        [cpu]
+        + [
+            CppExtension(
+                f"segnext_kernels._C_{isa}",
+                sources,
+                include_dirs=[str(Path("csrc").resolve())],
+                extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, f"-DSEGNEXT_ISA={isa}"],
+                py_limited_api=True,
+            )
+            for isa, flags in instruction_sets().items()
+        ]
+        + ([cuda] if cuda else [])
+    )
 
 
 if os.environ.get(COMPILE_VARIABLE, "1") == "0":

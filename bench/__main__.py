@@ -1,4 +1,5 @@
-"""``python -m bench report`` times the cases, ``scaling`` a model on growing problems, ``memory`` compares peak memory."""
+"""``python -m bench report`` times the cases, ``scaling`` a model on growing problems, ``memory`` compares peak memory, and
+``cuda-static`` reads what was compiled for GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import cases, ceilings, memory, output, report, scaling
+import segnext_kernels
+
+from . import cases, ceilings, cuda_static, memory, output, report, scaling
 from .case import DIRECTIONS, Case
 from .environment import missing
 from .measure import measure
@@ -43,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     space.add_argument("--case", default="", metavar="NAME", help="only this one, e.g. msca_strips")
     space.add_argument("--contender", metavar="LABEL", help="measure this one here and print bytes")
     space.set_defaults(run=_memory)
+    static = commands.add_parser(
+        "cuda-static", help="registers, spills, occupancy and instructions of the CUDA kernels, without a GPU"
+    )
+    static.set_defaults(run=_cuda_static, threads=None)
+    static.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown here")
     for command in (timing, growth, space):
         command.add_argument("--threads", type=int, help="for PyTorch's intra-operator parallelism, and other runtimes")
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown, JSON and plots here")
@@ -85,6 +93,16 @@ def _memory(arguments: argparse.Namespace) -> None:
     problems = [memory.select(arguments.case)] if arguments.case else list(memory.PROBLEMS.values())
     figures = memory.run(problems, torch.get_num_threads())
     _finish(arguments.out, "memory", figures, memory.markdown(figures))
+
+
+def _cuda_static(arguments: argparse.Namespace) -> None:
+    binary = cuda_static.library()
+    if binary is None:
+        raise ValueError(f"there are no CUDA kernels to read: {segnext_kernels.build_info()['missing'].get('cuda')}")
+    text = cuda_static.markdown(cuda_static.kernels(binary))
+    print(text)
+    if arguments.out:
+        output.write(arguments.out / "cuda-static.md", text + "\n")
 
 
 def _finish(folder: Path | None, name: str, figures: dict, text: str, plot: Callable[[Path], None] | None = None) -> None:

@@ -1,5 +1,5 @@
-// The registration of the CUDA kernels, under torch's stable ABI; linked to the static CUDA runtime, so that the library loads beside
-// whatever CUDA its torch has.
+// The registration of the CUDA kernels, under torch's stable ABI; linked to the static CUDA runtime, so that the library loads
+// beside whatever CUDA its torch has.
 #define SEGNEXT_CUDA
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

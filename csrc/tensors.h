@@ -1,4 +1,5 @@
-// Tensors -> pointers, with the checks that memory safety needs. For the bindings alone; SEGNEXT_CUDA says that tensors are on a GPU.
+// Tensors -> pointers, with the checks that memory safety needs. For the bindings alone; SEGNEXT_CUDA says that tensors are on
+// a GPU.
 #pragma once
 #undef Py_LIMITED_API  // torch's build adds its own
 #define Py_LIMITED_API 0x030a0000

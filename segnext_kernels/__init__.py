@@ -47,7 +47,8 @@ def build_info() -> dict[str, object]:
     Returns:
         version: of this package. torch_running: of the torch in use. torch_built, compiler: of the build, None without one.
         isa: the instruction set in use ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline") or None.
-        cuda_architectures: that the CUDA kernels were compiled for, empty without them. missing: for every absent backend one sentence that says why.
+        cuda_architectures: that the CUDA kernels were compiled for, empty without them.
+        missing: for every absent backend one sentence that says why.
     """
     return {
         "version": __version__,

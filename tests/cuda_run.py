@@ -43,7 +43,9 @@ def nvcc_home() -> str | None:
 def why_not() -> str | None:
     if platform.system() != "Linux" or platform.machine() != "x86_64" or COMPILER is None:
         return "the host run needs g++ on Linux, x86-64"
-    return None if headers() else "the host run needs CUDA's headers: a toolkit, or nvidia-cuda-runtime, -crt and -cccl from PyPI"
+    return (
+        None if headers() else "the host run needs CUDA's headers: a toolkit, or nvidia-cuda-runtime, -crt and -cccl from PyPI"
+    )
 
 
 def build(folder: Path, flags: list[str] = (), csrc: Path = CSRC, reuse: Path | None = None, changed: str = "") -> Path:

@@ -100,7 +100,7 @@ def measure(module: ModuleType, direction: str, shape: tuple[int, int, int, int]
 
 
 def designed_forward(row: Row) -> float:
-    """What csrc/cuda/README.md says that forward moves, as part of what must be moved: tiles with their halo, taps for each block."""
+    """What csrc/cuda/README.md says that forward moves, over what must be moved: tiles with their halo, taps for each block."""
     (_, _, height, width), (cut,) = row.shape, row.cuts
     unit, halo, reach = 16 // np.dtype(DTYPES[row.dtype]).itemsize, 12, 10
     columns = rows = 0

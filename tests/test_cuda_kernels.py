@@ -27,6 +27,8 @@ from operators import (
     tolerance,
 )
 
+from bench import cuda_static
+
 pytestmark = pytest.mark.skipif(cuda_run.why_not() is not None, reason=str(cuda_run.why_not()))
 
 SAMPLES = {"msca_strips": msca_strips_sample, "dwconv_gelu": dwconv_gelu_sample}
@@ -209,7 +211,7 @@ MOST_TRAFFIC = {("forward", 16): 1.15, ("forward", 1): 1.5, ("backward", 16): 1.
 @pytest.mark.parametrize("dtype", cuda_traffic.DTYPES)
 @image_layouts
 def test_traffic(direction, batch, dtype, layout, host_run):
-    """Bytes and sectors of every stage of T and B at 512x512 and 1024x1024; forward is what its design says to the last byte."""
+    """Of every stage of T and B at 512x512 and 1024x1024; forward moves what its design says to the last byte."""
     wrong = []
     for channels, side in STAGES if direction == "forward" else cuda_traffic.T[512]:
         row = cuda_traffic.measure(host_run.module, direction, (batch, channels, side, side), dtype, layout)
@@ -218,3 +220,15 @@ def test_traffic(direction, batch, dtype, layout, host_run):
         if direction == "forward":
             assert row.traffic == pytest.approx(cuda_traffic.designed_forward(row), rel=1e-6), row.markdown()
     assert not wrong, "\n".join([cuda_traffic.HEADER, *wrong])
+
+
+@pytest.mark.parametrize("dtype", cuda_traffic.DTYPES)
+@image_layouts
+def test_blocks_that_the_benchmark_counts_with(dtype, layout, host_run):
+    shape = (16, 64, 64, 64)
+    forward, backward = (cuda_traffic.measure(host_run.module, d, shape, dtype, layout) for d in ("forward", "backward"))
+    threads, shared, wavefronts, traffic = cuda_static.BLOCKS["strips", dtype, layout]
+    assert (threads, shared) == (forward.cuts[0]["threads"], forward.cuts[0]["shared_bytes"])
+    assert (wavefronts, traffic) == pytest.approx((forward.wavefronts, forward.traffic), rel=0.01)
+    for kernel, cut in zip(("inputs", "taps"), backward.cuts, strict=True):
+        assert cuda_static.BLOCKS[kernel, dtype, layout] == (cut["threads"], cut["shared_bytes"])

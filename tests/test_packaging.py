@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from operators import LIBRARIES
 
 from segnext_kernels import _load
@@ -21,10 +22,11 @@ SHIPPED = (
     *("csrc", "segnext", "segnext_kernels", "tests", "bench"),
 )
 VARIABLE = "SEGNEXT_KERNELS_COMPILE"
+LEFT_OUT = ("CXX", VARIABLE, "PYTHONPATH", "CUDA_HOME", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")  # of the environment
 
 
 def python(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", VARIABLE, "PYTHONPATH")}
+    environment = {k: v for k, v in os.environ.items() if k not in LEFT_OUT}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment | variables, capture_output=True, text=True)
 
@@ -112,8 +114,11 @@ def test_compiler_without_matrix_tiles_builds_the_rest(source, tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec g++ "$@"\n')
     compiler.chmod(0o755)
-    *said, plan = checked("-c", PLAN, cwd=source, CXX=str(compiler)).splitlines()
-    assert said == [f"segnext-kernels: {compiler} does not know amx_bf16, so the kernels for it are left out"]
+    *said, plan = checked("-c", PLAN, cwd=source, CXX=str(compiler), FORCE_CUDA="0").splitlines()
+    assert said == [
+        "segnext-kernels: the CUDA kernels are left out: FORCE_CUDA=0",
+        f"segnext-kernels: {compiler} does not know amx_bf16, so the kernels for it are left out",
+    ]
     assert "_C_avx512_bf16" in plan and "amx" not in plan
 
 
@@ -130,6 +135,45 @@ def test_compiled_library_needs_no_cpp_symbol_of_torch(library):
     symbols = [line.split()[-1] for line in listing.splitlines()]
     assert any(symbol.startswith(("torch_", "aoti_torch_")) for symbol in symbols)
     assert not [symbol for symbol in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)", symbol)]
+
+
+@pytest.fixture
+def toolkit(tmp_path) -> Path:
+    """A folder with an nvcc of CUDA 99 that knows one architecture more than ours."""
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\ncase \"$1\" in --version) echo 'release 99.1';; *) echo sm_60 sm_75 sm_90 sm_999;; esac\n")
+    nvcc.chmod(0o755)
+    return tmp_path / "toolkit"
+
+
+def test_cuda_is_built_for_the_architectures_of_torch_that_nvcc_knows(source, toolkit):
+    *said, plan = checked("-c", PLAN, cwd=source, CUDA_HOME=str(toolkit), FORCE_CUDA="1").splitlines()
+    assert said[0] == "segnext-kernels: the CUDA kernels are built for 7.5, 9.0+PTX"
+    assert "segnext_kernels/_C_cuda.abi3.so" in plan.split()
+
+
+def test_the_list_of_architectures_is_honoured(source, toolkit):
+    variables = {"CUDA_HOME": str(toolkit), "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.6;9.0+PTX"}
+    assert "built for 8.6, 9.0+PTX" in checked("-c", PLAN, cwd=source, **variables).splitlines()[0]
+
+
+def test_cuda_of_another_major_version_is_left_out(source, toolkit):
+    said, *_, plan = checked("-c", PLAN, cwd=source, CUDA_HOME=str(toolkit)).splitlines()
+    assert said.startswith("segnext-kernels: the CUDA kernels are left out: ")
+    assert "_C_cuda" not in plan
+    assert "nvcc is 99" in said if torch.version.cuda else "this torch has no CUDA" in said
+
+
+def test_cuda_without_nvcc(source, tmp_path):
+    """Left out, with one line that says so; an error where it was asked for."""
+    said, *_ = checked("-c", PLAN, cwd=source, CUDA_HOME=str(tmp_path)).splitlines()
+    assert said.startswith("segnext-kernels: the CUDA kernels are left out: ")
+    flags = ("--no-deps", "--no-build-isolation", "--no-index")
+    done = python("-m", "pip", "wheel", *flags, source, cwd=tmp_path, CUDA_HOME=str(tmp_path), FORCE_CUDA="1")
+    assert done.returncode != 0
+    assert "FORCE_CUDA=1, but there is no nvcc" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("found", [False, True], ids=["none", "old"])

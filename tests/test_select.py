@@ -104,7 +104,7 @@ def test_build_info(backend):
     assert set(info) == {"version", "isa", "torch_built", "torch_running", "compiler", "cuda_architectures", "missing"}
     assert info["version"] == segnext_kernels.__version__
     assert info["torch_running"] == torch.__version__
-    assert info["cuda_architectures"] == []
+    assert bool(info["cuda_architectures"]) == ("cuda" not in info["missing"])
     assert set(info["missing"]) <= {"cuda", "triton", "cpu"}
     if backend == "cpu":
         assert info["isa"] in _load._LIBRARIES

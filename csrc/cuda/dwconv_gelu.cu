@@ -7,9 +7,9 @@
 namespace segnext::cuda {
 namespace {
 
-constexpr int kTaps = 10;        // of a channel: the filter and the bias
-constexpr int kTapStride = 12;   // in shared memory
-constexpr int kPad = 4;          // columns beside a tile's in shared memory; one of them is read
+constexpr int kTaps = 10;       // of a channel: the filter and the bias
+constexpr int kTapStride = 12;  // in shared memory
+constexpr int kPad = 4;         // columns beside a tile's in shared memory; one of them is read
 constexpr int kMostThreads = 256;
 
 // In shared memory, for forward: the taps, the ring of x, kRows rows of y in channels_last, what is on its way from memory.
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kMostThreads)
     if (row + kRows < tile.end_row) rows.fetch(x, row + 2 + kRows);
     if (active) {
       float z[kTaskRows][kTaskColumns];
-      convolve<3, kPad>(xs, shared + at.taps + own.channel * kTapStride, own.channel, own.pair + 1 + parity * kRows, own.column, z);
+      convolve<3, kPad>(xs, shared + at.taps + own.channel * kTapStride, own.channel, own.pair + 1 + parity * kRows, own.column,
+                        z);
 #pragma unroll
       for (int o = 0; o < kTaskRows; ++o) {
 #pragma unroll
@@ -131,8 +132,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const int first_group = tile.column == 0 ? kPad / 4 : 0;
   const int groups = ceil_div(min(t.width - tile.column + kPad, pitch), 4) - first_group;
   const Walk first_task(threadIdx.x, groups), task_step(blockDim.x, groups);
-  // Rows row ... row + 3 of dz lie in the middle of x's rows row - 2 ... row + 5, and rows row - 2 ... row + 1 of dx in the middle
-  // of dz's rows row - 4 ... row + 3.
+  // Rows row ... row + 3 of dz lie in the middle of x's rows row - 2 ... row + 5, and rows row - 2 ... row + 1 of dx in the
+  // middle of dz's rows row - 4 ... row + 3.
   int row = tile.row - 2;
   rows.fetch(x, row - 2);
   rows.template put<4>(x, row - 2, xs.from_row(0));
@@ -168,7 +169,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     if (owes) {
       float dx[kTaskRows][kTaskColumns];
       const float* own_x = xs(own.channel, own.pair + parity * kRows, own.column);
-      convolve_back<3, kPad>(dzs, own_taps, own.channel, own.pair + 1 + (parity ^ 1) * kRows, own.column, own_x, xs.pitch, dx, sums);
+      convolve_back<3, kPad>(dzs, own_taps, own.channel, own.pair + 1 + (parity ^ 1) * kRows, own.column, own_x, xs.pitch, dx,
+                             sums);
 #pragma unroll
       for (int o = 0; o < kTaskRows; ++o) {
         const int out = done + own.pair + o;
@@ -215,8 +217,8 @@ void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Im
     constexpr bool kLast = last;
     Tiling t = cut_for<T, kLast>(x, false);
     t.vectors = aligned(x) && aligned(y);
-    launch(convolution<T, kLast>, t.blocks, t.threads, arrays<T, kLast>(t, false, nullptr).layout.bytes(), stream, t, x.data, filter,
-           y.data);
+    launch(convolution<T, kLast>, t.blocks, t.threads, arrays<T, kLast>(t, false, nullptr).layout.bytes(), stream, t, x.data,
+           filter, y.data);
   });
 }
 
@@ -236,8 +238,8 @@ void dwconv_gelu_backward(const Image& grad_out, const Image& x, const Depthwise
     constexpr bool kLast = last;
     Tiling t = cut_for<T, kLast>(x, true);
     t.vectors = aligned(x) && aligned(grad_out) && (grad_x.data == nullptr || aligned(grad_x));
-    launch(gradients<T, kLast>, t.blocks, t.threads, arrays<T, kLast>(t, true, nullptr).layout.bytes(), stream, t, grad_out.data,
-           x.data, filter, grad_x.data, grads == nullptr ? nullptr : scratch);
+    launch(gradients<T, kLast>, t.blocks, t.threads, arrays<T, kLast>(t, true, nullptr).layout.bytes(), stream, t,
+           grad_out.data, x.data, filter, grad_x.data, grads == nullptr ? nullptr : scratch);
     if (grads == nullptr) return;
     const int outputs = static_cast<int>(x.channels) * kTaps;
     launch(reduce<T>, ceil_div(outputs, 128), 128, 0, stream, static_cast<const float*>(scratch), parts_of(t),

@@ -45,7 +45,8 @@ __device__ __forceinline__ void round_to(float v, __nv_bfloat16& out) { out = __
 
 // Copies 16 bytes from global to shared memory. They are there for the thread that copied them after wait_async(); for others
 // after a barrier that follows. Before sm_80 the copy is an ordinary one.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, [[maybe_unused]] unsigned site = __builtin_LINE()) {
+__device__ __forceinline__ void copy_async(void* shared, const void* global,
+                                           [[maybe_unused]] unsigned site = __builtin_LINE()) {
 #ifdef SEGNEXT_HOST_RUN
   host_run::copy_async(shared, global, site);
 #elif __CUDA_ARCH__ >= 800

@@ -30,9 +30,13 @@ __host__ __device__ Arrays arrays(const Tiling& t, float* memory) {
 }
 
 template <class T, bool kLast>
-constexpr int kMostThreads = !kLast ? 128 : sizeof(T) == 2 ? 512 : 256;
+constexpr int kMostThreads = !kLast           ? 128
+                             : sizeof(T) == 2 ? 512
+                                              : 256;
 template <class T, bool kLast>
-constexpr int kBlocksTogether = !kLast ? 3 : sizeof(T) == 2 ? 1 : 2;  // on a multiprocessor, which bounds the registers
+constexpr int kBlocksTogether = !kLast           ? 3
+                                : sizeof(T) == 2 ? 1
+                                                 : 2;  // on a multiprocessor, which bounds the registers
 
 template <class T, bool kLast>
 __global__ void __launch_bounds__((kMostThreads<T, kLast>), (kBlocksTogether<T, kLast>))

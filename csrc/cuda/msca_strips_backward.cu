@@ -4,8 +4,8 @@
 //   taps:   u_k = V_k^T g,  dH_k[t] = sum u_k[r, w] a[r, w + t - k/2],  dbh_k = sum u_k
 //           dV_k[t] = sum h_k[r, w] g[r - t + k/2, w],  dbv_k = sum g
 //
-// Both march like forward does: `inputs` with the transposed filters on g, `taps` with g's rows in the registers where forward has
-// its sums. README.md says why two passes.
+// Both march like forward does: `inputs` with the transposed filters on g, `taps` with g's rows in the registers where forward
+// has its sums. README.md says why two passes.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/strips.h"
@@ -15,13 +15,14 @@ namespace segnext::cuda {
 namespace {
 
 template <bool kLast>
-constexpr int kMostInputThreads = kLast ? 288 : 256;  // channels_last: 16 channels of 32 columns and of the neighbours' that dx needs
+constexpr int kMostInputThreads =
+    kLast ? 288 : 256;  // channels_last: 16 channels of 32 columns and of the neighbours' that dx needs
 constexpr int kMostTapThreads = 256;
-constexpr int kDaPad = 2;                    // columns of da beside a tile's that dx needs
+constexpr int kDaPad = 2;  // columns of da beside a tile's that dx needs
 constexpr int kXPad = StemTasks::kInputPad, kAPad = StemTasks::kPad;
-constexpr int kInputSums = 26;               // dW5, db5
+constexpr int kInputSums = 26;  // dW5, db5
 constexpr int kRowSums = 0, kColumnSums = kStripsTaps, kRowBiasSums = 2 * kStripsTaps, kGradSum = kRowBiasSums + kBranches;
-constexpr int kTapSums = kGradSum + 1;       // dH and dV in the order of the taps, dbh, dbv
+constexpr int kTapSums = kGradSum + 1;  // dH and dV in the order of the taps, dbh, dbv
 
 struct InputArrays {
   Layout layout;
@@ -56,7 +57,8 @@ struct TapArrays {
 template <class T, bool kLast>
 __host__ __device__ InputArrays input_arrays(const Tiling& t, float* memory) {
   using Mover = RowMover<T, kLast>;
-  return {t, Mover::staging_bytes(t, t.tile_columns + 2 * (t.border + kReach)), Mover::staging_bytes(t, t.tile_columns), memory};
+  return {t, Mover::staging_bytes(t, t.tile_columns + 2 * (t.border + kReach)), Mover::staging_bytes(t, t.tile_columns),
+          memory};
 }
 template <class T, bool kLast>
 __host__ __device__ TapArrays tap_arrays(const Tiling& t, float* memory) {
@@ -66,7 +68,8 @@ __host__ __device__ TapArrays tap_arrays(const Tiling& t, float* memory) {
 
 template <class T, bool kLast>
 __global__ void __launch_bounds__(kMostInputThreads<kLast>)
-    inputs(const Tiling t, const void* grad_out, const void* x, const __grid_constant__ StripFilters filters, void* grad_x, float* partial) {
+    inputs(const Tiling t, const void* grad_out, const void* x, const __grid_constant__ StripFilters filters, void* grad_x,
+           float* partial) {
   SEGNEXT_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
   const InputArrays at = input_arrays<T, kLast>(t, shared);
@@ -129,7 +132,8 @@ __global__ void __launch_bounds__(kMostInputThreads<kLast>)
       if (done < tile.row) continue;
       if (owes) {
         float dx[kTaskRows][kTaskColumns];
-        convolve_back<5, kDaPad>(das, taps, own, pair + (parity ^ 1) * kRows, task_col, xs(own, pair, task_col), xs.pitch, dx, sums);
+        convolve_back<5, kDaPad>(das, taps, own, pair + (parity ^ 1) * kRows, task_col, xs(own, pair, task_col), xs.pitch, dx,
+                                 sums);
 #pragma unroll
         for (int o = 0; o < kTaskRows; ++o) {
           const int out = done + pair + o;
@@ -154,7 +158,8 @@ __global__ void __launch_bounds__(kMostInputThreads<kLast>)
 }
 
 // With `row` at a's element kReach columns left of the thread's own: sums += what row r of the step has for the taps.
-__device__ __forceinline__ void add_products(const float* row, const float* taps, int r, const Sums& g, float (&sums)[kTapSums]) {
+__device__ __forceinline__ void add_products(const float* row, const float* taps, int r, const Sums& g,
+                                             float (&sums)[kTapSums]) {
   constexpr int kWindow = kPositions - 1 + kOwn;
   float a[kWindow], h[kBranches][kOwn], u[kBranches][kOwn] = {};
 #pragma unroll
@@ -283,7 +288,8 @@ __global__ void reduce(const float* input_sums, int64_t input_parts, const float
 template <class T, bool kLast>
 Tiling cut_inputs(const Image& x) {
   const auto bytes = [](const Tiling& t) { return input_arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  return cut(x, kReach + 2, kDaPad, 3, kChannelTaps + 4 * kInputSums, 1.5, kMostInputThreads<kLast>, shared_memory_limit(), bytes);
+  return cut(x, kReach + 2, kDaPad, 3, kChannelTaps + 4 * kInputSums, 1.5, kMostInputThreads<kLast>, shared_memory_limit(),
+             bytes);
 }
 template <class T, bool kLast>
 Tiling cut_taps(const Image& x) {
@@ -312,14 +318,14 @@ void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilt
     Tiling t = cut_inputs<T, kLast>(x);
     t.vectors = vectors;
     const int64_t input_parts = parts_of(t);
-    launch(inputs<T, kLast>, t.blocks, t.threads, input_arrays<T, kLast>(t, nullptr).layout.bytes(), stream, t, grad_out.data, x.data,
-           filters, grad_x.data, grads == nullptr ? nullptr : scratch);
+    launch(inputs<T, kLast>, t.blocks, t.threads, input_arrays<T, kLast>(t, nullptr).layout.bytes(), stream, t, grad_out.data,
+           x.data, filters, grad_x.data, grads == nullptr ? nullptr : scratch);
     if (grads == nullptr) return;
     float* tap_sums = scratch + input_parts * x.channels * kInputSums;
     t = cut_taps<T, kLast>(x);
     t.vectors = vectors;
-    launch(taps<T, kLast>, t.blocks, t.threads, tap_arrays<T, kLast>(t, nullptr).layout.bytes(), stream, t, grad_out.data, x.data,
-           filters, tap_sums);
+    launch(taps<T, kLast>, t.blocks, t.threads, tap_arrays<T, kLast>(t, nullptr).layout.bytes(), stream, t, grad_out.data,
+           x.data, filters, tap_sums);
     launch(reduce<T>, dim3(ceil_div(t.channels * 25, 128), kStripTensors), 128, 0, stream, static_cast<const float*>(scratch),
            input_parts, static_cast<const float*>(tap_sums), parts_of(t), t.channels, *grads);
   });

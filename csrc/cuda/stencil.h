@@ -67,8 +67,9 @@ __device__ __forceinline__ void convolve(const Planes& in, const float* taps, in
 // The transposition: out[o][c] = sum over i, t of taps[K-1-i][K-1-t] * dz[row + o + i][col - K / 2 + c + t], and
 // sums[K-1-i][K-1-t] += x[o][c] * dz[...], the gradient of the taps. x is the first row's, the second `pitch` further.
 template <int K, int kLead>
-__device__ __forceinline__ void convolve_back(const Planes& dz, const float* taps, int channel, int row, int col, const float* x,
-                                              int pitch, float (&out)[kTaskRows][kTaskColumns], float (&sums)[K * K + 1]) {
+__device__ __forceinline__ void convolve_back(const Planes& dz, const float* taps, int channel, int row, int col,
+                                              const float* x, int pitch, float (&out)[kTaskRows][kTaskColumns],
+                                              float (&sums)[K * K + 1]) {
   float w[K * K + 1];
   read_floats(taps, w);
 #pragma unroll

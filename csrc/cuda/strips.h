@@ -1,24 +1,26 @@
 // The taps of msca_strips in shared memory, and its row and column filters.
 //
-// A thread owns kOwn neighbouring columns of one channel. The row filters read a row of `a` from shared memory through a window in
-// registers; their results go straight into the sums of the 21 output rows that the column filters reach, which stay in
+// A thread owns kOwn neighbouring columns of one channel. The row filters read a row of `a` from shared memory through a window
+// in registers; their results go straight into the sums of the 21 output rows that the column filters reach, which stay in
 // registers too. So the column filters, 39 of the 103 multiply-adds, touch no memory but the taps.
 #pragma once
 #include "cuda/stencil.h"
 
 namespace segnext::cuda {
 
-// One channel's taps: the 5x5 filter and its bias, the column filters' biases as one sum, then the row and the column filters in
-// the order in which they are used, position by position: the taps of 21, of 11, of 7 there.
+// One channel's taps: the 5x5 filter and its bias, the column filters' biases as one sum, then the row and the column filters
+// in the order in which they are used, position by position: the taps of 21, of 11, of 7 there.
 inline constexpr int kPositions = 2 * kReach + 1;
-inline constexpr int kStripsTaps = 39;  // 7 + 11 + 21
+inline constexpr int kStripsTaps = 39;                                       // 7 + 11 + 21
 inline constexpr int kChannelTaps = 25 + 1 + 2 * (kStripsTaps + kBranches);  // elements of all tensors for a channel
 inline constexpr int kColumnBias = 26, kRowTaps = 28, kColumnTaps = 68, kRowBias = 108;
 inline constexpr int kTapStride = 116;  // a multiple of 4; eight channels' taps lie in different banks
 
 __host__ __device__ constexpr int within(int value, int most) { return value < 0 ? 0 : value > most ? most : value; }
 // Where the taps of a position begin, and whether a branch (0: 7, 1: 11, 2: 21 taps) has one there.
-__host__ __device__ constexpr int first_tap(int position) { return position + within(position - 5, 11) + within(position - 7, 7); }
+__host__ __device__ constexpr int first_tap(int position) {
+  return position + within(position - 5, 11) + within(position - 7, 7);
+}
 __host__ __device__ constexpr int branch_taps(int branch) { return branch == 0 ? 7 : branch == 1 ? 11 : 21; }
 __host__ __device__ constexpr bool has_tap(int branch, int position) {
   const int half = branch_taps(branch) / 2;
@@ -92,7 +94,8 @@ using Branches = float[kBranches][kRows][kOwn];
 inline constexpr int kSumRows = kRows + 2 * kReach;
 using Sums = float[kSumRows][kOwn];
 
-// h += the row filters on kRows rows of a, sums += a itself; `row` is the first row's element kReach columns left of the thread's own.
+// h += the row filters on kRows rows of a, sums += a itself; `row` is the first row's element kReach columns left of the
+// thread's own.
 __device__ __forceinline__ void filter_rows(const float* row, int pitch, const float* taps, Branches& h, Sums& sums) {
   float v[kRows][kPositions - 1 + kOwn];
   for_taps(taps, [&](int branch, int position, float tap, int) {
@@ -142,8 +145,8 @@ __device__ __forceinline__ void advance(Sums& sums, float fresh) {
 // The 5x5 filter's tasks of a block: groups of 4 columns of a that lie in the image, two pairs of rows for each channel.
 class StemTasks {
  public:
-  static constexpr int kPad = kReach + 2;        // columns of a beside a tile's in shared memory, and
-  static constexpr int kInputPad = kReach + 4;   // of x, so that windows and groups begin at multiples of 16 bytes
+  static constexpr int kPad = kReach + 2;       // columns of a beside a tile's in shared memory, and
+  static constexpr int kInputPad = kReach + 4;  // of x, so that windows and groups begin at multiples of 16 bytes
 
   // Where a row has four groups, two rows further lie in the other half of the banks.
   __host__ __device__ static int input_pitch(const Tiling& t) {

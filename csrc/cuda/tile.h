@@ -20,9 +20,9 @@ struct Tiling {
   int images, channels, height, width;
   int tile_channels, tile_columns, part_rows;  // of a block; tile_channels = 1 << log_channels
   int log_channels, groups, column_tiles, row_parts;
-  int block_images;                            // that a block does one after another
-  int border, per_channel, threads;           // columns of neighbouring tiles that threads own too; threads for a channel
-  bool channels_last, vectors;  // vectors: rows (or pixels, in channels_last) begin at multiples of 16 bytes
+  int block_images;                  // that a block does one after another
+  int border, per_channel, threads;  // columns of neighbouring tiles that threads own too; threads for a channel
+  bool channels_last, vectors;       // vectors: rows (or pixels, in channels_last) begin at multiples of 16 bytes
   unsigned blocks;
 };
 
@@ -39,9 +39,11 @@ inline bool aligned(const Image& x) {
 
 // Cuts x for a kernel that reads `reach` pixels around its outputs and where a thread owns kOwn columns of a channel, of those
 // `border` columns of the neighbouring tiles too. bytes(tiling) of shared memory may be at most `limit`. A block moves
-// `moved` elements for each pixel and `extra` for each channel: where planes are so small that these weigh, it does several images.
+// `moved` elements for each pixel and `extra` for each channel: where planes are so small that these weigh, it does several
+// images.
 template <class F>
-Tiling cut(const Image& x, int reach, int border, int moved, int extra, double most_read, int most_threads, int limit, const F& bytes) {
+Tiling cut(const Image& x, int reach, int border, int moved, int extra, double most_read, int most_threads, int limit,
+           const F& bytes) {
   Tiling t = {};
   t.images = static_cast<int>(x.images);
   t.channels = static_cast<int>(x.channels);
@@ -65,8 +67,8 @@ Tiling cut(const Image& x, int reach, int border, int moved, int extra, double m
   while (!shape(columns, channels)) (columns > 32 ? columns : channels) /= 2;
   while (1 << t.log_channels < t.tile_channels) ++t.log_channels;
   t.groups = ceil_div(t.channels, t.tile_channels);
-  // More parts of rows fill the device, at the price of rows that are read twice: up to a quarter more than must be read where six
-  // warps run on every multiprocessor anyway, else up to `most_read` times as much.
+  // More parts of rows fill the device, at the price of rows that are read twice: up to a quarter more than must be read where
+  // six warps run on every multiprocessor anyway, else up to `most_read` times as much.
   const double columns_read = 1 + 2.0 * reach * (t.column_tiles - 1) / t.width;
   const int64_t warps = x.images * t.groups * t.column_tiles * (t.threads / 32);
   const double allowed = warps >= kWarps / 2 ? 1.25 : most_read;
@@ -147,8 +149,8 @@ class Layout {
   int floats_ = 0;
 };
 
-// From channel to channel in planes that are moved: an odd multiple of 4, so that four channels' columns lie in other banks than
-// the next four's. In planes of which each thread reads two columns: half of the banks further.
+// From channel to channel in planes that are moved: an odd multiple of 4, so that four channels' columns lie in other banks
+// than the next four's. In planes of which each thread reads two columns: half of the banks further.
 __host__ __device__ constexpr int plane_stride(int rows, int pitch) { return round_up(rows * pitch - 4, 8) + 4; }
 __host__ __device__ constexpr int own_stride(int rows, int pitch) { return round_up(rows * pitch - 16, 32) + 16; }
 
@@ -156,7 +158,9 @@ __host__ __device__ constexpr int own_stride(int rows, int pitch) { return round
 struct Planes {
   float* data;
   int pitch, stride, column;  // from row to row, from channel to channel; the image's column at index 0
-  __device__ float* operator()(int channel, int row, int col) const { return data + channel * stride + row * pitch + col - column; }
+  __device__ float* operator()(int channel, int row, int col) const {
+    return data + channel * stride + row * pitch + col - column;
+  }
   __device__ Planes from_row(int row) const { return {data + row * pitch, pitch, stride, column}; }
 };
 
@@ -176,7 +180,8 @@ class RowMover {
       : t_(tiling),
         tile_(tile),
         first_(kLast ? max(first, 0) : max(first, 0) / unit() * unit()),
-        line_(kLast ? (min(last, t_.width) - first_) * (t_.tile_channels / unit()) : ceil_div(min(last, t_.width) - first_, unit())),
+        line_(kLast ? (min(last, t_.width) - first_) * (t_.tile_channels / unit())
+                    : ceil_div(min(last, t_.width) - first_, unit())),
         staging_(static_cast<T*>(staging)),
         start_(threadIdx.x, line_),
         step_(blockDim.x, line_) {}
@@ -196,8 +201,8 @@ class RowMover {
     });
   }
 
-  // Writes the rows from `row` on, fetched before, to the first kRows rows of `planes`; zeros where there is no such row. kAlign
-  // floats of a plane are written at once.
+  // Writes the rows from `row` on, fetched before, to the first kRows rows of `planes`; zeros where there is no such row.
+  // kAlign floats of a plane are written at once.
   template <int kAlign>
   __device__ void put(const void* image, int row, const Planes& planes) const {
     if (!t_.vectors) {
@@ -243,7 +248,8 @@ class RowMover {
   template <class F>
   __device__ void for_units(const F& f) const {
     int number = threadIdx.x;
-    for (Walk walk = start_; walk.line() < (kLast ? kRows : kRows * tile_.channels); walk.advance(step_, line_), number += blockDim.x) {
+    for (Walk walk = start_; walk.line() < (kLast ? kRows : kRows * tile_.channels);
+         walk.advance(step_, line_), number += blockDim.x) {
       if constexpr (kLast) {
         const int element = walk.at() * unit();
         f(element & (t_.tile_channels - 1), walk.line(), first_ + (element >> t_.log_channels), number);

@@ -1,5 +1,5 @@
-"""Runs the CUDA kernels on the host under a sanitizer; test_cuda_kernels.py starts it. Arguments: the module's folder, then "all"
-or the name of the one operator to run."""
+"""Runs the CUDA kernels on the host under a sanitizer; test_cuda_kernels.py starts it. Arguments: the module's folder, then
+"all" or the name of the one operator to run."""
 
 from __future__ import annotations
 

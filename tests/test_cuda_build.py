@@ -1,0 +1,60 @@
+"""What was compiled for GPUs: every architecture, no spills, enough useful instructions, no other library of CUDA's."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+
+import pytest
+import torch
+
+from bench import cuda_static
+from bench.__main__ import main
+from segnext_kernels import _load, build_info
+
+pytestmark = pytest.mark.skipif(cuda_static.library() is None, reason=f"no CUDA kernels were built: {_load.cuda_failure}")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[cuda_static.Kernel]:
+    return cuda_static.kernels(cuda_static.library())
+
+
+def test_architectures(kernels):
+    """From Turing to Blackwell, unless the build was told otherwise."""
+    built = {kernel.arch for kernel in kernels}
+    if torch.version.cuda is not None:
+        assert built == {"sm_" + name.removesuffix("+PTX").replace(".", "") for name in build_info()["cuda_architectures"]}
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        assert {"sm_75", "sm_80", "sm_90", "sm_100"} <= built
+
+
+def test_no_spills(kernels):
+    assert {kernel.name for kernel in kernels} == {"strips", "inputs", "taps", "convolution", "gradients", "reduce"}
+    assert not [(k.name, k.dtype, k.layout, k.arch, k.local) for k in kernels if k.local > 0]
+
+
+def test_most_instructions_of_the_strips_are_multiply_adds(kernels):
+    strips = [kernel for kernel in kernels if kernel.name in ("strips", "inputs", "taps")]
+    shares = {(k.name, k.dtype, k.layout, k.arch): [cuda_static.useful_share(own) for own in k.inner_loops()] for k in strips}
+    assert all(shares.values())
+    assert not {kernel: found for kernel, found in shares.items() if kernel[1] == "float32" and min(found) < 0.55}
+
+
+def test_the_library_needs_no_other_of_cuda():
+    """The CUDA runtime is linked in; torch's libtorch, whatever CUDA it has, knows the current stream."""
+    dynamic = subprocess.run(["readelf", "-d", cuda_static.library()], check=True, capture_output=True, text=True).stdout
+    needed = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line]
+    assert "libtorch.so" in needed
+    assert not [name for name in needed if "cuda" in name or "cu1" in name or "python" in name]
+    if torch.version.cuda is not None:
+        assert ctypes.CDLL(str(cuda_static.library())).aoti_torch_get_current_cuda_stream
+
+
+def test_cuda_static_command(kernels, monkeypatch, capsys):
+    monkeypatch.setattr(cuda_static, "kernels", lambda library: kernels)
+    assert main(["cuda-static"]) == 0
+    printed = capsys.readouterr().out
+    assert "| strips | float32 | contiguous | sm_90 |" in printed
+    assert "| H100 SXM | float32 | contiguous |" in printed and "| A100 SXM 80 GB | float16 | channels_last |" in printed
