@@ -7,7 +7,7 @@ PIP = $(VENV)/bin/python -m pip
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bench lint format wheel clean
+.PHONY: demo test gpu-test bench gpu-bench lint format wheel clean
 
 demo: $(VENV)/.models
 	$(VENV)/bin/segnext demo
@@ -15,20 +15,29 @@ demo: $(VENV)/.models
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest
 
+# On a machine with an NVIDIA GPU: what cannot be seen without one, and the operators against PyTorch there.
+gpu-test: $(VENV)/.test
+	$(VENV)/bin/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "there is no GPU that torch can use")'
+	$(VENV)/bin/python -m pytest tests/test_gpu.py
+
+gpu-bench: $(VENV)/.bench
+	$(VENV)/bin/python -m bench report --device cuda --out bench-out/gpu
+
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m bench report --out bench-out
 	$(VENV)/bin/python -m bench scaling --out bench-out
 	$(VENV)/bin/python -m bench memory --out bench-out
+	$(VENV)/bin/python -m bench cuda-static --out bench-out
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc -type f | xargs $(VENV)/bin/clang-format -i
+	find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
 
 wheel: $(VENV)/.test
 	$(VENV)/bin/python -m build --no-isolation

@@ -82,7 +82,7 @@ def cuda_architectures(home: Path) -> list[str]:
 
 
 def cuda_extension() -> Extension | None:
-    """None where CUDA is not wanted: FORCE_CUDA=1 and 0 say so, else it takes torch's own CUDA and an nvcc of its major version."""
+    """None where CUDA is not wanted: FORCE_CUDA=1 and 0 decide, else torch's own CUDA and an nvcc of its major version."""
     import torch
 
     wanted, home = os.environ.get("FORCE_CUDA"), cuda_home()

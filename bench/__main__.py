@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("report", help="time the cases and print Markdown")
     timing.add_argument("--case", default="*", metavar="PATTERN", help="only cases with this in the name, e.g. 'msca*float32'")
     timing.add_argument("--without", default=[], nargs="+", metavar="NAME", help="contenders to leave out, e.g. torch.compile")
+    timing.add_argument("--device", default="cpu", help="cpu, or cuda for the operators alone")
     timing.set_defaults(run=_report)
     growth = commands.add_parser("scaling", help="time of SegNeXt-T against image size, batch and threads")
     growth.set_defaults(run=_scaling)
@@ -59,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(arguments: argparse.Namespace) -> None:
     chosen = cases.select(arguments.case)
+    if arguments.device != "cpu":
+        torch.set_default_device(arguments.device)
+        chosen = [case for case in chosen if not case.model and case.gradients]
     turns = sorted(((case, direction) for case in chosen for direction in case.directions), key=_place)
     limits, absent = ceilings.measure(min(arguments.seconds, 1.0)), missing(chosen)
     table, progress = [], tqdm(turns)

@@ -88,9 +88,13 @@ class Case:
         return self.operator.partition("_")[0] if self.model else self.operator
 
     def inputs(self, layout: str | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The inputs, rounded to the case's dtype and cast to ``dtype``; the first and those of its shape in the layout."""
+        """The inputs, rounded to the case's dtype and cast to ``dtype``; the first and those of its shape in the layout.
+
+        They are drawn on the CPU and lie on the default device.
+        """
         given = self.input_dtype or self.dtype
-        drawn = self.setup()
+        with torch.device("cpu"):
+            drawn = [tensor.to(device()) for tensor in self.setup()]
         inputs = [tensor.to(given).to(dtype or given) if tensor.is_floating_point() else tensor for tensor in drawn]
         shape = inputs[0].shape
         inputs = [lay_out(tensor, layout or "contiguous") if tensor.shape == shape else tensor for tensor in inputs]
@@ -98,7 +102,7 @@ class Case:
 
     def grad_out(self, y: Tensor) -> Tensor:
         """The gradient that backward starts from, in y's dtype and layout."""
-        drawn = torch.randn(y.shape, generator=generator(), dtype=torch.float64)
+        drawn = torch.randn(y.shape, generator=generator(), dtype=torch.float64, device="cpu")
         return torch.empty_like(y).copy_(drawn.to(self.dtype))
 
     def present(self) -> tuple[Contender, ...]:
@@ -111,6 +115,11 @@ class Case:
         if label not in found:
             raise ValueError(f"{self.name} has no contender {label!r}; there are {', '.join(found)}")
         return found[label]
+
+
+def device() -> torch.device:
+    """Where contenders run: ``torch.set_default_device`` chooses."""
+    return torch.get_default_device()
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:

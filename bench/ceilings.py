@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .case import Work
+from .measure import finish
 
 COPY = 256 << 20  # bytes
 SIDE = 2048  # of the matrices
@@ -54,7 +55,9 @@ def _quickest(call: Callable[[], object], seconds: float) -> float:
     call()
     times, end = [], perf_counter() + seconds
     while perf_counter() < end or len(times) < 3:
+        finish()
         start = perf_counter()
         call()
+        finish()
         times.append(perf_counter() - start)
     return min(times)

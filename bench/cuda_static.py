@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels, read from the library that was built: ``python -m bench cuda-static``, without a GPU.
+"""What the compiler made of the CUDA kernels, read from the library that was built: ``python -m bench cuda-static``.
 
 Registers and local memory of every kernel for every architecture, the warps that a multiprocessor holds, the mix of
 instructions, and what bounds msca_strips forward on two GPUs.
@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import segnext_kernels
@@ -67,6 +68,7 @@ class Kernel:
     instructions: list[str] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
+    @cached_property
     def loops(self) -> list[tuple[int, int]]:
         """First and last instruction of every loop, the outer ones last."""
         found = []
@@ -78,12 +80,12 @@ class Kernel:
 
     def own(self, loop: tuple[int, int]) -> Counter:
         """The instructions of a loop without those of the loops in it."""
-        inner = [other for other in self.loops() if loop[0] <= other[0] and other[1] <= loop[1] and other != loop]
+        inner = [other for other in self.loops if loop[0] <= other[0] and other[1] <= loop[1] and other != loop]
         body = (i for i in range(loop[0], loop[1] + 1) if not any(a <= i <= b for a, b in inner))
         return Counter(opcode(self.instructions[i]) for i in body)
 
     def inner_loops(self) -> list[Counter]:
-        return [own for own in map(self.own, self.loops()) if multiply_adds(own) >= INNER]
+        return [own for own in map(self.own, self.loops) if multiply_adds(own) >= INNER]
 
 
 def opcode(text: str) -> str:
@@ -164,7 +166,7 @@ def occupancy(kernel: Kernel) -> float | None:
 
 def instructions_of_output(kernel: Kernel) -> float:
     """Issued by a warp for 32 outputs of msca_strips forward, at most: branches that are not taken count too."""
-    loops = kernel.loops()
+    loops = kernel.loops
     main = max((loop for loop in loops if multiply_adds(kernel.own(loop)) > 4 * INNER), key=lambda loop: loop[1] - loop[0])
     units = 8 / (4 if kernel.dtype == "float32" else 8)  # of 16 bytes, for the 8 outputs of a thread in a step
     total = kernel.own(main).total()

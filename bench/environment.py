@@ -12,7 +12,7 @@ import torch
 
 import segnext_kernels
 
-from .case import Case
+from .case import Case, device
 from .exported import ONNX_RUNTIME, OPENVINO
 
 
@@ -21,6 +21,7 @@ def environment() -> dict[str, object]:
     info = segnext_kernels.build_info()
     return {
         "processor": processor(),
+        "gpu": torch.cuda.get_device_name() if device().type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "isa": info["isa"],
         "torch": torch.__version__,

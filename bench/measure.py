@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from .case import Case, Contender
+from .case import Case, Contender, device
 
 WARM_UP, TURN = 0.002, 0.005  # seconds of calls in a turn, untimed and timed
 
@@ -124,12 +124,20 @@ def measure(case: Case, direction: str, seconds: float = 3.0, contenders: tuple[
     return results
 
 
+def finish() -> None:
+    """Waits for what a GPU has been given to do."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
 def _time_calls(runner: Runner, direction: str, seconds: float) -> float:
     spent, calls = 0.0, 0
     while spent < seconds:
         call = runner.prepare(direction)
+        finish()
         start = perf_counter()
         result = call()
+        finish()
         spent += perf_counter() - start
         calls += 1
         del call, result

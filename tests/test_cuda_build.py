@@ -8,10 +8,12 @@ import subprocess
 
 import pytest
 import torch
+from operators import FUNCTIONS, dwconv_gelu_sample, msca_strips_sample
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import cuda_static
 from bench.__main__ import main
-from segnext_kernels import _load, build_info
+from segnext_kernels import _load, build_info, explain
 
 pytestmark = pytest.mark.skipif(cuda_static.library() is None, reason=f"no CUDA kernels were built: {_load.cuda_failure}")
 
@@ -58,3 +60,20 @@ def test_cuda_static_command(kernels, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| strips | float32 | contiguous | sm_90 |" in printed
     assert "| H100 SXM | float32 | contiguous |" in printed and "| A100 SXM 80 GB | float16 | channels_last |" in printed
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
+@pytest.mark.parametrize("operator", ["msca_strips", "dwconv_gelu"])
+def test_tensors_of_a_gpu_that_is_not_there(operator):
+    """Traced for a GPU: the kernels are chosen, and y and the gradients have the shapes, devices and strides they should."""
+    sample = {"msca_strips": msca_strips_sample, "dwconv_gelu": dwconv_gelu_sample}[operator]((2, 5, 9, 12)).to(torch.float32)
+    backward = getattr(torch.ops.segnext_kernels, f"{operator}_backward")  # autograd itself asks for the GPU
+    with FakeTensorMode(), torch.device("cuda"):
+        x, *filters = (torch.empty(leaf.shape) for leaf in sample.leaves)
+        x = x.to(memory_format=torch.channels_last)
+        assert explain(operator, x)["cuda"] == "serves"
+        y = FUNCTIONS[operator](x, *filters, backend="cuda")
+        grad_x, *grads = backward(y, x, *([filters] if operator == "msca_strips" else filters), True, True)
+    grads = grads[0] if operator == "msca_strips" else grads
+    assert y.stride() == grad_x.stride() == x.stride()
+    assert [(grad.shape, grad.device.type) for grad in grads] == [(f.shape, "cuda") for f in filters]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from operators import FUNCTIONS, compiled, dwconv_gelu_sample, msca_strips_sample, nmf_sample, require
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import segnext_kernels
 from segnext_kernels import _load, _select, build_info, explain
@@ -73,6 +74,37 @@ def test_explain_other_device():
     answer = explain("nmf", torch.ones(1, 2, 3, device="meta"))
     assert answer["cpu"] == "x is on meta, these kernels are for the CPU"
     assert answer["reference"] == "serves"
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype", "failure", "reason"),
+    [
+        ("nmf", torch.float32, None, "the CUDA kernels are for msca_strips and dwconv_gelu"),
+        ("msca_strips", torch.float64, None, "the CUDA kernels are for float32, bfloat16 and float16, x is float64"),
+        ("msca_strips", torch.float32, "they were left out", "they were left out"),
+    ],
+)
+def test_why_cuda_does_not_serve(operator, dtype, failure, reason, monkeypatch):
+    monkeypatch.setattr(_load, "cuda_failure", failure)
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 3, 4, dtype=dtype, device="cuda")
+        assert explain(operator, x)["cuda"] == reason
+        assert explain(operator, x)["reference"] == "serves"
+    assert explain("msca_strips", torch.ones(1, 2, 3, 4))["cuda"] == "x is on cpu, these kernels are for CUDA"
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "fits"),
+    [("8.0 9.0", (8, 6), True), ("8.6 9.0", (8, 0), False), ("8.0 9.0", (10, 0), False), ("9.0+PTX", (12, 0), True)],
+)
+def test_gpus_that_the_cuda_kernels_fit(built, capability, fits, monkeypatch):
+    monkeypatch.setattr(_load, "cuda_architectures", built.split())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    reason = _load.why_not_on_gpu.__wrapped__(0)
+    major, minor = capability
+    assert reason == (
+        None if fits else f"the CUDA kernels were built for {', '.join(built.split())}, this GPU is {major}.{minor}"
+    )
 
 
 @compiled

@@ -190,9 +190,8 @@ void count(const std::vector<Access>& lanes, bool store) {
 }
 
 void count_instructions() {
-  std::sort(traced.begin(), traced.end(), [](const Traced& a, const Traced& b) {
-    return std::tie(a.instruction, a.lane) < std::tie(b.instruction, b.lane);
-  });
+  std::sort(traced.begin(), traced.end(),
+            [](const Traced& a, const Traced& b) { return std::tie(a.instruction, a.lane) < std::tie(b.instruction, b.lane); });
   std::vector<Access> lanes;
   for (size_t i = 0; i < traced.size(); ++i) {
     lanes.push_back(traced[i].access);
@@ -235,7 +234,8 @@ void run_block(unsigned threads, std::mt19937& random) {
       }
       ++left;
       if (waiting != nullptr && waiting->site != fiber.site) {
-        problem = "divergent barrier: threads wait in lines " + std::to_string(waiting->site) + " and " + std::to_string(fiber.site);
+        problem =
+            "divergent barrier: threads wait in lines " + std::to_string(waiting->site) + " and " + std::to_string(fiber.site);
       }
       waiting = &fiber;
     }
@@ -281,7 +281,8 @@ void trace(const void* address, size_t bytes, bool store, unsigned site) {
   if (!settings.traced) return;
   const uint64_t key = (site * 8 + (bytes >= 16 ? 3 : bytes >> 2) * 2 + store) % kSites;  // 2, 4, 8, 16 bytes
   const uint64_t warp = current->index / 32, occurrence = current->occurrences[key]++;
-  traced.push_back({warp << 54 | key << 32 | occurrence, current->index % 32, store, {reinterpret_cast<uintptr_t>(address), bytes}});
+  traced.push_back(
+      {warp << 54 | key << 32 | occurrence, current->index % 32, store, {reinterpret_cast<uintptr_t>(address), bytes}});
 }
 
 void run(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
@@ -320,7 +321,9 @@ void reset() {
 // What launch.h asks of CUDA's runtime.
 extern "C" {
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = host_run::settings.shared_limit, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = host_run::settings.shared_limit, cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "error"; }

@@ -1,11 +1,11 @@
-// CUDA C++ under g++: included before every .cu file (-include host_run.h), with SEGNEXT_HOST_RUN for the few places that differ.
-// One CUDA thread is a fiber, blocks run one after another. NVIDIA's headers bring the types; this brings what a kernel calls.
+// CUDA C++ under g++: included before every .cu file (-include host_run.h), with SEGNEXT_HOST_RUN for the few places that
+// differ. One CUDA thread is a fiber, blocks run one after another. NVIDIA's headers bring the types; this brings what a kernel
+// calls.
 #pragma once
 #define SEGNEXT_HOST_RUN 1
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
 #include <math.h>
 
 #include <algorithm>
@@ -64,19 +64,19 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters..
 
 // What module.cpp sets and reads.
 struct Settings {
-  unsigned order = 0;                       // of the threads between two barriers: 0 as they are numbered, 1 reversed, else drawn
-  int shared_limit = 227 * 1024;            // of a block, in bytes
+  unsigned order = 0;             // of the threads between two barriers: 0 as they are numbered, 1 reversed, else drawn
+  int shared_limit = 227 * 1024;  // of a block, in bytes
   unsigned first = 0, step = 1, count = ~0u;  // the blocks of a launch that run
-  int launch = -1;                          // only this one of the launches since reset() runs; -1: all
+  int launch = -1;                            // only this one of the launches since reset() runs; -1: all
   bool traced = false;
 };
 extern Settings settings;
 
 // Of the traced launches since reset().
 struct Traffic {
-  long read_bytes, written_bytes;            // that lanes asked for, each byte of a warp's instruction once
-  long read_sectors, written_sectors;        // of 32 bytes, each one of a warp's instruction once
-  long distinct_read_sectors;                // of a launch: what comes from DRAM if the L2 keeps everything
+  long read_bytes, written_bytes;                             // that lanes asked for, each byte of a warp's instruction once
+  long read_sectors, written_sectors;                         // of 32 bytes, each one of a warp's instruction once
+  long distinct_read_sectors;                                 // of a launch: what comes from DRAM if the L2 keeps everything
   long shared_instructions, shared_wavefronts, shared_ideal;  // ideal: 128 bytes a wavefront
 };
 Traffic traffic();

@@ -70,11 +70,14 @@ PYBIND11_MODULE(cuda_host, m) {
     cuda::dwconv_gelu_backward(image(grad_out, channels_last), in, depthwise(filter), optional_image(grad_x, channels_last),
                                grads.is_none() ? nullptr : &results, sums.data(), nullptr);
   });
-  m.def("settings", [](unsigned order, int shared_limit, unsigned first, unsigned step, unsigned count, int launch, bool traced) {
-    host_run::settings = {order, shared_limit, first, step, count, launch, traced};
-    host_run::reset();
-  }, py::arg("order") = 0, py::arg("shared_limit") = 227 * 1024, py::arg("first") = 0, py::arg("step") = 1,
-     py::arg("count") = ~0u, py::arg("launch") = -1, py::arg("traced") = false);
+  m.def(
+      "settings",
+      [](unsigned order, int shared_limit, unsigned first, unsigned step, unsigned count, int launch, bool traced) {
+        host_run::settings = {order, shared_limit, first, step, count, launch, traced};
+        host_run::reset();
+      },
+      py::arg("order") = 0, py::arg("shared_limit") = 227 * 1024, py::arg("first") = 0, py::arg("step") = 1,
+      py::arg("count") = ~0u, py::arg("launch") = -1, py::arg("traced") = false);
   m.def("traffic", [] {
     const host_run::Traffic t = host_run::traffic();
     return py::dict("read_bytes"_a = t.read_bytes, "written_bytes"_a = t.written_bytes, "read_sectors"_a = t.read_sectors,
