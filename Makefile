@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 PIP = $(VENV)/bin/python -m pip
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f ! -name '*.md')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test gpu-test bench gpu-bench lint format wheel clean

@@ -16,10 +16,14 @@ namespace {
 using namespace segnext;
 using namespace segnext::tensors;
 
-// Makes x's device the current one as long as it lives, and knows its current stream.
+// Makes x's device, on which the others must be too, the current one as long as it lives, and knows its current stream.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
+  OnDevice(const Tensor& x, const std::vector<Tensor>& others) : guard_(x.get_device_index()) {
+    for (const Tensor& other : others) {
+      STD_TORCH_CHECK(on_device(other) && other.get_device_index() == x.get_device_index(),
+                      "segnext_kernels: all tensors must be on x's device");
+    }
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "segnext_kernels: this torch has no CUDA");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
@@ -32,6 +36,11 @@ class OnDevice {
   cudaStream_t stream_ = nullptr;
 };
 
+std::vector<Tensor> with(std::vector<Tensor> tensors, const Tensor& another) {
+  tensors.push_back(another);
+  return tensors;
+}
+
 // New memory for the gradients of a filter's tensors.
 std::vector<Tensor> gradients_of(const std::vector<Tensor>& weights) {
   std::vector<Tensor> grads;
@@ -43,7 +52,7 @@ Tensor floats(const Tensor& x, int64_t count) { return torch::stable::new_empty(
 
 Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
   const Image in = image(x, "x");
-  const OnDevice stream(x);
+  const OnDevice stream(x, weights);
   const Filters filters = strip_filters(weights, in);
   Tensor y = torch::stable::empty_like(x);
   cuda::msca_strips_forward(in, filters.pointers, image_like(y, in, "y"), stream);
@@ -54,7 +63,7 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
                                                              const std::vector<Tensor>& weights, bool need_x,
                                                              bool need_weights) {
   const Image in = image(x, "x");
-  const OnDevice stream(x);
+  const OnDevice stream(x, with(weights, grad_out));
   const Tensor arranged = arranged_like(grad_out, in, "grad_out");
   const Image grad = image_like(arranged, in, "grad_out");
   const Filters filters = strip_filters(weights, in);
@@ -70,7 +79,7 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
 
 Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Image in = image(x, "x");
-  const OnDevice stream(x);
+  const OnDevice stream(x, {weight, bias});
   const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
   Tensor y = torch::stable::empty_like(x);
   cuda::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr()}, image_like(y, in, "y"), stream);
@@ -80,7 +89,7 @@ Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                                         const Tensor& bias, bool need_x, bool need_weights) {
   const Image in = image(x, "x");
-  const OnDevice stream(x);
+  const OnDevice stream(x, {weight, bias, grad_out});
   const Tensor arranged = arranged_like(grad_out, in, "grad_out");
   const Image grad = image_like(arranged, in, "grad_out");
   const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");

@@ -29,14 +29,11 @@ __host__ __device__ Arrays arrays(const Tiling& t, float* memory) {
   return {t, RowMover<T, kLast>::staging_bytes(t, t.tile_columns + 2 * kHalo), memory};
 }
 
+// channels_last: 64 columns of a sector's channels; 16 warps on a multiprocessor, else 12, which bounds the registers.
 template <class T, bool kLast>
-constexpr int kMostThreads = !kLast           ? 128
-                             : sizeof(T) == 2 ? 512
-                                              : 256;
+constexpr int kMostThreads = kLast ? 64 / kOwn * 32 / sizeof(T) : 128;
 template <class T, bool kLast>
-constexpr int kBlocksTogether = !kLast           ? 3
-                                : sizeof(T) == 2 ? 1
-                                                 : 2;  // on a multiprocessor, which bounds the registers
+constexpr int kBlocksTogether = kLast ? 512 / kMostThreads<T, kLast> : 3;
 
 template <class T, bool kLast>
 __global__ void __launch_bounds__((kMostThreads<T, kLast>), (kBlocksTogether<T, kLast>))
