@@ -153,7 +153,11 @@ def _read(cubin: Path, disassemble: bool) -> list[Kernel]:
 
 
 def occupancy(kernel: Kernel) -> float | None:
-    """The part of a multiprocessor's warps that can be resident, for a block of 16x64x64x64."""
+    """The part of a multiprocessor's warps that can be resident, for a block of 16x64x64x64.
+
+    None for the other kernels, without cuxray, and where that block has too much shared memory for the
+    architecture: there the kernel takes smaller tiles.
+    """
     block = BLOCKS.get((kernel.name, "float16" if kernel.dtype == "bfloat16" else kernel.dtype, kernel.layout))
     if block is None or importlib.util.find_spec("cuxray") is None:
         return None
@@ -161,7 +165,8 @@ def occupancy(kernel: Kernel) -> float | None:
     from cuxray import occupancy as rules
 
     spec = archspec.lookup(kernel.arch)
-    return rules.compute(spec, kernel.registers, block[0], 0, block[1]).occupancy_pct / 100
+    found = rules.compute(spec, kernel.registers, block[0], 0, block[1])
+    return found.occupancy_pct / 100 if found.blocks_per_sm else None
 
 
 def instructions_of_output(kernel: Kernel) -> float:

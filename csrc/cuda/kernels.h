@@ -1,6 +1,6 @@
 // The CUDA kernels: plain functions over device pointers and sizes that know nothing of torch. They run on `stream` of the
-// current device, allocate nothing, and return before the work is done. No result depends on the device: work is cut into
-// blocks by the shapes alone, and sums across blocks are made in a fixed order.
+// current device, allocate nothing, and return before the work is done. Work is cut into blocks by the shapes and by the
+// shared memory that a block may have, and sums across blocks are made in a fixed order: no result depends on anything else.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -13,7 +13,7 @@ namespace segnext::cuda {
 
 inline constexpr int kRows = 4;
 inline constexpr int kOwn = 2;  // neighbouring columns of one channel that a thread owns
-// Work is cut for 128 multiprocessors with 12 warps each, whatever the device at hand has: results must not depend on it.
+// Work is cut for 128 multiprocessors with 12 warps each, whatever the device at hand has.
 inline constexpr int kMultiprocessors = 128, kWarps = 12 * kMultiprocessors;
 
 struct Tiling {
