@@ -72,7 +72,10 @@ def cuda_architectures(home: Path) -> list[str]:
     import torch
 
     if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return re.split(r"[ ;]+", listed.strip(" ;"))
+        names = re.split(r"[ ;]+", listed.strip(" ;"))
+        if unknown := [name for name in names if not re.fullmatch(r"\d+\.\da?(\+PTX)?", name)]:
+            raise SystemExit(f"segnext-kernels: TORCH_CUDA_ARCH_LIST has {unknown[0]!r}: give numbers, such as 8.0 or 9.0+PTX")
+        return names
     flags = torch._C._cuda_getArchFlags() if torch.version.cuda else "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
     known = subprocess.run(
         [home / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True

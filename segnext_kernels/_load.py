@@ -76,8 +76,9 @@ def why_not_on_gpu(index: int) -> str | None:
     """Why the CUDA kernels do not run on this GPU, or None if they do."""
     own = torch.cuda.get_device_capability(index)
     for name in cuda_architectures:
-        built = tuple(map(int, name.removesuffix("+PTX").split(".")))
-        if (built[0] == own[0] and built <= own) or (name.endswith("+PTX") and built <= own):
+        number = name.removesuffix("+PTX")
+        built = tuple(map(int, number.rstrip("a").split(".")))
+        if built == own or (not number.endswith("a") and built <= own and (built[0] == own[0] or name.endswith("+PTX"))):
             return None
     return f"the CUDA kernels were built for {', '.join(cuda_architectures)}, this GPU is {own[0]}.{own[1]}"
 

@@ -129,9 +129,10 @@ def test_graphs_capture_forward_and_backward(operator, layout):
         return [y, *torch.autograd.grad(y, leaves, grad_out)]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
-    stream.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

@@ -158,6 +158,14 @@ def test_the_list_of_architectures_is_honoured(source, toolkit):
     assert "built for 8.6, 9.0+PTX" in checked("-c", PLAN, cwd=source, **variables).splitlines()[0]
 
 
+def test_an_architecture_that_is_no_number_is_an_error(source, toolkit, tmp_path):
+    variables = {"CUDA_HOME": str(toolkit), "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "Hopper"}
+    flags = ("--no-deps", "--no-build-isolation", "--no-index")
+    done = python("-m", "pip", "wheel", *flags, source, cwd=tmp_path, **variables)
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST has 'Hopper': give numbers" in done.stdout + done.stderr
+
+
 def test_cuda_of_another_major_version_is_left_out(source, toolkit):
     said, *_, plan = checked("-c", PLAN, cwd=source, CUDA_HOME=str(toolkit)).splitlines()
     assert said.startswith("segnext-kernels: the CUDA kernels are left out: ")

@@ -95,7 +95,14 @@ def test_why_cuda_does_not_serve(operator, dtype, failure, reason, monkeypatch):
 
 @pytest.mark.parametrize(
     ("built", "capability", "fits"),
-    [("8.0 9.0", (8, 6), True), ("8.6 9.0", (8, 0), False), ("8.0 9.0", (10, 0), False), ("9.0+PTX", (12, 0), True)],
+    [
+        ("8.0 9.0", (8, 6), True),
+        ("8.6 9.0", (8, 0), False),
+        ("8.0 9.0", (10, 0), False),
+        ("9.0+PTX", (12, 0), True),
+        ("9.0a+PTX", (9, 0), True),
+        ("9.0a+PTX", (12, 0), False),
+    ],
 )
 def test_gpus_that_the_cuda_kernels_fit(built, capability, fits, monkeypatch):
     monkeypatch.setattr(_load, "cuda_architectures", built.split())

@@ -54,6 +54,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global,
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 #else
   *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  asm volatile("" ::: "memory");  // it is read as another type
 #endif
 }
 __device__ __forceinline__ void wait_async() {
@@ -61,6 +62,8 @@ __device__ __forceinline__ void wait_async() {
   host_run::wait_async();
 #elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  asm volatile("" ::: "memory");
 #endif
 }
 

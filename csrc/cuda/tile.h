@@ -45,6 +45,9 @@ template <class F>
 Tiling cut(const Image& x, int reach, int border, int moved, int extra, double most_read, int most_threads, int limit,
            const F& bytes) {
   Tiling t = {};
+  if (std::max({x.images, x.height, x.width}) > 1 << 30 || x.channels > 1 << 24) {
+    throw std::runtime_error("segnext_kernels: the CUDA kernels take images of up to 2^30 by 2^30 and 2^24 channels");
+  }
   t.images = static_cast<int>(x.images);
   t.channels = static_cast<int>(x.channels);
   t.height = static_cast<int>(x.height);
@@ -58,13 +61,22 @@ Tiling cut(const Image& x, int reach, int border, int moved, int extra, double m
     t.border = t.column_tiles == 1 ? 0 : border;
     t.per_channel = (t.tile_columns + 2 * t.border) / kOwn;
     t.tile_channels = least_channels;
-    while (2 * t.tile_channels * t.per_channel <= 128 && t.tile_channels < t.channels) t.tile_channels *= 2;
+    while (2 * t.tile_channels * t.per_channel <= 128 && t.tile_channels < t.channels) {
+      t.tile_channels *= 2;
+      if (bytes(t) <= limit) continue;
+      t.tile_channels /= 2;
+      break;
+    }
     t.threads = round_up(t.tile_channels * t.per_channel, 32);
     return t.threads <= most_threads && bytes(t) <= limit;
   };
   // In channels_last the channels of a sector, which memory moves together, and few columns; else a channel and many.
   int columns = x.channels_last ? 64 : 256, channels = x.channels_last ? 32 / element_size(x) : 1;
-  while (!shape(columns, channels)) (columns > 32 ? columns : channels) /= 2;
+  const int least = x.channels_last ? 16 / element_size(x) : 1;  // a unit of memory
+  while (!shape(columns, channels)) {
+    (columns > 32 ? columns : channels) /= 2;
+    if (channels < least) throw std::runtime_error("segnext_kernels: a block has too little shared memory on this device");
+  }
   while (1 << t.log_channels < t.tile_channels) ++t.log_channels;
   t.groups = ceil_div(t.channels, t.tile_channels);
   // More parts of rows fill the device, at the price of rows that are read twice: up to a quarter more than must be read where
@@ -281,7 +293,7 @@ class RowMover {
   }
   __device__ int64_t offset(int channel, int row, int col) const {
     if constexpr (kLast) return (static_cast<int64_t>(row) * t_.width + col) * t_.channels + channel;
-    return static_cast<int64_t>(channel * t_.height + row) * t_.width + col;
+    return (static_cast<int64_t>(channel) * t_.height + row) * t_.width + col;
   }
 
   const Tiling& t_;
