@@ -198,31 +198,24 @@ def bounds(kernel: Kernel, gpu: Gpu) -> dict[str, float]:
     }
 
 
+def table_row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def markdown(found: list[Kernel]) -> str:
     facts = segnext_kernels.build_info()["cuda_architectures"]
     lines = [f"# CUDA kernels, compiled for {', '.join(facts)}", "", "## Resources", ""]
-    lines += [
-        "| kernel | dtype | layout | arch | registers | local bytes | occupancy | FFMA share of inner loops | LDS 128, 64, 32 |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    columns = ("kernel", "dtype", "layout", "arch", "registers", "local bytes", "occupancy", "FFMA share of inner loops")
+    lines += table_row(*columns, "LDS of 128, 64, 32 bits", "from memory, 128 bits and less"), "|" + "---|" * 10
     for k in found:
-        inner, warps = k.inner_loops(), occupancy(k)
-        shares = ", ".join(f"{useful_share(own):.2f}" for own in inner)
-        all_of_it = Counter(map(opcode, k.instructions))
+        warps, all_of_it = occupancy(k), Counter(map(opcode, k.instructions))
+        shares = ", ".join(f"{useful_share(own):.2f}" for own in k.inner_loops())
         wide, half = count(all_of_it, "LDS.128"), count(all_of_it, "LDS.64")
-        loads = f"{wide}, {half}, {count(all_of_it, 'LDS') - wide - half}"
-        cells = (
-            k.name,
-            k.dtype,
-            k.layout,
-            k.arch,
-            k.registers,
-            k.local,
-            "" if warps is None else f"{warps:.2f}",
-            shares,
-            loads,
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        shared = f"{wide}, {half}, {count(all_of_it, 'LDS') - wide - half}"
+        whole = count(all_of_it, "LDG.E.128", "LDGSTS")  # asynchronous copies are of 128 bits
+        memory = f"{whole}, {count(all_of_it, 'LDG') - whole}"
+        part = "" if warps is None else f"{warps:.2f}"
+        lines.append(table_row(k.name, k.dtype, k.layout, k.arch, k.registers, k.local, part, shares, shared, memory))
     lines += ["", "## What bounds msca_strips forward: cycles of a multiprocessor for 32 outputs", ""]
     lines += ["| GPU | dtype | layout | multiply-adds | issue, at most | shared memory | DRAM | bound | useful part of it |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
@@ -233,6 +226,5 @@ def markdown(found: list[Kernel]) -> str:
             cycles = bounds(k, gpu)
             bound = max(cycles, key=cycles.get)
             useful = (cycles["DRAM"] if bound == "DRAM" else cycles["multiply-adds"]) / cycles[bound]
-            cells = (gpu.name, k.dtype, k.layout, *(f"{c:.1f}" for c in cycles.values()), bound, f"{useful:.2f}")
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(table_row(gpu.name, k.dtype, k.layout, *(f"{c:.1f}" for c in cycles.values()), bound, f"{useful:.2f}"))
     return "\n".join(lines)
