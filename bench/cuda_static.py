@@ -120,17 +120,17 @@ def tool(name: str) -> str:
     raise ValueError(f"there is no {name}: put CUDA's on PATH, or install triton")
 
 
-def kernels(binary: Path, disassemble: bool = True) -> list[Kernel]:
+def kernels(binary: Path) -> list[Kernel]:
     """Every kernel in a library, for every architecture that it was compiled for."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([tool("cuobjdump"), "-xelf", "all", binary.resolve()], cwd=folder, check=True, capture_output=True)
         found = []
         for cubin in sorted(Path(folder).glob("*.cubin")):
-            found += _read(cubin, disassemble)
+            found += _read(cubin)
     return sorted(found, key=lambda k: (k.name, k.dtype, k.layout, int(k.arch[3:])))
 
 
-def _read(cubin: Path, disassemble: bool) -> list[Kernel]:
+def _read(cubin: Path) -> list[Kernel]:
     arch = re.search(r"sm_\d+", cubin.name)[0]
     usage = subprocess.run(
         [tool("cuobjdump"), "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
@@ -139,16 +139,15 @@ def _read(cubin: Path, disassemble: bool) -> list[Kernel]:
     for symbol, registers, stack, local in re.findall(r"Function (\S+):\n\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", usage):
         name, dtype, layout = re.search(r"\d+([a-z]+)I(f|6__half|13__nv_bfloat16)(?:Lb(\d))?", symbol).groups()
         found[symbol] = Kernel(name, TYPES[dtype], LAYOUTS[layout or ""], arch, int(registers), int(stack) + int(local))
-    if disassemble:
-        text = subprocess.run([tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True).stdout
-        kernel = None
-        for line in text.splitlines():
-            if section := re.match(r"\.text\.(\S+):", line):
-                kernel = found.get(section[1])
-            elif kernel and (label := re.match(r"(\.L\S+):", line)):
-                kernel.labels[label[1]] = len(kernel.instructions)
-            elif kernel and (instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line)):
-                kernel.instructions.append(instruction[1])
+    text = subprocess.run([tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True).stdout
+    kernel = None
+    for line in text.splitlines():
+        if section := re.match(r"\.text\.(\S+):", line):
+            kernel = found.get(section[1])
+        elif kernel and (label := re.match(r"(\.L\S+):", line)):
+            kernel.labels[label[1]] = len(kernel.instructions)
+        elif kernel and (instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line)):
+            kernel.instructions.append(instruction[1])
     return list(found.values())
 
 
