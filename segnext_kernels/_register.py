@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 
 import torch
 from torch.utils._pytree import tree_map
 
+from . import _triton
 from ._validate import AUTOCAST_DEVICES, autocasts
 
 NAMESPACE = "segnext_kernels"
@@ -22,30 +25,53 @@ def register(
     setup_context: Callable,
     backward: Callable,
     autocast: Callable,
+    triton: ModuleType | None = None,
 ) -> None:
-    """Registers an operator and its backward operator; the kernels themselves come from the compiled libraries.
+    """Registers an operator and its backward operator; their kernels come from the compiled libraries, and from Triton.
 
     Args:
         schema: of the forward operator, without the namespace.
         backward_schema: of the backward operator; it has no derivative of its own and says so.
         fake, backward_fake: shapes, dtypes and strides of the outputs.
-        setup_context, backward: as in ``torch.library.register_autograd``.
+        setup_context, backward: as in ``torch.library.register_autograd``; ``backward`` gets the operators' namespace before.
         autocast: ``(dtype, *args) -> args`` casts the arguments to autocast's dtype.
+        triton: has ``forward`` and ``backward`` with the schemas' arguments; they make the same operators in a namespace of
+            their own.
     """
-    name, backward_name = (s[: s.index("(")] for s in (schema, backward_schema))
-    for text, operator, meta in ((schema, name, fake), (backward_schema, backward_name, backward_fake)):
-        library.define(text, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{NAMESPACE}::{operator}", meta, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{backward_name}", _no_double_backward(name), lib=library)
-    for device in AUTOCAST_DEVICES:
-        _register_autocast(name, device, autocast)
+    name, backward_name = _name(schema), _name(backward_schema)
+    libraries = [_define(schema, fake)]
+    _define(backward_schema, backward_fake)
+    if triton is not None:
+        libraries.append(_triton.define(schema, triton.forward, fake))
+        _triton.define(backward_schema, triton.backward, backward_fake)
+    for lib in libraries:
+        own = partial(backward, getattr(torch.ops, lib.ns))
+        torch.library.register_autograd(f"{lib.ns}::{name}", own, setup_context=setup_context, lib=lib)
+        torch.library.register_autograd(f"{lib.ns}::{backward_name}", _no_double_backward(name), lib=lib)
+        for device in AUTOCAST_DEVICES:
+            _register_autocast(lib, name, device, autocast)
 
 
-def register_inference(schema: str, fake: Callable) -> None:
+def register_inference(schema: str, fake: Callable, triton: ModuleType | None = None) -> None:
     """Registers an operator that serves inference alone; ``_inference.call`` refuses what needs a gradient."""
+    _define(schema, fake)
+    if triton is not None:
+        _triton.define(schema, triton.forward, fake)
+
+
+def operator(name: str, backend: str) -> Callable:
+    """The operator by which a backend other than the reference serves."""
+    return getattr(getattr(torch.ops, _triton.NAMESPACE if backend == "triton" else NAMESPACE), name)
+
+
+def _define(schema: str, fake: Callable) -> torch.library.Library:
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{NAMESPACE}::{schema[: schema.index('(')]}", fake, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name(schema)}", fake, lib=library)
+    return library
+
+
+def _name(schema: str) -> str:
+    return schema[: schema.index("(")]
 
 
 def _no_double_backward(name: str) -> Callable:
@@ -57,15 +83,15 @@ def _no_double_backward(name: str) -> Callable:
     return backward
 
 
-def _register_autocast(name: str, device: str, cast: Callable) -> None:
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+def _register_autocast(lib: torch.library.Library, name: str, device: str, cast: Callable) -> None:
+    operator = getattr(getattr(torch.ops, lib.ns), name).default
 
     def autocast_kernel(*args):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return operator(*cast(dtype, *args))
 
-    library.impl(name, autocast_kernel, f"Autocast{device.upper()}")
+    lib.impl(name, autocast_kernel, f"Autocast{device.upper()}")
 
 
 def run_reference(reference: Callable, autocast: Callable, x: torch.Tensor, *args) -> torch.Tensor:

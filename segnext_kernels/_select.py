@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _load
+from . import _load, _triton
 
 OPERATORS = (
     "msca_strips",
@@ -24,48 +24,68 @@ OPERATORS = (
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_BRANCHES = (7, 11, 21)
 CUDA_OPERATORS = ("msca_strips", "dwconv_gelu")
-CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ABSENT = {"triton": "this version has no Triton kernels"}
+TRITON_OPERATORS = (*CUDA_OPERATORS, "nmf", "upsample_argmax", "upsample_cross_entropy")
+TRITON_RANK = 128  # the highest of a factorisation whose factors fit on the chip
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not(backend: str, operator: str, x: Tensor, branch_sizes: tuple[int, ...] = COMPILED_BRANCHES) -> str | None:
-    """The reason why a backend cannot serve a call of ``operator`` on ``x``, or None if it can."""
+def why_not(backend: str, operator: str, x: Tensor, **details) -> str | None:
+    """The reason why a backend cannot serve a call of ``operator`` on ``x``, or None if it can. Details: see explain."""
     if backend == "reference":
         return None
     if backend not in BACKENDS:
         return f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}"
-    if backend in ABSENT:
-        return ABSENT[backend]
-    return _why_not_compiled(backend, operator, x) or _why_not_called(operator, branch_sizes)
+    find = {"cuda": _why_not_cuda, "triton": _why_not_triton, "cpu": _why_not_cpu}[backend]
+    return find(operator, x) or _why_not_called(backend, operator, **details)
 
 
 def missing() -> dict[str, str]:
     """For every backend that is absent altogether, why."""
-    failures = {"cuda": _load.cuda_failure, "cpu": _load.failure}
-    return ABSENT | {name: reason for name, reason in failures.items() if reason is not None}
+    failures = {"cuda": _load.cuda_failure, "triton": _triton.failure, "cpu": _load.failure}
+    return {name: reason for name, reason in failures.items() if reason is not None}
 
 
-def _why_not_compiled(backend: str, operator: str, x: Tensor) -> str | None:
-    if backend == "cpu":
-        return f"x is on {x.device.type}, these kernels are for the CPU" if x.device.type != "cpu" else _load.failure
+def _why_not_cpu(operator: str, x: Tensor) -> str | None:
+    return f"x is on {x.device.type}, these kernels are for the CPU" if x.device.type != "cpu" else _load.failure
+
+
+def _why_not_cuda(operator: str, x: Tensor) -> str | None:
     if operator not in CUDA_OPERATORS:
         return f"the CUDA kernels are for {' and '.join(CUDA_OPERATORS)}"
     if x.device.type != "cuda":
         return f"x is on {x.device.type}, these kernels are for CUDA"
     if _load.cuda_failure is not None:
         return _load.cuda_failure
-    if x.dtype not in CUDA_DTYPES:
-        return f"the CUDA kernels are for float32, bfloat16 and float16, x is {str(x.dtype).removeprefix('torch.')}"
+    if x.dtype not in GPU_DTYPES:
+        return _other_dtype("CUDA", x)
     if torch.compiler.is_compiling() or not torch.cuda.is_available():  # tensors without a GPU are fake ones
         return None
     return _load.why_not_on_gpu(x.get_device())
 
 
-def _why_not_called(operator: str, branch_sizes: tuple[int, ...]) -> str | None:
+def _why_not_triton(operator: str, x: Tensor) -> str | None:
+    if operator not in TRITON_OPERATORS:
+        return f"the Triton kernels are for {', '.join(TRITON_OPERATORS[:-1])} and {TRITON_OPERATORS[-1]}"
+    if _triton.failure is not None:
+        return _triton.failure
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and _triton.interpreted):
+        return f"x is on {x.device.type}, these kernels are for GPUs"
+    return _other_dtype("Triton", x) if x.dtype not in GPU_DTYPES else None
+
+
+def _other_dtype(kind: str, x: Tensor) -> str:
+    return f"the {kind} kernels are for float32, bfloat16 and float16, x is {str(x.dtype).removeprefix('torch.')}"
+
+
+def _why_not_called(
+    backend: str, operator: str, branch_sizes: tuple[int, ...] = COMPILED_BRANCHES, rank: int = 1
+) -> str | None:
     if _transformed():
         return "torch.func's transforms and forward-mode derivatives see through plain PyTorch only"
     if operator == "msca_strips" and branch_sizes != COMPILED_BRANCHES:
         return f"the compiled kernels have branch sizes {COMPILED_BRANCHES}, got {branch_sizes}"
+    if backend == "triton" and rank > TRITON_RANK:
+        return f"the Triton kernels have ranks up to {TRITON_RANK}, got {rank}"
     return None
 
 
@@ -91,7 +111,7 @@ def explain(operator: str, x: Tensor, **details) -> dict[str, str]:
     Args:
         operator: its name, such as "msca_strips".
         x: the operator's first argument.
-        details: ``branch_sizes`` for msca_strips, (7, 11, 21) unless told.
+        details: ``branch_sizes`` for msca_strips, (7, 11, 21) unless told; ``rank`` for nmf, 1 unless told.
 
     Returns:
         One sentence for every backend, in order of preference.

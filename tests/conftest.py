@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: here its kernels run on the CPU
 
 import pytest
 import torch
 from operators import require
 
+from segnext_kernels import _triton
+
+del os.environ["TRITON_INTERPRET"]  # the processes that tests start have the kernels that are compiled
+if _triton.failure is None:
+    _triton.triton.knobs.runtime.interpret = True
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is interpreted, which is slow, but in the tests that ask for the backend "triton"."""
+    monkeypatch.setattr(_triton, "interpreted", False)
+
 
 @pytest.fixture(params=["reference", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend in turn; one that is not built is skipped with its own reason (shown by ``-ra``)."""
+    if request.param == "triton":
+        monkeypatch.setattr(_triton, "interpreted", True)
     require(request.param)
     return request.param
 

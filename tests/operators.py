@@ -26,7 +26,11 @@ IMAGE_LAYOUTS = ("contiguous", "channels_last")
 MATRIX_LAYOUTS = ("contiguous", "transposed")
 LIBRARIES = sorted(Path(_load.__file__).parent.glob("_C_*.abi3.so"))  # what was built
 
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 compiled = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+interpreted = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+gpu_dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 image_layouts = pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
 matrix_layouts = pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
@@ -124,7 +128,7 @@ def require(backend: str) -> None:
     """Skips the test if the backend was not built; one that was built and yet cannot serve is a failure."""
     reason = _select.why_not(backend, "nmf", torch.empty(1, 1, 1))
     if reason is not None:
-        (pytest.fail if LIBRARIES else pytest.skip)(f"backend {backend!r}: {reason}")
+        (pytest.fail if LIBRARIES and backend != "triton" else pytest.skip)(f"backend {backend!r}: {reason}")
 
 
 def sample_inputs(operator: str) -> list:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _register, _select, _validate
@@ -41,6 +40,7 @@ def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
     """
     _validate.dwconv_gelu(x, weight, bias)
     x = _validate.dense_image(x)
-    if _select.select("dwconv_gelu", backend, x) == "reference":
+    served = _select.select("dwconv_gelu", backend, x)
+    if served == "reference":
         return _register.run_reference(_reference.dwconv_gelu, _autograd.autocast, x, weight, bias)
-    return torch.ops.segnext_kernels.dwconv_gelu(x, weight, bias)
+    return _register.operator("dwconv_gelu", served)(x, weight, bias)

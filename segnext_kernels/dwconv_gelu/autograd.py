@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _triton
 from .._register import cast_floating, like_layout, register
 
 
@@ -22,10 +23,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_out):
+def _backward(operators, ctx, grad_out):
     x, weight, bias = ctx.saved_tensors
     need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
-    grads = torch.ops.segnext_kernels.dwconv_gelu_backward(like_layout(grad_out, x), x, weight, bias, need_x, need_weights)
+    grads = operators.dwconv_gelu_backward(like_layout(grad_out, x), x, weight, bias, need_x, need_weights)
     return tuple(grad if need else None for grad, need in zip(grads, (need_x, need_weights, need_weights), strict=True))
 
 
@@ -42,4 +43,5 @@ register(
     setup_context=_setup_context,
     backward=_backward,
     autocast=autocast,
+    triton=_triton.kernels(__package__),
 )

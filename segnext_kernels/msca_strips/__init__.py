@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import _register, _select, _validate
@@ -50,6 +49,7 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor], *, backend: str | None = N
     """
     sizes = _validate.msca_strips(x, weights)
     x = _validate.dense_image(x)
-    if _select.select("msca_strips", backend, x, branch_sizes=sizes) == "reference":
+    served = _select.select("msca_strips", backend, x, branch_sizes=sizes)
+    if served == "reference":
         return _register.run_reference(_reference.msca_strips, _autograd.autocast, x, list(weights))
-    return torch.ops.segnext_kernels.msca_strips(x, list(weights))
+    return _register.operator("msca_strips", served)(x, list(weights))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _triton
 from .._register import cast_floating, like_layout, register
 
 
@@ -21,10 +22,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, *weights)
 
 
-def _backward(ctx, grad_out):
+def _backward(operators, ctx, grad_out):
     x, *weights = ctx.saved_tensors
     need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
-    grad_x, grad_weights = torch.ops.segnext_kernels.msca_strips_backward(
+    grad_x, grad_weights = operators.msca_strips_backward(
         like_layout(grad_out, x), x, weights, need_x, need_weights
     )
     return grad_x if need_x else None, grad_weights if need_weights else [None] * len(weights)
@@ -42,4 +43,5 @@ register(
     setup_context=_setup_context,
     backward=_backward,
     autocast=autocast,
+    triton=_triton.kernels(__package__),
 )

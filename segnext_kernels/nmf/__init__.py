@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _register, _select, _validate
@@ -54,6 +53,7 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", *, backen
     """
     _validate.nmf(x, bases, steps, gradient)
     x, bases = _validate.dense_matrix(x), bases.to(_validate.accumulator(x.dtype)).contiguous()
-    if _select.select("nmf", backend, x) == "reference":
+    served = _select.select("nmf", backend, x, rank=bases.shape[2])
+    if served == "reference":
         return _register.run_reference(_reference.nmf, _autograd.autocast, x, bases, steps, gradient)
-    return torch.ops.segnext_kernels.nmf(x, bases, steps, gradient)
+    return _register.operator("nmf", served)(x, bases, steps, gradient)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _triton
 from .._register import cast_floating, like_layout, register
 
 
@@ -23,10 +24,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, bases)
 
 
-def _backward(ctx, grad_out):
+def _backward(operators, ctx, grad_out):
     x, bases = ctx.saved_tensors
     need_x, need_bases = ctx.needs_input_grad[:2]
-    grad_x, grad_bases = torch.ops.segnext_kernels.nmf_backward(
+    grad_x, grad_bases = operators.nmf_backward(
         like_layout(grad_out, x), x, bases, ctx.steps, ctx.gradient, need_x, need_bases
     )
     return grad_x if need_x else None, grad_bases if need_bases else None, None, None
@@ -45,4 +46,5 @@ register(
     setup_context=_setup_context,
     backward=_backward,
     autocast=autocast,
+    triton=_triton.kernels(__package__),
 )

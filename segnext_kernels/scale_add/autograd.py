@@ -19,12 +19,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
 
 
-def _backward(ctx, grad_out):
+def _backward(operators, ctx, grad_out):
     y, scale, keep = ctx.saved_tensors
     _, need_y, need_scale, _ = ctx.needs_input_grad
     grad_out, grads = like_layout(grad_out, y), (None, None)
     if need_y or need_scale:
-        grads = torch.ops.segnext_kernels.scale_add_backward(grad_out, y, scale, keep, need_y, need_scale)
+        grads = operators.scale_add_backward(grad_out, y, scale, keep, need_y, need_scale)
     return grad_out, grads[0] if need_y else None, grads[1] if need_scale else None, None
 
 

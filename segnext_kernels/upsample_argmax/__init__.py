@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _select, _validate
-from . import autograd as _autograd
+from .. import _register, _select, _validate
+from . import autograd as _autograd  # noqa: F401  registers the operator
 from . import reference as _reference
 
 
@@ -37,6 +37,7 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int], *, backend: str | Non
     """
     size = _validate.upsample_argmax(logits, size)
     logits = _validate.dense_image(logits.detach())
-    if _select.select("upsample_argmax", backend, logits) == "reference":
+    served = _select.select("upsample_argmax", backend, logits)
+    if served == "reference":
         return _reference.upsample_argmax(logits, size)
-    return _autograd.operator(logits, *size)
+    return _register.operator("upsample_argmax", served)(logits, *size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _triton
 from .._register import register_inference
 
 
@@ -11,5 +12,4 @@ def _fake(logits, height, width):
     return logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
 
 
-register_inference("upsample_argmax(Tensor logits, SymInt height, SymInt width) -> Tensor", _fake)
-operator = torch.ops.segnext_kernels.upsample_argmax
+register_inference("upsample_argmax(Tensor logits, SymInt height, SymInt width) -> Tensor", _fake, _triton.kernels(__package__))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _select, _validate
-from . import autograd as _autograd
+from .. import _register, _select, _validate
+from . import autograd as _autograd  # noqa: F401  registers the operator
 from . import reference as _reference
 
 
@@ -52,6 +52,7 @@ def upsample_cross_entropy(
     _validate.upsample_cross_entropy(logits, target, ignore_index, weight)
     logits, target = _validate.dense_image(logits), target.long().contiguous()
     weight = None if weight is None else weight.detach().contiguous()
-    if _select.select("upsample_cross_entropy", backend, logits) == "reference":
+    served = _select.select("upsample_cross_entropy", backend, logits)
+    if served == "reference":
         return _reference.upsample_cross_entropy(logits, target, weight, ignore_index)
-    return _autograd.operator(logits, target, weight, ignore_index)
+    return _register.operator("upsample_cross_entropy", served)(logits, target, weight, ignore_index)

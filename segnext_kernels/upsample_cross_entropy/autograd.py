@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _triton
 from .._register import register
 from .._validate import accumulator
 
@@ -21,8 +22,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(logits, target, weight)
 
 
-def _backward(ctx, grad_out):
-    grad = torch.ops.segnext_kernels.upsample_cross_entropy_backward(grad_out, *ctx.saved_tensors, ctx.ignore_index)
+def _backward(operators, ctx, grad_out):
+    grad = operators.upsample_cross_entropy_backward(grad_out, *ctx.saved_tensors, ctx.ignore_index)
     return grad, None, None, None
 
 
@@ -39,5 +40,5 @@ register(
     setup_context=_setup_context,
     backward=_backward,
     autocast=autocast,
+    triton=_triton.kernels(__package__),
 )
-operator = torch.ops.segnext_kernels.upsample_cross_entropy

@@ -1,0 +1,83 @@
+"""What the operators' Triton kernels share: whether Triton is there, how they are registered, how they are launched."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    failure = None  # why there are no Triton kernels; None where there are
+except ImportError as error:
+    failure = f"Triton is not installed ({error})"
+
+NAMESPACE = "segnext_kernels_triton"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_tuned: dict[tuple, Callable] = {}
+
+# Under TRITON_INTERPRET=1, read when Triton is imported, the kernels run on CPU tensors, as NumPy, one program after another.
+interpreted = failure is None and bool(triton.knobs.runtime.interpret)
+
+
+def kernels(package: str) -> ModuleType | None:
+    """The Triton kernels of an operator, the module ``triton`` in its package; None without Triton."""
+    return importlib.import_module(".triton", package) if failure is None else None
+
+
+def define(schema: str, function: Callable, fake: Callable) -> torch.library.Library:
+    """Registers ``function``, which launches kernels, as an operator that torch.compile sees through.
+
+    The interpreter's kernels cannot be traced: there the operator is opaque.
+    """
+    name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
+    make = torch.library.custom_op if triton.knobs.runtime.interpret else torch.library.triton_op
+    make(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=signature).register_fake(fake)
+    return _library
+
+
+def launch(kernel, grid: Callable[[dict], tuple], *args, configs: Sequence[triton.Config], key: Sequence[str] = ()) -> None:
+    """Launches a kernel in the first of its configurations; with ``torch.backends.cudnn.benchmark`` in the fastest.
+
+    Args:
+        kernel: from ``torch.library.wrap_triton``.
+        grid: the number of programs, from the configuration's values.
+        args: of the kernel up to those that a configuration sets, the first a tensor on the device to run on.
+        configs: the first must be a sensible choice for the problem.
+        key: names of the arguments that make another problem, to be tuned again.
+    """
+    if not isinstance(kernel, JITFunction):  # traced, or interpreted
+        kernel[grid](*args, **configs[0].all_kwargs())
+        return
+    with torch.cuda.device_of(args[0]):
+        if torch.backends.cudnn.benchmark and len(configs) > 1:
+            _autotuner(kernel, configs, key)[grid](*args)
+        else:
+            kernel[grid](*args, **configs[0].all_kwargs())
+
+
+def _autotuner(kernel, configs: Sequence[triton.Config], key: Sequence[str]) -> Callable:
+    identity = (kernel, *map(str, configs))
+    if identity not in _tuned:
+        _tuned[identity] = triton.autotune(list(configs), list(key), cache_results=True)(kernel)
+    return _tuned[identity]
+
+
+def config(warps: int, **values: int) -> triton.Config:
+    """A configuration without software pipelining, in which these kernels have nothing to overlap."""
+    return triton.Config(values, num_warps=warps, num_stages=1)
+
+
+def power_of_2(number: int, at_least: int = 1) -> int:
+    """The smallest power of two that is no less than both."""
+    return max(at_least, triton.next_power_of_2(max(int(number), 1)))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an image's channels lie together; where both layouts fit, as with one channel, it is contiguous."""
+    return not x.is_contiguous()
