@@ -41,30 +41,42 @@ def define(schema: str, function: Callable, fake: Callable) -> torch.library.Lib
     return _library
 
 
-def launch(kernel, grid: Callable[[dict], tuple], *args, configs: Sequence[triton.Config], key: Sequence[str] = ()) -> None:
+def launch(
+    kernel,
+    grid: Callable[[dict], tuple],
+    *args,
+    configs: Sequence[triton.Config],
+    key: Sequence[str] = (),
+    restore: Sequence[str] = (),
+    **constants,
+) -> None:
     """Launches a kernel in the first of its configurations; with ``torch.backends.cudnn.benchmark`` in the fastest.
 
     Args:
         kernel: from ``torch.library.wrap_triton``.
         grid: the number of programs, from the configuration's values.
-        args: of the kernel up to those that a configuration sets, the first a tensor on the device to run on.
+        args: of the kernel, the first a tensor on the device to run on.
         configs: the first must be a sensible choice for the problem.
         key: names of the arguments that make another problem, to be tuned again.
+        restore: names of the tensors that the kernel both reads and writes, for tuning runs it many times.
+        constants: of the kernel, by name.
     """
+    first = {**constants, **configs[0].kwargs, "num_warps": configs[0].num_warps, "num_stages": configs[0].num_stages}
     if not isinstance(kernel, JITFunction):  # traced, or interpreted
-        kernel[grid](*args, **configs[0].all_kwargs())
+        kernel[grid](*args, **first)
         return
     with torch.cuda.device_of(args[0]):
         if torch.backends.cudnn.benchmark and len(configs) > 1:
-            _autotuner(kernel, configs, key)[grid](*args)
+            _autotuner(kernel, configs, key, restore)[grid](*args, **constants)
         else:
-            kernel[grid](*args, **configs[0].all_kwargs())
+            kernel[grid](*args, **first)
 
 
-def _autotuner(kernel, configs: Sequence[triton.Config], key: Sequence[str]) -> Callable:
+def _autotuner(kernel, configs: Sequence[triton.Config], key: Sequence[str], restore: Sequence[str]) -> Callable:
     identity = (kernel, *map(str, configs))
     if identity not in _tuned:
-        _tuned[identity] = triton.autotune(list(configs), list(key), cache_results=True)(kernel)
+        tune = triton.autotune(list(configs), list(key), restore_value=list(restore), cache_results=True)
+        _tuned[identity] = tune(kernel)
     return _tuned[identity]
 
 

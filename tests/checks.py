@@ -38,7 +38,7 @@ def check_layout(sample: Sample, backend: str) -> None:
     """y has the strides of x; from the fused kernels the gradient of x too."""
     y, grad_x, *_ = results(sample, backend, grad_like(sample.x))
     assert y.stride() == sample.x.stride()
-    if backend == "cpu":
+    if backend != "reference":
         assert grad_x.stride() == sample.x.stride()
 
 
@@ -65,7 +65,8 @@ def check_needed_gradients(sample: Sample, backend: str, needed: set[int]) -> No
     for i, (leaf, grad) in enumerate(zip(leaves, full[1:], strict=True)):
         assert (leaf.grad is not None) == (i in needed), f"tensor {i}"
         if i in needed:
-            torch.testing.assert_close(leaf.grad, grad, rtol=0, atol=0 if backend == "cpu" else 1e-5 * float(grad.abs().max()))
+            atol = 1e-5 * float(grad.abs().max()) if backend == "reference" else 0
+            torch.testing.assert_close(leaf.grad, grad, rtol=0, atol=atol)
 
 
 def check_nothing_needed(sample: Sample, backend: str) -> None:
@@ -86,10 +87,10 @@ def check_saved_tensors(sample: Sample, backend: str) -> None:
     assert len(kept) <= len(leaves)
 
 
-def check_no_double_backward(sample: Sample) -> None:
+def check_no_double_backward(sample: Sample, backend: str) -> None:
     """The second derivative of the compiled kernels raises a sentence that names the operator and the way out."""
     leaves = tuple(leaf.detach().requires_grad_() for leaf in sample.leaves)
-    y = replace(sample, leaves=leaves)("cpu")
+    y = replace(sample, leaves=leaves)(backend)
     (grad_x,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(NotImplementedError, match=f"{sample.operator} has no second derivative.*backend='reference'"):
         grad_x.square().sum().backward()
@@ -148,9 +149,9 @@ def check_meta(sample: Sample) -> None:
     assert (y.device.type, y.shape, y.dtype) == ("meta", sample.x.shape, sample.x.dtype)
 
 
-def check_registration(operator: str, forward: tuple, backward: tuple) -> None:
+def check_registration(operator: str, forward: tuple, backward: tuple, backend: str = "cpu") -> None:
     """``torch.library.opcheck`` of both operators: schema, fake, autograd, tracing with dynamic shapes."""
-    operators = torch.ops.segnext_kernels
+    operators = torch.ops.segnext_kernels_triton if backend == "triton" else torch.ops.segnext_kernels
     torch.library.opcheck(getattr(operators, operator).default, forward)
     torch.library.opcheck(getattr(operators, f"{operator}_backward").default, backward)
 

@@ -15,7 +15,9 @@ from segnext_kernels import _triton
 
 del os.environ["TRITON_INTERPRET"]  # the processes that tests start have the kernels that are compiled
 if _triton.failure is None:
-    _triton.triton.knobs.runtime.interpret = True
+    import triton_interpreter
+
+    triton_interpreter.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,7 @@ def test_grad_out_layouts(sample_of, grad_layout, layout, backend):
 
 @compiled
 def test_no_double_backward(sample_of, backend):
-    checks.check_no_double_backward(sample_of((1, 3, 4, 5)).to(torch.float32))
+    checks.check_no_double_backward(sample_of((1, 3, 4, 5)).to(torch.float32), backend)
 
 
 def test_compile(sample_of, backend):

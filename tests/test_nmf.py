@@ -113,7 +113,7 @@ def test_double_backward_of_the_reference():
 @gradients
 @compiled
 def test_no_double_backward(gradient, backend):
-    checks.check_no_double_backward(sample_of(1, 5, 9, 3, 2, gradient).to(torch.float32))
+    checks.check_no_double_backward(sample_of(1, 5, 9, 3, 2, gradient).to(torch.float32), backend)
 
 
 @gradients

@@ -1,2 +1,334 @@
-def forward(*args): raise NotImplementedError
-def backward(*args): raise NotImplementedError
+"""nmf in Triton: one pass over x for every update of both factors, forward and backward.
+
+``step`` reads a tile of x, all D rows and some columns, once: it updates the columns' coefficients and, from the same tile, adds
+up x C and C^T C over the columns of a program. ``finish`` adds the programs' sums in their order, updates the bases, and leaves
+B^T B for the next step. The first step begins with the softmax, whose logits x^T B are also the products of its update; the last
+update of C and y = B C^T are a pass of their own. That is 2 steps + 2 launches and steps + 1 reads of x.
+
+Backward does the forward steps again and keeps all factors: (steps + 2) N R + (2 steps + 1) D R floats for each matrix, and about
+as many for the gradients of the products. ``step_backward`` goes back through an update of the coefficients in one pass over x,
+``finish_backward`` through one of the bases. The gradient of x is a sum of products of rank R, two for each step;
+``gradient_of_x`` adds them up at the end, so that it is written once.
+
+Where the sums of all D rows don't fit into registers (D R > 16384), a program adds them up some rows at a time, reading its
+columns of x a second time, mostly from the L2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .._triton import config, launch, power_of_2
+from ._backward import finish_backward, gradient_of_x, step_backward
+from ._forward import approximate, finish, step
+
+PROGRAMS = 256  # that fill a GPU
+LEAST_PARTS = 8  # programs for one matrix, however many matrices there are
+PART = 64  # columns of a program are a multiple of this, and of every configuration's tile
+HELD = 16384  # elements of x, and sums, that a program holds in registers
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of a decomposition and how it is cut."""
+
+    batch: int
+    rows: int
+    columns: int
+    rank: int
+    precision: str
+
+    @staticmethod
+    def of(x: Tensor, bases: Tensor) -> Problem:
+        batch, rows, columns = x.shape
+        return Problem(batch, int(rows), int(columns), int(bases.shape[2]), _precision(x))
+
+    @property
+    def part(self) -> int:
+        """Columns of a program."""
+        tiles = triton.cdiv(self.columns, PART)
+        return PART * triton.cdiv(tiles, max(LEAST_PARTS, triton.cdiv(PROGRAMS, self.batch)))
+
+    @property
+    def parts(self) -> int:
+        return triton.cdiv(self.columns, self.part)
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """Of every kernel."""
+        rank = power_of_2(self.rank, at_least=16)
+        chunk = min(power_of_2(self.rows, at_least=16), 32 if self.precision == "ieee" else 64)
+        chunks = triton.cdiv(self.rows, chunk)
+        return {
+            "rows": self.rows,
+            "columns": self.columns,
+            "rank": self.rank,
+            "blocks": self.blocks,
+            "RANK": rank,
+            "ROWS": chunk,
+            "CHUNKS": chunks,
+            "PRECISION": self.precision,
+        }
+
+    @property
+    def held(self) -> bool:
+        """Whether a program of a step holds its tile of x and the sums in registers."""
+        return power_of_2(self.rows) * power_of_2(self.rank, at_least=16) <= HELD
+
+    @property
+    def block(self) -> int:
+        """Rows of a program that finishes a step: at most eight programs, whose sums the next step adds up."""
+        return min(max(32, power_of_2(triton.cdiv(self.rows, 8))), 128)
+
+    @property
+    def blocks(self) -> int:
+        return triton.cdiv(self.rows, self.block)
+
+    @property
+    def configs(self) -> list[triton.Config]:
+        """Of the kernels that read x."""
+        import os
+        return [triton.Config(dict(COLUMNS=c),num_warps=w,num_stages=st) for w, c, st in eval(os.environ.get("CFG", "[(8,32,1)]"))]
+
+    @property
+    def configs_backward(self) -> list[triton.Config]:
+        return self.configs
+
+    @property
+    def configs_of_tiles(self) -> list[triton.Config]:
+        """Of the kernel that writes the gradient of x, which reads factors alone."""
+        return [config(4, ROWS=64, COLUMNS=64), config(4, ROWS=32, COLUMNS=64), config(8, ROWS=64, COLUMNS=128)]
+
+    def grid_of_tiles(self, meta: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(self.rows, meta["ROWS"]) * triton.cdiv(self.columns, meta["COLUMNS"]), self.batch
+
+    def grid_of_blocks(self, meta: dict[str, int]) -> tuple[int, int]:
+        return self.blocks, self.batch
+
+
+def _precision(x: Tensor) -> str:
+    """How matrix products are done: of 16-bit x on tensor cores without loss, of float32 as torch's setting allows.
+
+    AMD's matrix cores have float32 itself.
+    """
+    if torch.version.hip is not None:
+        return "ieee"
+    if x.dtype != torch.float32:
+        return "split"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@dataclass
+class Factors:
+    """The factors of the last step, or of all of them, first dimension the step."""
+
+    coef: Tensor  # [steps + 2 or 1, B, N, R]; backward finds the last ones
+    bases: Tensor  # [steps + 1 or 1, B, D, R]
+    grams: Tensor  # [steps + 1 or 1, B, blocks, R, R], whose sums are B^T B
+    products: Tensor  # [steps or 1, B, D, R], x C
+    coef_grams: Tensor  # [steps or 1, B, R, R], C^T C
+
+
+def run(problem: Problem, x: Tensor, bases: Tensor, steps: int, keep: bool) -> Factors:
+    """All steps but the last update of the coefficients; with ``keep`` the factors of all steps are kept."""
+    p, stored = problem, steps if keep else 0
+    factors = Factors(
+        *(
+            bases.new_empty(shape)
+            for shape in (
+                (stored + 2 if keep else 1, p.batch, p.columns, p.rank),
+                (stored + 1, p.batch, p.rows, p.rank),
+                (stored + 1, p.batch, p.blocks, p.rank, p.rank),
+                (max(stored, 1), p.batch, p.rows, p.rank),
+                (max(stored, 1), p.batch, p.rank, p.rank),
+            )
+        )
+    )
+    sums = bases.new_empty((p.batch, p.parts, p.rows, p.rank))
+    squares = bases.new_empty((p.batch, p.parts, p.rank, p.rank))
+    _finish(p, bases, sums, squares, factors, 0, FIRST=True, KEEP=keep)
+    for i in range(steps):
+        read, write = (i, i + 1) if keep else (0, 0)
+        launch(
+            wrap_triton(step),
+            p.grid,
+            x,
+            factors.coef,
+            factors.bases,
+            factors.grams,
+            sums,
+            squares,
+            read,
+            write,
+            p.batch,
+            p.part,
+            *x.stride(),
+            **p.constants,
+            HELD=p.held,
+            FIRST=i == 0,
+            KEEP=keep,
+            configs=p.configs,
+            key=("rows", "rank"),
+            restore=("coef",),
+        )
+        _finish(p, bases, sums, squares, factors, read, FIRST=False, KEEP=keep)
+    return factors
+
+
+def _finish(p: Problem, bases: Tensor, sums: Tensor, squares: Tensor, factors: Factors, slot: int, **constants: bool) -> None:
+    launch(
+        wrap_triton(finish),
+        p.grid_of_blocks,
+        bases,
+        sums,
+        squares,
+        factors.bases,
+        factors.grams,
+        factors.products,
+        factors.coef_grams,
+        slot,
+        p.batch,
+        p.rows,
+        p.parts,
+        rank=p.rank,
+        RANK=power_of_2(p.rank, at_least=16),
+        PRECISION=p.precision,
+        **constants,
+        configs=[config(4, ROWS=p.block)],
+    )
+
+
+def forward(x: Tensor, bases: Tensor, steps: int, gradient: str) -> Tensor:
+    y = torch.empty_like(x)
+    if x.numel() > 0:
+        p = Problem.of(x, bases)
+        factors = run(p, x, bases, steps, keep=False)
+        launch(
+            wrap_triton(approximate),
+            p.grid,
+            x,
+            y,
+            factors.coef,
+            factors.bases,
+            factors.grams,
+            p.part,
+            *x.stride(),
+            *y.stride(),
+            **p.constants,
+            FIRST=steps == 0,
+            configs=p.configs,
+            key=("rows", "rank"),
+        )
+    return y
+
+
+def backward(
+    grad_out: Tensor, x: Tensor, bases: Tensor, steps: int, gradient: str, need_x: bool, need_bases: bool
+) -> tuple[Tensor, Tensor]:
+    exact = gradient == "exact"
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    grad_bases = bases.new_empty(0)
+    if need_bases:
+        grad_bases = torch.empty_like(bases) if exact and x.numel() > 0 else torch.zeros_like(bases)
+    if x.numel() > 0 and (need_x or (need_bases and exact)):
+        p = Problem.of(x, bases)
+        factors = run(p, x, bases, steps, keep=exact)
+        last = len(factors.bases) - 1
+        back = _Back(p, bases, last + 1)
+        for i in range(last, -1, -1):
+            _step_back(p, back, grad_out, x, factors, i, LAST=i == last, FIRST=steps == 0, SOFTMAX=exact and i == 0, EXACT=exact)
+            if exact:
+                _finish_back(p, back, factors, grad_bases if i == 0 and need_bases else back.carry, i, LAST=i == last)
+        if need_x:
+            launch(
+                wrap_triton(gradient_of_x),
+                p.grid_of_tiles,
+                grad_x,
+                factors.coef,
+                factors.bases,
+                back.grad_logits,
+                back.grad_products,
+                last,
+                p.batch,
+                *grad_x.stride(),
+                rows=p.rows,
+                columns=p.columns,
+                rank=p.rank,
+                RANK=power_of_2(p.rank, at_least=16),
+                PRECISION=p.precision,
+                configs=p.configs_of_tiles,
+                key=("rank",),
+            )
+    return grad_x, grad_bases
+
+
+class _Back:
+    """What the way back holds."""
+
+    def __init__(self, p: Problem, bases: Tensor, slots: int) -> None:
+        self.grad_coef = bases.new_empty((p.batch, p.columns, p.rank))  # of the coefficients after the update at hand
+        self.grad_logits = bases.new_empty((slots, p.batch, p.columns, p.rank))  # of x^T B in every step
+        self.grad_products = bases.new_empty((slots, p.batch, p.rows, p.rank))  # of x C; slot i + 1 is step i's
+        self.grad_squares = bases.new_empty((p.batch, p.blocks, p.rank, p.rank))  # of C^T C, a part for each block of rows
+        self.carry = bases.new_empty((p.batch, p.rows, p.rank))  # of the bases before an update, directly
+        self.sums = bases.new_empty((p.batch, p.parts, p.rows, p.rank))
+        self.squares = bases.new_empty((p.batch, p.parts, p.rank, p.rank))
+
+
+def _step_back(p: Problem, back: _Back, grad_out: Tensor, x: Tensor, factors: Factors, slot: int, **constants: bool) -> None:
+    launch(
+        wrap_triton(step_backward),
+        p.grid,
+        x,
+        grad_out,
+        factors.coef,
+        factors.bases,
+        factors.grams,
+        back.grad_coef,
+        back.grad_logits,
+        back.grad_products,
+        back.grad_squares,
+        back.sums,
+        back.squares,
+        slot,
+        p.batch,
+        p.part,
+        *x.stride(),
+        *grad_out.stride(),
+        **p.constants,
+        **constants,
+        configs=p.configs_backward,
+        key=("rows", "rank"),
+        restore=("grad_coef",),
+    )
+
+
+def _finish_back(p: Problem, back: _Back, factors: Factors, out: Tensor, slot: int, **constants: bool) -> None:
+    launch(
+        wrap_triton(finish_backward),
+        p.grid_of_blocks,
+        out,
+        back.sums,
+        back.squares,
+        factors.bases,
+        factors.products,
+        factors.coef_grams,
+        back.grad_products,
+        back.grad_squares,
+        back.carry,
+        slot,
+        p.batch,
+        p.rows,
+        p.parts,
+        rank=p.rank,
+        RANK=power_of_2(p.rank, at_least=16),
+        PRECISION=p.precision,
+        FIRST=slot == 0,
+        **constants,
+        configs=[config(4, ROWS=p.block)],
+    )

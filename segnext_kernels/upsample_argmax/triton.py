@@ -1,4 +1,8 @@
-"""upsample_argmax in Triton: a program finds the labels of some pixels, class after class."""
+"""upsample_argmax in Triton: a program finds the labels between two rows of logits, some columns wide, class after class.
+
+It resizes the two rows horizontally once for all output rows between them and holds the highest value and its class for a tile
+of output pixels.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +12,36 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .._bilinear import source
+from .._bilinear import around_gap, resized, row_weights, rows_at_a_time, source
 from .._triton import config, launch
-
-CONFIGS = (config(4, BLOCK=256), config(4, BLOCK=128), config(8, BLOCK=512))
 
 
 def forward(logits: Tensor, height: int, width: int) -> Tensor:
-    labels = torch.empty((logits.shape[0], height, width), dtype=torch.int64, device=logits.device)
+    images, classes, rows, columns = logits.shape
+    labels = torch.empty((images, height, width), dtype=torch.int64, device=logits.device)
     if labels.numel() > 0:
 
         def grid(meta):
-            return triton.cdiv(height * width, meta["BLOCK"]), logits.shape[0]
+            return images * rows, triton.cdiv(width, meta["COLUMNS"])
 
+        together = rows_at_a_time(rows, height)
         launch(
             wrap_triton(highest),
             grid,
             logits,
             labels,
-            *logits.shape[1:],
+            classes,
+            rows,
+            columns,
             height,
             width,
             *logits.stride(),
-            configs=CONFIGS,
-            key=("classes",),
+            configs=[
+                config(4, ROWS=together, COLUMNS=128),
+                config(2, ROWS=together, COLUMNS=64),
+                config(4, ROWS=4, COLUMNS=128),
+            ],
+            key=("classes", "rows", "height"),
         )
     return labels
 
@@ -49,27 +59,26 @@ def highest(
     stride_c,
     stride_h,
     stride_w,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < height * width
-    above, below, down = source(pixel // width, rows, height)
-    left, right, across = source(pixel % width, columns, width)
-    image = tl.program_id(1).to(tl.int64)
-    z = logits + image * stride_n
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    label = tl.zeros([BLOCK], tl.int64)
-    for c in range(classes):
-        top = z + above * stride_h
-        bottom = z + below * stride_h
-        a = tl.load(top + left * stride_w, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(top + right * stride_w, mask=inside, other=0.0).to(tl.float32)
-        upper = a + across * (b - a)
-        a = tl.load(bottom + left * stride_w, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(bottom + right * stride_w, mask=inside, other=0.0).to(tl.float32)
-        lower = a + across * (b - a)
-        value = upper + down * (lower - upper)
-        label = tl.where(value > best, c, label)
-        best = tl.maximum(best, value)
-        z += stride_c
-    tl.store(labels + image * height * width + pixel, label, mask=inside)
+    image, begin, end, upper_row, lower_row = around_gap(logits, tl.program_id(0), rows, height, stride_n, stride_h)
+    weight, step = row_weights(tl.program_id(0) % rows, begin, rows, height)
+    x = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = x < width
+    left, right, across = source(x, columns, width)
+    left, right = left * stride_w, right * stride_w
+    for first in range(begin, end, ROWS):
+        y = first + tl.arange(0, ROWS)[:, None]
+        down = tl.maximum(weight + (y - begin) * step, 0.0)
+        best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+        label = tl.zeros([ROWS, COLUMNS], tl.int32)
+        for c in range(classes):
+            at = tl.cast(c, tl.int64) * stride_c
+            upper = resized(upper_row + at, left, right, across, inside)
+            lower = resized(lower_row + at, left, right, across, inside)
+            value = upper + down * (lower - upper)
+            label = tl.where(value > best, c, label)
+            best = tl.maximum(best, value)
+        to = labels + (image * height + y) * width + x
+        tl.store(to, label.to(tl.int64), mask=(y < end) & inside)

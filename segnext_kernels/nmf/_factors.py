@@ -1,0 +1,121 @@
+"""What the forward and backward Triton kernels of nmf share: tiles of x, products, and the update of the coefficients."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def product(x, factor, PRECISION: tl.constexpr):
+    """x times a factor of float32. Of 16-bit x nothing is lost: the factor is "split" into a sum of two numbers.
+
+    With bfloat16 both are bfloat16; float16 would overflow, so x and both numbers are taken as TF32.
+    """
+    if PRECISION == "split":
+        if x.dtype == tl.bfloat16:
+            high = factor.to(tl.bfloat16)
+            low = (factor - high.to(tl.float32)).to(tl.bfloat16)
+            return tl.dot(x, low, tl.dot(x, high))
+        else:
+            x = x.to(tl.float32)
+            high = (factor.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            return tl.dot(x, factor - high, tl.dot(x, high, input_precision="tf32"), input_precision="tf32")
+    else:
+        return tl.dot(x.to(tl.float32), factor, input_precision=PRECISION)
+
+
+@triton.jit
+def inner(a, b, PRECISION: tl.constexpr):
+    """The product of two factors."""
+    if PRECISION == "split":
+        return tl.dot(a, b, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(factor, first, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
+    """Some rows of a factor [rows, rank], zero beyond it."""
+    row, column = first + tl.arange(0, ROWS), tl.arange(0, RANK)
+    inside = (row < rows)[:, None] & (column < rank)[None, :]
+    return tl.load(factor + row[:, None] * rank + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(factor, value, first, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
+    row, column = first + tl.arange(0, ROWS), tl.arange(0, RANK)
+    inside = (row < rows)[:, None] & (column < rank)[None, :]
+    tl.store(factor + row[:, None] * rank + column[None, :], value, mask=inside)
+
+
+@triton.jit
+def load_square(square, rank: tl.constexpr, RANK: tl.constexpr):
+    return load_rows(square, 0, rank, rank, RANK, RANK)
+
+
+@triton.jit
+def sum_squares(squares, count, rank: tl.constexpr, RANK: tl.constexpr):
+    """The sum of ``count`` matrices [rank, rank]."""
+    total = tl.zeros([RANK, RANK], tl.float32)
+    for i in range(count):
+        total += load_square(squares + i * rank * rank, rank, RANK)
+    return total
+
+
+@triton.jit
+def load_tile(x, row, column, rows, columns, stride_d, stride_n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of a matrix of x's shape that begins at (row, column), zero beyond it."""
+    d, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    inside = (d < rows)[:, None] & (n < columns)[None, :]
+    return tl.load(x + d[:, None] * stride_d + n[None, :] * stride_n, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(y, value, row, column, rows, columns, stride_d, stride_n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    d, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    inside = (d < rows)[:, None] & (n < columns)[None, :]
+    place = y + d[:, None] * stride_d + n[None, :] * stride_n
+    tl.store(place, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def softmax(logits, column, columns, rank: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr):
+    """Over the rank; zero beyond the matrix."""
+    logits = tl.where((tl.arange(0, RANK) < rank)[None, :], logits, float("-inf"))
+    powers = tl.exp(logits - tl.max(logits, 1)[:, None])
+    inside = (column + tl.arange(0, COLUMNS) < columns)[:, None]
+    return tl.where(inside, powers / tl.sum(powers, 1)[:, None], 0.0)
+
+
+@triton.jit
+def logits(x, bases, column, rows, columns, rank: tl.constexpr, stride_d, stride_n, COLUMNS: tl.constexpr,
+           RANK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """x^T B of some columns."""
+    total = tl.zeros([COLUMNS, RANK], tl.float32)
+    for i in range(CHUNKS):
+        tile = load_tile(x, i * ROWS, column, rows, columns, stride_d, stride_n, ROWS, COLUMNS)
+        total += product(tl.trans(tile), load_rows(bases, i * ROWS, rows, rank, ROWS, RANK), PRECISION)
+    return total
+
+
+@triton.jit
+def chunk_products(x, coef, row, start, stop, rows, columns, rank: tl.constexpr, stride_d, stride_n, ROWS: tl.constexpr,
+                   RANK: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """x C of some rows over a part of the columns."""
+    total = tl.zeros([ROWS, RANK], tl.float32)
+    for column in range(start, stop, COLUMNS):
+        tile = load_tile(x, row, column, rows, columns, stride_d, stride_n, ROWS, COLUMNS)
+        total += product(tile, load_rows(coef, column, columns, rank, COLUMNS, RANK), PRECISION)
+    return total
+
+
+@triton.jit
+def sum_rows(parts_of, parts, row, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
+    """The sum of some rows of ``parts`` matrices [rows, rank]."""
+    total = tl.zeros([ROWS, RANK], tl.float32)
+    for part in range(parts):
+        total += load_rows(parts_of + part * rows * rank, row, rows, rank, ROWS, RANK)
+    return total

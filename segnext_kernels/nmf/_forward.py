@@ -1,0 +1,199 @@
+"""The Triton kernels of nmf's steps and of its approximation; triton.py launches them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._factors import (
+    EPS,
+    chunk_products,
+    inner,
+    load_rows,
+    load_tile,
+    logits,
+    product,
+    softmax,
+    store_rows,
+    store_tile,
+    sum_rows,
+    sum_squares,
+)
+
+
+@triton.jit
+def held_logits(x, bases, column, rows, columns, rank: tl.constexpr, stride_d, stride_n, COLUMNS: tl.constexpr,
+                RANK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """x^T B of some columns, and the tiles of x that were read for it, held in registers."""
+    total, tiles = tl.zeros([COLUMNS, RANK], tl.float32), ()
+    for i in tl.static_range(CHUNKS):
+        tiles = tiles + (load_tile(x, i * ROWS, column, rows, columns, stride_d, stride_n, ROWS, COLUMNS),)
+        total += product(tl.trans(tiles[i]), load_rows(bases, i * ROWS, rows, rank, ROWS, RANK), PRECISION)
+    return total, tiles
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
+    """A tuple of so many sums."""
+    total = ()
+    for _ in tl.static_range(COUNT):
+        total = total + (tl.zeros([ROWS, RANK], tl.float32),)
+    return total
+
+
+@triton.jit
+def add_products(total, tiles, coef, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """The sums with the products of held tiles and their columns' coefficients added."""
+    new = ()
+    for i in tl.static_range(CHUNKS):
+        new = new + (total[i] + product(tiles[i], coef, PRECISION),)
+    return new
+
+
+@triton.jit
+def step(
+    x,  # [B, D, N]
+    coef,  # [slots, B, N, R]
+    bases,  # [slots, B, D, R]
+    grams,  # [slots, B, blocks, R, R]
+    sums,  # [B, parts, D, R]
+    squares,  # [B, parts, R, R]
+    read,
+    write,
+    batch,
+    part,
+    stride_b,
+    stride_d,
+    stride_n,
+    rows,
+    columns,
+    rank: tl.constexpr,
+    blocks,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    HELD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
+    KEEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Updates the coefficients of a part of the columns and adds x C and C^T C over them."""
+    b, place = tl.program_id(1).to(tl.int64), tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    x += b * stride_b
+    before = coef + (read * batch + b) * columns * rank
+    coef += (write * batch + b) * columns * rank
+    bases += (read * batch + b) * rows * rank
+    gram = sum_squares(grams + (read * batch + b) * blocks * rank * rank, blocks, rank, RANK)
+    start = tl.program_id(0) * part
+    stop = tl.minimum(start + part, columns)
+    square = tl.zeros([RANK, RANK], tl.float32)
+    total = zeros(CHUNKS if HELD else 0, ROWS, RANK)
+    for column in range(start, stop, COLUMNS):
+        if HELD:
+            p, tiles = held_logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
+        else:
+            p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
+        if FIRST:
+            c = softmax(p, column, columns, rank, COLUMNS, RANK)
+            if KEEP:
+                store_rows(before, c, column, columns, rank, COLUMNS, RANK)
+        else:
+            c = load_rows(before, column, columns, rank, COLUMNS, RANK)
+        c = c * p / (inner(c, gram, PRECISION) + EPS)
+        store_rows(coef, c, column, columns, rank, COLUMNS, RANK)
+        square += inner(tl.trans(c), c, PRECISION)
+        if HELD:
+            total = add_products(total, tiles, c, CHUNKS, PRECISION)
+    store_rows(squares + place * rank * rank, square, 0, rank, rank, RANK, RANK)
+    sums += place * rows * rank
+    if HELD:
+        for i in tl.static_range(CHUNKS):
+            store_rows(sums, total[i], i * ROWS, rows, rank, ROWS, RANK)
+    else:
+        tl.debug_barrier()  # the coefficients that other threads stored are read below
+        for i in range(CHUNKS):
+            some = chunk_products(x, coef, i * ROWS, start, stop, rows, columns, rank, stride_d, stride_n,
+                                  ROWS, RANK, COLUMNS, PRECISION)  # fmt: skip
+            store_rows(sums, some, i * ROWS, rows, rank, ROWS, RANK)
+
+
+@triton.jit
+def finish(
+    given,  # [B, D, R]
+    sums,  # [B, parts, D, R]
+    squares,  # [B, parts, R, R]
+    bases,  # [slots, B, D, R]
+    grams,  # [slots, B, blocks, R, R]
+    products,  # [slots, B, D, R]
+    coef_grams,  # [slots, B, R, R]
+    slot,
+    batch,
+    rows,
+    parts,
+    rank: tl.constexpr,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Adds up what the programs of a step found and updates some rows of the bases; at first takes the given ones."""
+    b, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
+    matrix = slot * batch + b
+    if FIRST:
+        new = load_rows(given + b * rows * rank, row, rows, rank, ROWS, RANK)
+    else:
+        total = sum_rows(sums + b * parts * rows * rank, parts, row, rows, rank, ROWS, RANK)
+        square = sum_squares(squares + b * parts * rank * rank, parts, rank, RANK)
+        old = load_rows(bases + matrix * rows * rank, row, rows, rank, ROWS, RANK)
+        new = old * total / (inner(old, square, PRECISION) + EPS)
+        if KEEP:
+            store_rows(products + matrix * rows * rank, total, row, rows, rank, ROWS, RANK)
+            store_rows(coef_grams + matrix * rank * rank, square, 0, rank, rank, RANK, RANK)
+            matrix += batch
+    store_rows(bases + matrix * rows * rank, new, row, rows, rank, ROWS, RANK)
+    gram = inner(tl.trans(new), new, PRECISION)
+    store_rows(grams + (matrix * tl.num_programs(0) + tl.program_id(0)) * rank * rank, gram, 0, rank, rank, RANK, RANK)
+
+
+@triton.jit
+def approximate(
+    x,  # [B, D, N]
+    y,  # [B, D, N]
+    coef,  # [1, B, N, R]
+    bases,  # [1, B, D, R]
+    grams,  # [1, B, blocks, R, R]
+    part,
+    stride_b,
+    stride_d,
+    stride_n,
+    y_stride_b,
+    y_stride_d,
+    y_stride_n,
+    rows,
+    columns,
+    rank: tl.constexpr,
+    blocks,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Updates the coefficients of a part of the columns once more and multiplies the factors."""
+    b, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * part
+    x, y = x + b * stride_b, y + b * y_stride_b
+    coef, bases = coef + b * columns * rank, bases + b * rows * rank
+    gram = sum_squares(grams + b * blocks * rank * rank, blocks, rank, RANK)
+    for column in range(start, tl.minimum(start + part, columns), COLUMNS):
+        p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
+        if FIRST:
+            c = softmax(p, column, columns, rank, COLUMNS, RANK)
+        else:
+            c = load_rows(coef, column, columns, rank, COLUMNS, RANK)
+        c = tl.trans(c * p / (inner(c, gram, PRECISION) + EPS))
+        for i in range(CHUNKS):
+            tile = inner(load_rows(bases, i * ROWS, rows, rank, ROWS, RANK), c, PRECISION)
+            store_tile(y, tile, i * ROWS, column, rows, columns, y_stride_d, y_stride_n, ROWS, COLUMNS)

@@ -1,0 +1,180 @@
+"""The Triton kernels of nmf, as Triton's interpreter runs them on the CPU."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import checks
+import pytest
+import torch
+from operators import (
+    EMPTY_MATRICES,
+    GRADIENTS,
+    GPU_DTYPES,
+    HALVES,
+    MATRIX_LAYOUTS,
+    Sample,
+    arrange,
+    arranged,
+    assert_same,
+    check,
+    error,
+    golden,
+    gpu_dtypes,
+    grad_like,
+    interpreted,
+    matrix_layouts,
+    nmf_sample,
+    results,
+    tolerance,
+)
+
+from segnext_kernels import _select
+
+pytestmark = interpreted
+gradients = pytest.mark.parametrize("gradient", GRADIENTS)
+
+# [B, D, N, R] and steps: one element, odd, R above D and N, more than a chunk of rows, more than a tile of columns, no steps
+MATRICES = [(1, 1, 1, 1, 6), (2, 5, 45, 3, 1), (2, 33, 5, 17, 2), (1, 130, 70, 16, 2), (2, 45, 64, 17, 0), (1, 20, 33, 128, 1)]
+CASES = [(shape, "float32", layout, gradient) for shape in MATRICES for layout in MATRIX_LAYOUTS for gradient in GRADIENTS]
+CASES += [(shape, dtype, "transposed", "exact") for shape in MATRICES for dtype in ("bfloat16", "float16")]
+CASES += [(MATRICES[1], dtype, layout, "one_step") for dtype in ("bfloat16", "float16") for layout in MATRIX_LAYOUTS]
+CASES += [(shape, "float32", "contiguous", gradient) for shape in EMPTY_MATRICES for gradient in GRADIENTS]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module, with so few columns for a program that also small matrices are cut into many parts."""
+    module = import_module("segnext_kernels.nmf.triton")
+    monkeypatch.setattr(module, "PART", 32)
+    return module
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout", "gradient"), CASES, ids=str)
+def test_values_and_gradients(shape, dtype, layout, gradient, backend):
+    sample = arranged(nmf_sample(*shape, gradient).to(getattr(torch, dtype)), layout)
+    check(sample, backend, grad_like(sample.x))
+
+
+@gradients
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("held", [True, False])
+def test_parts_and_tiles(held, dtype, gradient, kernels, monkeypatch, backend):
+    """Several programs for a matrix, and sums that are held in registers, or not."""
+    if not held:
+        monkeypatch.setattr(kernels, "HELD", 0)
+    sample = nmf_sample(1, 40, 130, 16, 2, gradient).to(dtype)
+    check(sample, backend, grad_like(sample.x))
+
+
+@pytest.mark.parametrize("layout", ["sliced", "expanded"])
+def test_strides_that_are_copied(layout, backend):
+    sample = arranged(nmf_sample(2, 17, 46, 5, 1).to(torch.float32), layout)
+    check(sample, backend, grad_like(sample.x))
+
+
+def test_slice_of_one_matrix(backend):
+    """With a batch of one such a slice is dense, though its batch stride is that of the larger tensor."""
+    sample = nmf_sample(1, 17, 45, 3, 1).to(torch.float32)
+    sample = sample.with_x(torch.full((1, 40, 45), torch.nan)[:, 5:22].copy_(sample.x))
+    check(sample, backend, grad_like(sample.x))
+
+
+@pytest.mark.parametrize("case", ["r3", "r16", "r64"])
+@gradients
+def test_golden(case, gradient, backend):
+    values = golden(f"nmf/{case}/")
+    x, bases = values["x"].float(), values["bases0"].float()
+    sample = Sample("nmf", (x, bases), {"steps": int(values["steps"]), "gradient": gradient})
+    y, grad_x, _ = results(sample, backend, values["grad_out"].float())
+    assert error(y, values["y"]) <= 1e-5
+    assert error(grad_x, values[f"grad_x_{gradient}"]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_factors_are_not_rounded(dtype, backend):
+    """Every element of y is off by its own rounding and by what a product of float32 leaves, however many steps there were."""
+    sample = nmf_sample(1, 96, 256, 16, 7).to(dtype)
+    got, want = sample(backend).double(), sample.exact()[0]
+    rounding = want.abs() * torch.finfo(dtype).eps / 2
+    assert ((got - want).abs() - rounding).max() <= 2e-5 * want.abs().max()
+
+
+@matrix_layouts
+@gpu_dtypes
+def test_nothing_is_read_outside(dtype, layout, backend):
+    checks.check_poison(arranged(nmf_sample(1, 33, 45, 17, 1).to(dtype), layout), backend)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_matrix_leaves_the_rest_alone(bad, backend):
+    sample = nmf_sample(3, 17, 45, 16, 2).to(torch.float32)
+    clean, x = results(sample, backend), sample.x.clone()
+    x[1, 3, 20] = bad
+    got = results(sample.with_x(x), backend)
+    assert not got[0][1].isfinite().any()
+    assert_same([g[[0, 2]] for g in got], [g[[0, 2]] for g in clean])
+
+
+@gradients
+def test_zeros(gradient, backend):
+    """A matrix of zeros has the approximation zero, and finite gradients, though every quotient is nearly 0 / 0."""
+    sample = nmf_sample(2, 17, 45, 5, 2, gradient).to(torch.float32)
+    sample = sample.with_x(sample.x * torch.tensor([0.0, 1.0]).view(2, 1, 1))
+    y, *grads = results(sample, backend, grad_like(sample.x))
+    assert not y[0].any()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+def test_large_values(dtype, backend):
+    """Logits of thousands do not overflow the softmax."""
+    sample = nmf_sample(1, 17, 45, 5, 2)
+    sample = sample.with_x(sample.x * 1000).to(dtype)
+    assert error(sample(backend), sample.exact()[0]) <= tolerance(dtype) + 1e-4
+
+
+def test_what_every_operator_must_do(kernels, backend):
+    sample = arranged(nmf_sample(2, 17, 70, 5, 2).to(torch.float32), "transposed")
+    checks.check_layout(sample, backend)
+    checks.check_nothing_needed(sample, backend)
+    checks.check_saved_tensors(sample, backend)
+    checks.check_fake(sample, backend)
+    checks.check_no_double_backward(sample, backend)
+    for needed in ({0}, {1}):
+        checks.check_needed_gradients(sample, backend, needed)
+    for layout in ("contiguous", "expanded"):
+        checks.check_grad_out_layouts(sample, backend, layout)
+    want = results(sample, backend, grad_like(sample.x))
+    assert_same(results(sample, backend, grad_like(sample.x)), want)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast(dtype, backend):
+    checks.check_autocast(nmf_sample(2, 17, 45, 3, 1).to(torch.float32), backend, dtype)
+
+
+@gradients
+def test_opcheck(gradient, backend):
+    x, bases = arrange(nmf_sample(2, 5, 9, 3, 1).to(torch.float32).x, "transposed"), nmf_sample(2, 5, 9, 3, 1).leaves[1].float()
+    forward = (x.detach().requires_grad_(), bases.detach().requires_grad_(), 1, gradient)
+    for need in ((True, True), (True, False), (False, True)):
+        checks.check_registration("nmf", forward, (torch.ones_like(x), x, bases, 1, gradient, *need), backend)
+
+
+def test_batch_does_not_matter(backend):
+    """Every matrix of a batch is decomposed as if it were alone, up to the order of its sums."""
+    sample = nmf_sample(3, 17, 45, 5, 2).to(torch.float32)
+    together = sample(backend)
+    for i in range(3):
+        alone = Sample("nmf", tuple(leaf[i : i + 1] for leaf in sample.leaves), sample.options)(backend)
+        assert error(alone, together[i : i + 1]) <= 1e-5
+
+
+def test_what_is_left_to_others(backend):
+    x = torch.ones(1, 4, 5)
+    assert _select.why_not(backend, "nmf", x, rank=128) is None
+    assert _select.why_not(backend, "nmf", x, rank=129) == "the Triton kernels have ranks up to 128, got 129"
+    assert "float64" in _select.why_not(backend, "nmf", x.double())
+    assert "conv_act" not in _select.why_not(backend, "conv_act", x)

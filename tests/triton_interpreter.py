@@ -1,0 +1,39 @@
+"""Mends Triton's interpreter where it differs from every GPU, in bfloat16.
+
+It cuts float32 off instead of rounding it, and multiplies matrices of the bits. Arithmetic element by element is wrong as well;
+the kernels do that in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+
+def enable() -> None:
+    """Interprets the kernels of this process."""
+    triton.knobs.runtime.interpret = True
+    for name in ("cast_impl", "create_fp_ext", "create_fp_trunc"):
+        setattr(InterpreterBuilder, name, cast)
+    InterpreterBuilder.create_dot = dot
+
+
+def cast(builder: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+    kinds = source.dtype.scalar, target.scalar
+    if kinds == (tl.float32, tl.bfloat16):
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+    if kinds == (tl.bfloat16, tl.float32):
+        return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    return _cast(builder, source, target)
+
+
+def dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others) -> TensorHandle:
+    """Exact products of bfloat16, added up in float32, as tensor cores do it."""
+    a, b = (cast(builder, operand, tl.float32) if operand.dtype.scalar == tl.bfloat16 else operand for operand in (a, b))
+    return _dot(builder, a, b, *others)
