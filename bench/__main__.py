@@ -1,5 +1,5 @@
 """``python -m bench report`` times the cases, ``scaling`` a model on growing problems, ``memory`` compares peak memory, and
-``cuda-static`` reads what was compiled for GPUs."""
+``cuda-static`` and ``triton-static`` read what is compiled for GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import segnext_kernels
 
-from . import cases, ceilings, cuda_static, memory, output, report, scaling
+from . import cases, ceilings, cuda_static, memory, output, report, scaling, triton_static
 from .case import DIRECTIONS, Case
 from .environment import missing
 from .measure import measure
@@ -50,8 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     static = commands.add_parser(
         "cuda-static", help="registers, spills, occupancy and instructions of the CUDA kernels, without a GPU"
     )
-    static.set_defaults(run=_cuda_static, threads=None)
-    static.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown here")
+    static.set_defaults(run=_cuda_static)
+    ahead = commands.add_parser(
+        "triton-static", help="the same of the Triton kernels, which it compiles for GPUs that are not there, and bytes moved"
+    )
+    ahead.set_defaults(run=_triton_static)
+    for command in (static, ahead):
+        command.set_defaults(threads=None)
+        command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown here")
     for command in (timing, growth, space):
         command.add_argument("--threads", type=int, help="for PyTorch's intra-operator parallelism, and other runtimes")
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown, JSON and plots here")
@@ -107,6 +113,15 @@ def _cuda_static(arguments: argparse.Namespace) -> None:
     print(text)
     if arguments.out:
         output.write(arguments.out / "cuda-static.md", text + "\n")
+
+
+def _triton_static(arguments: argparse.Namespace) -> None:
+    if reason := segnext_kernels.build_info()["missing"].get("triton"):
+        raise ValueError(f"there are no Triton kernels to compile: {reason}")
+    text = triton_static.report()
+    print(text)
+    if arguments.out:
+        output.write(arguments.out / "triton-static.md", text + "\n")
 
 
 def _finish(folder: Path | None, name: str, figures: dict, text: str, plot: Callable[[Path], None] | None = None) -> None:

@@ -7,26 +7,29 @@ compiled ahead of time. Registers, spills, shared memory and tensor core instruc
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
+from multiprocessing import get_context
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 
 from .cuda_static import table_row, tool
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes for a block, at most
-POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.float64: "fp64"}
+POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+POINTERS |= {torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
 TENSOR_CORES = r"\bmma\.sync|\bwgmma\.mma_async|\btcgen05\.mma|\bv_mfma_"
 
 
@@ -40,6 +43,7 @@ class Launch:
     constants: tuple[tuple[str, object], ...]
     warps: int
     stages: int
+    registers: int | None
     programs: int
 
 
@@ -119,6 +123,7 @@ def _launch(kernel, args: tuple, options: dict[str, object], grid: Callable | tu
         tuple(constants),
         options["num_warps"],
         options["num_stages"],
+        options.get("maxnreg"),
         math.prod(programs),
     )
 
@@ -143,6 +148,8 @@ def compile_for(launch: Launch, target: str) -> Compiled:
     known = {(names.index(name),): [["tt.divisibility", 16]] for name, (_, multiple) in launch.arguments if multiple}
     source = ASTSource(kernel, signature=signature, constexprs=dict(launch.constants), attrs=known)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    if launch.registers is not None:
+        options["maxnreg"] = launch.registers
     try:
         made = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     except Exception as problem:  # the compiler's own, of many kinds
@@ -179,3 +186,112 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", printed.stdout).groups()
     return int(registers), int(stack) + int(local)
 
+
+def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Callable[[], object]]:
+    """For every operator a call forward and backward, on tensors of SegNeXt's sizes; ``last``: channels (rows) lie together.
+
+    Without ``whole`` only the sizes of SegNeXt-T, otherwise also those of B, and one that fits no tile.
+    """
+    from segnext_kernels.dwconv_gelu import triton as dwconv_gelu
+    from segnext_kernels.msca_strips import triton as msca_strips
+    from segnext_kernels.nmf import triton as nmf
+    from segnext_kernels.upsample_argmax import triton as upsample_argmax
+    from segnext_kernels.upsample_cross_entropy import triton as upsample_cross_entropy
+
+    def image(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def strips(*shape: int) -> None:
+        sizes = [(5, 5)] + [size for k in (7, 11, 21) for size in ((1, k), (k, 1))]
+        c = shape[1]
+        weights = [torch.empty(s, dtype=dtype) for h, w in sizes for s in ((c, 1, h, w), (c,))]
+        x = image(*shape)
+        msca_strips.forward(x, weights)
+        msca_strips.backward(x, x, weights, True, True)
+
+    def mlp(*shape: int) -> None:
+        x, weight, bias = image(*shape), torch.empty(shape[1], 1, 3, 3, dtype=dtype), torch.empty(shape[1], dtype=dtype)
+        dwconv_gelu.forward(x, weight, bias)
+        dwconv_gelu.backward(x, x, weight, bias, True, True)
+
+    def decomposition(batch: int, rows: int, columns: int, rank: int) -> None:
+        x = torch.empty(batch, columns, rows, dtype=dtype).mT if last else torch.empty(batch, rows, columns, dtype=dtype)
+        bases = torch.empty(batch, rows, rank)
+        for gradient in ("exact", "one_step"):
+            nmf.forward(x, bases, 2, gradient)
+            nmf.backward(x, x, bases, 2, gradient, True, True)
+
+    def loss(*shape: int) -> None:
+        logits, target = image(*shape), torch.empty(shape[0], 8 * shape[2], 8 * shape[3], dtype=torch.int64)
+        upsample_cross_entropy.forward(logits, target, None, 255)
+        upsample_cross_entropy.backward(torch.empty(()), logits, target, None, 255)
+
+    def labels(*shape: int) -> None:
+        upsample_argmax.forward(image(*shape), 8 * shape[2], 8 * shape[3])
+
+    chosen = {
+        "msca_strips": (strips, [(16, 64, 64, 64), (16, 32, 128, 128), (1, 5, 9, 300)]),
+        "dwconv_gelu": (mlp, [(16, 256, 128, 128), (16, 512, 64, 64), (1, 5, 9, 300)]),
+        "nmf": (decomposition, [(16, 256, 4096, 16), (16, 512, 4096, 64), (1, 45, 70, 5)]),
+        "upsample_cross_entropy": (loss, [(16, 150, 64, 64), (2, 19, 128, 256), (1, 3, 9, 7)]),
+        "upsample_argmax": (labels, [(16, 150, 64, 64), (2, 19, 128, 256), (1, 3, 9, 7)]),
+    }
+    return {
+        name: lambda f=function, sizes=sizes: [f(*size) for size in (sizes if whole else sizes[:1])]
+        for name, (function, sizes) in chosen.items()
+    }
+
+
+def distinct(call: Callable[[], object], target: str) -> list[Launch]:
+    """What has to be compiled for a call, each thing once."""
+    launches = (launch for one in record(call, hip=TARGETS[target][0] == "hip") for launch in one)
+    return list(dict.fromkeys(replace(launch, programs=0) for launch in launches))
+
+
+def compile_all(jobs: Sequence[tuple[Launch, str]]) -> list[Compiled]:
+    """Compiles on all processors, in processes that don't interpret."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(tqdm(pool.map(compile_for, *zip(*jobs, strict=True)), total=len(jobs)))
+
+
+def report() -> str:
+    """Every kernel in all its configurations on every target, as Markdown."""
+    jobs = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for last in (False, True):
+            for call in calls(dtype, last).values():
+                jobs += [(launch, target) for target in TARGETS for launch in distinct(call, target)]
+    found = compile_all(list(dict.fromkeys(jobs)))
+    columns = ("kernel", "configuration", "target", "registers", "spilled bytes", "shared bytes", "tensor core instructions")
+    lines = ["# Triton kernels, compiled ahead of time", "", table_row(*columns, "fits"), "|" + "---|" * 8]
+    for c in sorted(found, key=lambda c: (c.kernel, c.configuration, c.target)):
+        fits = "yes" if c.fits else c.problem or "no"
+        lines.append(table_row(c.kernel, c.configuration, c.target, c.registers, c.spills, c.shared, c.tensor_cores, fits))
+    return "\n".join([*lines, "", *moved()])
+
+
+def moved() -> list[str]:
+    """What the kernels move by their own arithmetic, as Markdown."""
+    from segnext_kernels.msca_strips.triton import traffic as strips
+    from segnext_kernels.nmf.triton import traffic as nmf
+    from segnext_kernels.upsample_cross_entropy.triton_backward import strips as loss
+
+    lines = ["## Bytes moved", "", table_row("operator", "size", "layout", "moved over what must be"), "|" + "---|" * 4]
+    for size, channels in ((512, (32, 64, 160, 256)), (1024, (64, 128, 320, 512))):
+        for stage, c in enumerate(channels):
+            for batch in (1, 16):
+                shape = (batch, c, size >> (stage + 2), size >> (stage + 2))
+                for last in (False, True):
+                    layout = "channels_last" if last else "contiguous"
+                    lines.append(table_row("msca_strips", "x".join(map(str, shape)), layout, f"{strips(shape, last):.2f}"))
+    lines += ["", table_row("operator", "size", "dtype", "reads of x", "all, in reads of x"), "|" + "---|" * 5]
+    for batch, rows, rank in ((1, 256, 16), (16, 256, 16), (16, 512, 16), (16, 512, 64), (16, 1024, 64)):
+        for dtype, itemsize in (("float32", 4), ("16 bits", 2)):
+            reads, everything = nmf((batch, rows, 4096), rank, 7, itemsize)
+            lines.append(table_row("nmf, 7 steps", f"{batch}x{rows}x4096, rank {rank}", dtype, reads, f"{everything:.2f}"))
+    lines += ["", table_row("operator", "logits", "dtype", "allocated besides the gradient, in bytes of the logits"), "|" + "---|" * 4]
+    for shape in ((16, 150, 64, 64), (8, 19, 128, 128), (16, 2, 64, 64)):
+        for dtype, itemsize in (("float32", 4), ("16 bits", 2)):
+            part = loss(shape, (8 * shape[2], 8 * shape[3]), itemsize).bytes / (math.prod(shape) * itemsize)
+            lines.append(table_row("upsample_cross_entropy", "x".join(map(str, shape)), dtype, f"{part:.2f}"))
+    return lines

@@ -61,15 +61,15 @@ def launch(
         restore: names of the tensors that the kernel both reads and writes, for tuning runs it many times.
         constants: of the kernel, by name.
     """
-    first = {**constants, **configs[0].kwargs, "num_warps": configs[0].num_warps, "num_stages": configs[0].num_stages}
-    if not isinstance(kernel, JITFunction):  # traced, or interpreted
-        kernel[grid](*args, **first)
+    first = configs[0]
+    if not isinstance(kernel, JITFunction):  # traced, which takes no other options, or interpreted
+        kernel[grid](*args, **constants, **first.kwargs, num_warps=first.num_warps, num_stages=first.num_stages)
         return
     with torch.cuda.device_of(args[0]):
         if torch.backends.cudnn.benchmark and len(configs) > 1:
             _autotuner(kernel, configs, key, restore)[grid](*args, **constants)
         else:
-            kernel[grid](*args, **first)
+            kernel[grid](*args, **constants, **first.all_kwargs())
 
 
 def _autotuner(kernel, configs: Sequence[triton.Config], key: Sequence[str], restore: Sequence[str]) -> Callable:
@@ -80,9 +80,12 @@ def _autotuner(kernel, configs: Sequence[triton.Config], key: Sequence[str], res
     return _tuned[identity]
 
 
-def config(warps: int, **values: int) -> triton.Config:
-    """A configuration without software pipelining, in which these kernels have nothing to overlap."""
-    return triton.Config(values, num_warps=warps, num_stages=1)
+def config(warps: int, registers: int | None = None, **values: int) -> triton.Config:
+    """A configuration without software pipelining, in which these kernels have nothing to overlap.
+
+    With ``registers`` NVIDIA's assembler gives a thread so many rather than spill for more warps.
+    """
+    return triton.Config(values, num_warps=warps, num_stages=1, maxnreg=registers if torch.version.hip is None else None)
 
 
 def power_of_2(number: int, at_least: int = 1) -> int:

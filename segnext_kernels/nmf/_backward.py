@@ -8,17 +8,18 @@ import triton.language as tl
 from ._factors import (
     EPS,
     chunk_products,
-    inner,
     load_rows,
-    load_square,
     load_tile,
     logits,
+    multiply,
     product,
     softmax,
+    store_product,
     store_rows,
+    store_sum,
     store_tile,
     sum_rows,
-    sum_squares,
+    times_square,
 )
 
 
@@ -42,11 +43,13 @@ def step_backward(
     bases,  # [slots, B, D, R]
     grams,  # [slots, B, blocks, R, R]
     grad_coef,  # [B, N, R]
+    grad_quotients,  # [B, N, R]
     grad_logits,  # [slots, B, N, R]
     grad_products,  # [slots, B, D, R]
     grad_squares,  # [B, blocks, R, R]
     sums,  # [B, parts, D, R]
     squares,  # [B, parts, R, R]
+    scratch,  # [B, parts, 2, R, R]
     slot,
     batch,
     part,
@@ -80,15 +83,18 @@ def step_backward(
     coef += matrix * columns * rank
     bases += matrix * rows * rank
     grad_coef += b * columns * rank
+    grad_quotients += b * columns * rank
     grad_logits += matrix * columns * rank
     grad_products += (matrix + batch) * rows * rank
-    gram = sum_squares(grams + matrix * blocks * rank * rank, blocks, rank, RANK)
+    gram = scratch + 2 * place * rank * rank
+    store_sum(gram, grams + matrix * blocks * rank * rank, blocks, rank, RANK)
+    grad_square = gram + rank * rank
     if not LAST:
-        grad_square = sum_squares(grad_squares + b * blocks * rank * rank, blocks, rank, RANK)
-        grad_square += tl.trans(grad_square)
+        store_sum(grad_square, grad_squares + b * blocks * rank * rank, blocks, rank, RANK, BOTH=True)
+    tl.debug_barrier()  # what a thread stores, others read
+    after = coef + batch * columns * rank
     start = tl.program_id(0) * part
     stop = tl.minimum(start + part, columns)
-    square = tl.zeros([RANK, RANK], tl.float32)
     for column in range(start, stop, COLUMNS):
         if LAST:
             p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
@@ -98,35 +104,38 @@ def step_backward(
             p, grad = two_logits(x, bases, grad_products, column, rows, columns, rank, stride_d, stride_n,
                                  COLUMNS, RANK, ROWS, CHUNKS, PRECISION)  # fmt: skip
         if FIRST:
-            c = softmax(p, column, columns, rank, COLUMNS, RANK)
-        else:
-            c = load_rows(coef, column, columns, rank, COLUMNS, RANK)
-        q = inner(c, gram, PRECISION) + EPS
-        new = c * p / q
+            store_rows(coef, softmax(p, column, columns, rank, COLUMNS, RANK), column, columns, rank, COLUMNS, RANK)
+            tl.debug_barrier()
         if not LAST:
-            grad += load_rows(grad_coef, column, columns, rank, COLUMNS, RANK) + inner(new, grad_square, PRECISION)
+            grad += load_rows(grad_coef, column, columns, rank, COLUMNS, RANK)
+            grad += times_square(after, column, columns, grad_square, rank, COLUMNS, RANK, PRECISION)
+        q = times_square(coef, column, columns, gram, rank, COLUMNS, RANK, PRECISION) + EPS
+        c = load_rows(coef, column, columns, rank, COLUMNS, RANK)
         grad /= q
         grad_p = grad * c
         if EXACT:
-            grad_q = -grad * new
-            square += inner(tl.trans(c), grad_q, PRECISION)
-            grad = grad * p + inner(grad_q, gram, PRECISION)
+            new = c * p / q
+            store_rows(grad_quotients, -grad * new, column, columns, rank, COLUMNS, RANK)
+            tl.debug_barrier()
+            grad *= p
+            grad += times_square(grad_quotients, column, columns, gram, rank, COLUMNS, RANK, PRECISION)
             if SOFTMAX:
                 grad_p += c * (grad - tl.sum(grad * c, 1)[:, None])
             else:
                 store_rows(grad_coef, grad, column, columns, rank, COLUMNS, RANK)
             if LAST:
-                store_rows(coef + batch * columns * rank, new, column, columns, rank, COLUMNS, RANK)
+                store_rows(after, new, column, columns, rank, COLUMNS, RANK)
         store_rows(grad_logits, grad_p, column, columns, rank, COLUMNS, RANK)
     if EXACT:
-        store_rows(squares + place * rank * rank, square, 0, rank, rank, RANK, RANK)
+        tl.debug_barrier()
+        squares += place * rank * rank
+        store_product(squares, coef, grad_quotients, start, stop, columns, rank, COLUMNS, RANK, PRECISION)
         sums += place * rows * rank
-        tl.debug_barrier()  # what other threads stored is read below
         for i in range(CHUNKS):
             some = chunk_products(x, grad_logits, i * ROWS, start, stop, rows, columns, rank, stride_d, stride_n,
                                   ROWS, RANK, COLUMNS, PRECISION)  # fmt: skip
             if LAST:
-                some += chunk_products(grad_out, coef + batch * columns * rank, i * ROWS, start, stop, rows, columns, rank,
+                some += chunk_products(grad_out, after, i * ROWS, start, stop, rows, columns, rank,
                                        out_stride_d, out_stride_n, ROWS, RANK, COLUMNS, PRECISION)  # fmt: skip
             store_rows(sums, some, i * ROWS, rows, rank, ROWS, RANK)
 
@@ -138,10 +147,11 @@ def finish_backward(
     squares,  # [B, parts, R, R]
     bases,  # [slots, B, D, R]
     products,  # [slots, B, D, R]
-    coef_grams,  # [slots, B, R, R]
+    coef_squares,  # [slots, B, parts, R, R], whose sums are C^T C
     grad_products,  # [slots, B, D, R]
     grad_squares,  # [B, blocks, R, R]
     carry,  # [B, D, R]
+    scratch,  # [B, blocks, 2, R, R]
     slot,
     batch,
     rows,
@@ -155,26 +165,32 @@ def finish_backward(
 ):
     """Adds up the gradient of some rows of the bases and goes back through the update B' = B s / q, s = x C, q = B C^T C."""
     b, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
-    matrix = slot * batch + b
-    new = load_rows(bases + matrix * rows * rank, row, rows, rank, ROWS, RANK)
-    square = sum_squares(squares + b * parts * rank * rank, parts, rank, RANK)
-    grad = inner(new, square + tl.trans(square), PRECISION)
+    matrix, place = slot * batch + b, b * tl.num_programs(0) + tl.program_id(0)
+    before, carry, square = matrix - batch, carry + b * rows * rank, scratch + 2 * place * rank * rank
+    store_sum(square, squares + b * parts * rank * rank, parts, rank, RANK, BOTH=True)
+    if not FIRST:
+        store_sum(square + rank * rank, coef_squares + before * parts * rank * rank, parts, rank, RANK)
+    tl.debug_barrier()  # what a thread stores, others read
+    grad = times_square(bases + matrix * rows * rank, row, rows, square, rank, ROWS, RANK, PRECISION)
     grad += sum_rows(sums + b * parts * rows * rank, parts, row, rows, rank, ROWS, RANK)
     if not LAST:
-        grad += load_rows(carry + b * rows * rank, row, rows, rank, ROWS, RANK)
+        grad += load_rows(carry, row, rows, rank, ROWS, RANK)
     if FIRST:
         store_rows(out + b * rows * rank, grad, row, rows, rank, ROWS, RANK)
     else:
-        before = matrix - batch
-        old = load_rows(bases + before * rows * rank, row, rows, rank, ROWS, RANK)
-        gram = load_square(coef_grams + before * rank * rank, rank, RANK)
-        grad /= inner(old, gram, PRECISION) + EPS
-        grad_q = -grad * new
-        store_rows(grad_products + matrix * rows * rank, grad * old, row, rows, rank, ROWS, RANK)
-        direct = grad * load_rows(products + before * rows * rank, row, rows, rank, ROWS, RANK)
-        store_rows(carry + b * rows * rank, direct + inner(grad_q, gram, PRECISION), row, rows, rank, ROWS, RANK)
-        block = (b * tl.num_programs(0) + tl.program_id(0)) * rank * rank
-        store_rows(grad_squares + block, inner(tl.trans(old), grad_q, PRECISION), 0, rank, rank, RANK, RANK)
+        new, old, square = bases + matrix * rows * rank, bases + before * rows * rank, square + rank * rank
+        grad /= times_square(old, row, rows, square, rank, ROWS, RANK, PRECISION) + EPS
+        grad_q = -grad * load_rows(new, row, rows, rank, ROWS, RANK)
+        some = grad * load_rows(old, row, rows, rank, ROWS, RANK)
+        store_rows(grad_products + matrix * rows * rank, some, row, rows, rank, ROWS, RANK)
+        tl.debug_barrier()  # for a while the gradient of q takes the place of the old carry
+        store_rows(carry, grad_q, row, rows, rank, ROWS, RANK)
+        tl.debug_barrier()
+        store_product(grad_squares + place * rank * rank, old, carry, row, row + ROWS, rows, rank, ROWS, RANK, PRECISION)
+        grad *= load_rows(products + before * rows * rank, row, rows, rank, ROWS, RANK)
+        grad += times_square(carry, row, rows, square, rank, ROWS, RANK, PRECISION)
+        tl.debug_barrier()
+        store_rows(carry, grad, row, rows, rank, ROWS, RANK)
 
 
 @triton.jit
@@ -203,11 +219,9 @@ def gradient_of_x(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(last + 1):
         matrix = i * batch + b
-        left = load_rows(bases + matrix * rows * rank, row, rows, rank, ROWS, RANK)
-        right = load_rows(grad_logits + matrix * columns * rank, column, columns, rank, COLUMNS, RANK)
-        total += inner(left, tl.trans(right), PRECISION)
+        left, right = bases + matrix * rows * rank, grad_logits + matrix * columns * rank
+        total += multiply(left, row, rows, right, column, columns, rank, ROWS, COLUMNS, RANK, PRECISION)
         if i > 0:
-            left = load_rows(grad_products + matrix * rows * rank, row, rows, rank, ROWS, RANK)
-            right = load_rows(coef + matrix * columns * rank, column, columns, rank, COLUMNS, RANK)
-            total += inner(left, tl.trans(right), PRECISION)
+            left, right = grad_products + matrix * rows * rank, coef + matrix * columns * rank
+            total += multiply(left, row, rows, right, column, columns, rank, ROWS, COLUMNS, RANK, PRECISION)
     store_tile(grad_x + b * stride_b, total, row, column, rows, columns, stride_d, stride_n, ROWS, COLUMNS)

@@ -37,32 +37,81 @@ def inner(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_rows(factor, first, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
-    """Some rows of a factor [rows, rank], zero beyond it."""
-    row, column = first + tl.arange(0, ROWS), tl.arange(0, RANK)
+def load_block(factor, row, column, rows, rank: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A block of a factor [rows, rank] that begins at (row, column), zero beyond it."""
+    row, column = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < rank)[None, :]
     return tl.load(factor + row[:, None] * rank + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(factor, value, first, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
-    row, column = first + tl.arange(0, ROWS), tl.arange(0, RANK)
+def load_rows(factor, row, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
+    """Some rows of a factor [rows, rank], zero beyond it."""
+    return load_block(factor, row, 0, rows, rank, ROWS, RANK)
+
+
+@triton.jit
+def store_block(factor, value, row, column, rows, rank: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < rank)[None, :]
     tl.store(factor + row[:, None] * rank + column[None, :], value, mask=inside)
 
 
 @triton.jit
-def load_square(square, rank: tl.constexpr, RANK: tl.constexpr):
-    return load_rows(square, 0, rank, rank, RANK, RANK)
+def store_rows(factor, value, row, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
+    store_block(factor, value, row, 0, rows, rank, ROWS, RANK)
+
+
+# Matrices of a high rank do not fit into registers as a whole: these products go through the rank piece by piece, from memory.
 
 
 @triton.jit
-def sum_squares(squares, count, rank: tl.constexpr, RANK: tl.constexpr):
-    """The sum of ``count`` matrices [rank, rank]."""
-    total = tl.zeros([RANK, RANK], tl.float32)
-    for i in range(count):
-        total += load_square(squares + i * rank * rank, rank, RANK)
+def times_square(left, row, rows, square, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr):
+    """Some rows of a factor times a matrix [rank, rank]."""
+    PIECE: tl.constexpr = RANK if RANK < 32 else 32
+    total = tl.zeros([ROWS, RANK], tl.float32)
+    for k in range(0, RANK, PIECE):
+        some = load_block(left, row, k, rows, rank, ROWS, PIECE)
+        total += inner(some, load_block(square, k, 0, rank, rank, PIECE, RANK), PRECISION)
     return total
+
+
+@triton.jit
+def multiply(left, row, rows, right, column, columns, rank: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+             RANK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Some rows of a factor times some rows of another, transposed."""
+    PIECE: tl.constexpr = RANK if RANK < 32 else 32
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, RANK, PIECE):
+        other = tl.trans(load_block(right, column, k, columns, rank, COLUMNS, PIECE))
+        total += inner(load_block(left, row, k, rows, rank, ROWS, PIECE), other, PRECISION)
+    return total
+
+
+@triton.jit
+def store_product(square, left, right, start, stop, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """The product [rank, rank] of some rows of two factors, the left one transposed."""
+    PIECE: tl.constexpr = RANK if RANK < 32 else 32
+    for k in range(0, RANK, PIECE):
+        total = tl.zeros([PIECE, RANK], tl.float32)
+        for row in range(start, stop, ROWS):
+            some = tl.trans(load_block(left, row, k, rows, rank, ROWS, PIECE))
+            total += inner(some, load_rows(right, row, rows, rank, ROWS, RANK), PRECISION)
+        store_block(square, total, k, 0, rank, rank, PIECE, RANK)
+
+
+@triton.jit
+def store_sum(square, squares, count, rank: tl.constexpr, RANK: tl.constexpr, BOTH: tl.constexpr = False):
+    """The sum of ``count`` matrices [rank, rank], with ``BOTH`` of their transposes as well."""
+    PIECE: tl.constexpr = RANK if RANK < 32 else 32
+    for k in range(0, RANK, PIECE):
+        total = tl.zeros([PIECE, RANK], tl.float32)
+        for i in range(count):
+            total += load_block(squares + i * rank * rank, k, 0, rank, rank, PIECE, RANK)
+            if BOTH:
+                total += tl.trans(load_block(squares + i * rank * rank, 0, k, rank, rank, RANK, PIECE))
+        store_block(square, total, k, 0, rank, rank, PIECE, RANK)
 
 
 @triton.jit

@@ -8,16 +8,18 @@ import triton.language as tl
 from ._factors import (
     EPS,
     chunk_products,
-    inner,
     load_rows,
     load_tile,
     logits,
+    multiply,
     product,
     softmax,
+    store_product,
     store_rows,
+    store_sum,
     store_tile,
     sum_rows,
-    sum_squares,
+    times_square,
 )
 
 
@@ -57,7 +59,8 @@ def step(
     bases,  # [slots, B, D, R]
     grams,  # [slots, B, blocks, R, R]
     sums,  # [B, parts, D, R]
-    squares,  # [B, parts, R, R]
+    squares,  # [slots, B, parts, R, R]
+    scratch,  # [B, parts, R, R]
     read,
     write,
     batch,
@@ -75,7 +78,6 @@ def step(
     HELD: tl.constexpr,
     PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
-    KEEP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Updates the coefficients of a part of the columns and adds x C and C^T C over them."""
@@ -84,34 +86,35 @@ def step(
     before = coef + (read * batch + b) * columns * rank
     coef += (write * batch + b) * columns * rank
     bases += (read * batch + b) * rows * rank
-    gram = sum_squares(grams + (read * batch + b) * blocks * rank * rank, blocks, rank, RANK)
+    gram = scratch + place * rank * rank
+    store_sum(gram, grams + (read * batch + b) * blocks * rank * rank, blocks, rank, RANK)
+    tl.debug_barrier()  # what a thread stores, others read
     start = tl.program_id(0) * part
     stop = tl.minimum(start + part, columns)
-    square = tl.zeros([RANK, RANK], tl.float32)
     total = zeros(CHUNKS if HELD else 0, ROWS, RANK)
     for column in range(start, stop, COLUMNS):
         if HELD:
-            p, tiles = held_logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
+            p, tiles = held_logits(x, bases, column, rows, columns, rank, stride_d, stride_n,
+                                   COLUMNS, RANK, ROWS, CHUNKS, PRECISION)  # fmt: skip
         else:
             p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
         if FIRST:
-            c = softmax(p, column, columns, rank, COLUMNS, RANK)
-            if KEEP:
-                store_rows(before, c, column, columns, rank, COLUMNS, RANK)
-        else:
-            c = load_rows(before, column, columns, rank, COLUMNS, RANK)
-        c = c * p / (inner(c, gram, PRECISION) + EPS)
+            store_rows(before, softmax(p, column, columns, rank, COLUMNS, RANK), column, columns, rank, COLUMNS, RANK)
+            tl.debug_barrier()
+        c = load_rows(before, column, columns, rank, COLUMNS, RANK) * p
+        c /= times_square(before, column, columns, gram, rank, COLUMNS, RANK, PRECISION) + EPS
+        tl.debug_barrier()  # these may be the same coefficients
         store_rows(coef, c, column, columns, rank, COLUMNS, RANK)
-        square += inner(tl.trans(c), c, PRECISION)
         if HELD:
             total = add_products(total, tiles, c, CHUNKS, PRECISION)
-    store_rows(squares + place * rank * rank, square, 0, rank, rank, RANK, RANK)
+    squares += (read * batch * tl.num_programs(0) + place) * rank * rank
     sums += place * rows * rank
     if HELD:
         for i in tl.static_range(CHUNKS):
             store_rows(sums, total[i], i * ROWS, rows, rank, ROWS, RANK)
-    else:
-        tl.debug_barrier()  # the coefficients that other threads stored are read below
+    tl.debug_barrier()
+    store_product(squares, coef, coef, start, stop, columns, rank, COLUMNS, RANK, PRECISION)
+    if not HELD:
         for i in range(CHUNKS):
             some = chunk_products(x, coef, i * ROWS, start, stop, rows, columns, rank, stride_d, stride_n,
                                   ROWS, RANK, COLUMNS, PRECISION)  # fmt: skip
@@ -122,11 +125,11 @@ def step(
 def finish(
     given,  # [B, D, R]
     sums,  # [B, parts, D, R]
-    squares,  # [B, parts, R, R]
+    squares,  # [slots, B, parts, R, R]
     bases,  # [slots, B, D, R]
     grams,  # [slots, B, blocks, R, R]
     products,  # [slots, B, D, R]
-    coef_grams,  # [slots, B, R, R]
+    scratch,  # [B, blocks, R, R]
     slot,
     batch,
     rows,
@@ -145,16 +148,21 @@ def finish(
         new = load_rows(given + b * rows * rank, row, rows, rank, ROWS, RANK)
     else:
         total = sum_rows(sums + b * parts * rows * rank, parts, row, rows, rank, ROWS, RANK)
-        square = sum_squares(squares + b * parts * rank * rank, parts, rank, RANK)
-        old = load_rows(bases + matrix * rows * rank, row, rows, rank, ROWS, RANK)
-        new = old * total / (inner(old, square, PRECISION) + EPS)
+        old, squares = bases + matrix * rows * rank, squares + matrix * parts * rank * rank
+        new = load_rows(old, row, rows, rank, ROWS, RANK) * total
+        square = scratch + (b * tl.num_programs(0) + tl.program_id(0)) * rank * rank
+        store_sum(square, squares, parts, rank, RANK)
+        tl.debug_barrier()  # what a thread stores, others read
+        new /= times_square(old, row, rows, square, rank, ROWS, RANK, PRECISION) + EPS
+        tl.debug_barrier()  # the new ones may take the place of the old ones
         if KEEP:
             store_rows(products + matrix * rows * rank, total, row, rows, rank, ROWS, RANK)
-            store_rows(coef_grams + matrix * rank * rank, square, 0, rank, rank, RANK, RANK)
             matrix += batch
-    store_rows(bases + matrix * rows * rank, new, row, rows, rank, ROWS, RANK)
-    gram = inner(tl.trans(new), new, PRECISION)
-    store_rows(grams + (matrix * tl.num_programs(0) + tl.program_id(0)) * rank * rank, gram, 0, rank, rank, RANK, RANK)
+    bases += matrix * rows * rank
+    store_rows(bases, new, row, rows, rank, ROWS, RANK)
+    tl.debug_barrier()
+    grams += (matrix * tl.num_programs(0) + tl.program_id(0)) * rank * rank
+    store_product(grams, bases, bases, row, row + ROWS, rows, rank, ROWS, RANK, PRECISION)
 
 
 @triton.jit
@@ -164,6 +172,7 @@ def approximate(
     coef,  # [1, B, N, R]
     bases,  # [1, B, D, R]
     grams,  # [1, B, blocks, R, R]
+    scratch,  # [B, parts, R, R]
     part,
     stride_b,
     stride_d,
@@ -186,14 +195,19 @@ def approximate(
     b, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * part
     x, y = x + b * stride_b, y + b * y_stride_b
     coef, bases = coef + b * columns * rank, bases + b * rows * rank
-    gram = sum_squares(grams + b * blocks * rank * rank, blocks, rank, RANK)
+    gram = scratch + (b * tl.num_programs(0) + tl.program_id(0)) * rank * rank
+    store_sum(gram, grams + b * blocks * rank * rank, blocks, rank, RANK)
+    tl.debug_barrier()  # what a thread stores, others read
     for column in range(start, tl.minimum(start + part, columns), COLUMNS):
         p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
         if FIRST:
-            c = softmax(p, column, columns, rank, COLUMNS, RANK)
-        else:
-            c = load_rows(coef, column, columns, rank, COLUMNS, RANK)
-        c = tl.trans(c * p / (inner(c, gram, PRECISION) + EPS))
+            store_rows(coef, softmax(p, column, columns, rank, COLUMNS, RANK), column, columns, rank, COLUMNS, RANK)
+            tl.debug_barrier()
+        c = load_rows(coef, column, columns, rank, COLUMNS, RANK) * p
+        c /= times_square(coef, column, columns, gram, rank, COLUMNS, RANK, PRECISION) + EPS
+        tl.debug_barrier()  # the new ones take the place of the old ones
+        store_rows(coef, c, column, columns, rank, COLUMNS, RANK)
+        tl.debug_barrier()
         for i in range(CHUNKS):
-            tile = inner(load_rows(bases, i * ROWS, rows, rank, ROWS, RANK), c, PRECISION)
+            tile = multiply(bases, i * ROWS, rows, coef, column, columns, rank, ROWS, COLUMNS, RANK, PRECISION)
             store_tile(y, tile, i * ROWS, column, rows, columns, y_stride_d, y_stride_n, ROWS, COLUMNS)

@@ -16,6 +16,7 @@ columns of x a second time, mostly from the L2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,10 @@ from .._triton import config, launch, power_of_2
 from ._backward import finish_backward, gradient_of_x, step_backward
 from ._forward import approximate, finish, step
 
-PROGRAMS = 256  # that fill a GPU
-LEAST_PARTS = 8  # programs for one matrix, however many matrices there are
+PROGRAMS = 128  # that fill a GPU
+LEAST_PARTS = 4  # programs for one matrix, however many matrices there are
 PART = 64  # columns of a program are a multiple of this, and of every configuration's tile
+BLOCK = 32  # rows of a program that finishes a step
 HELD = 16384  # elements of x, and sums, that a program holds in registers
 
 
@@ -62,7 +64,7 @@ class Problem:
     def constants(self) -> dict[str, object]:
         """Of every kernel."""
         rank = power_of_2(self.rank, at_least=16)
-        chunk = min(power_of_2(self.rows, at_least=16), 32 if self.precision == "ieee" else 64)
+        chunk = min(power_of_2(self.rows, at_least=16), 32 if self.precision == "ieee" or rank > 64 else 64)
         chunks = triton.cdiv(self.rows, chunk)
         return {
             "rows": self.rows,
@@ -81,28 +83,16 @@ class Problem:
         return power_of_2(self.rows) * power_of_2(self.rank, at_least=16) <= HELD
 
     @property
-    def block(self) -> int:
-        """Rows of a program that finishes a step: at most eight programs, whose sums the next step adds up."""
-        return min(max(32, power_of_2(triton.cdiv(self.rows, 8))), 128)
-
-    @property
     def blocks(self) -> int:
-        return triton.cdiv(self.rows, self.block)
+        return triton.cdiv(self.rows, BLOCK)
 
     @property
     def configs(self) -> list[triton.Config]:
         """Of the kernels that read x."""
-        import os
-        return [triton.Config(dict(COLUMNS=c),num_warps=w,num_stages=st) for w, c, st in eval(os.environ.get("CFG", "[(8,32,1)]"))]
+        return [config(8, registers=255, COLUMNS=columns) for columns in (32, 16)]
 
-    @property
-    def configs_backward(self) -> list[triton.Config]:
-        return self.configs
-
-    @property
-    def configs_of_tiles(self) -> list[triton.Config]:
-        """Of the kernel that writes the gradient of x, which reads factors alone."""
-        return [config(4, ROWS=64, COLUMNS=64), config(4, ROWS=32, COLUMNS=64), config(8, ROWS=64, COLUMNS=128)]
+    def grid(self, meta: dict[str, int]) -> tuple[int, int]:
+        return self.parts, self.batch
 
     def grid_of_tiles(self, meta: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(self.rows, meta["ROWS"]) * triton.cdiv(self.columns, meta["COLUMNS"]), self.batch
@@ -130,8 +120,9 @@ class Factors:
     coef: Tensor  # [steps + 2 or 1, B, N, R]; backward finds the last ones
     bases: Tensor  # [steps + 1 or 1, B, D, R]
     grams: Tensor  # [steps + 1 or 1, B, blocks, R, R], whose sums are B^T B
+    scratch: Tensor  # [B, 2 programs, R, R], in which a program passes squares between its threads
     products: Tensor  # [steps or 1, B, D, R], x C
-    coef_grams: Tensor  # [steps or 1, B, R, R], C^T C
+    squares: Tensor  # [steps or 1, B, parts, R, R], whose sums are C^T C
 
 
 def run(problem: Problem, x: Tensor, bases: Tensor, steps: int, keep: bool) -> Factors:
@@ -144,14 +135,14 @@ def run(problem: Problem, x: Tensor, bases: Tensor, steps: int, keep: bool) -> F
                 (stored + 2 if keep else 1, p.batch, p.columns, p.rank),
                 (stored + 1, p.batch, p.rows, p.rank),
                 (stored + 1, p.batch, p.blocks, p.rank, p.rank),
+                (p.batch, 2 * max(p.parts, p.blocks), p.rank, p.rank),
                 (max(stored, 1), p.batch, p.rows, p.rank),
-                (max(stored, 1), p.batch, p.rank, p.rank),
+                (max(stored, 1), p.batch, p.parts, p.rank, p.rank),
             )
         )
     )
     sums = bases.new_empty((p.batch, p.parts, p.rows, p.rank))
-    squares = bases.new_empty((p.batch, p.parts, p.rank, p.rank))
-    _finish(p, bases, sums, squares, factors, 0, FIRST=True, KEEP=keep)
+    _finish(p, bases, sums, factors, 0, FIRST=True, KEEP=keep)
     for i in range(steps):
         read, write = (i, i + 1) if keep else (0, 0)
         launch(
@@ -162,7 +153,8 @@ def run(problem: Problem, x: Tensor, bases: Tensor, steps: int, keep: bool) -> F
             factors.bases,
             factors.grams,
             sums,
-            squares,
+            factors.squares,
+            factors.scratch,
             read,
             write,
             p.batch,
@@ -171,26 +163,25 @@ def run(problem: Problem, x: Tensor, bases: Tensor, steps: int, keep: bool) -> F
             **p.constants,
             HELD=p.held,
             FIRST=i == 0,
-            KEEP=keep,
             configs=p.configs,
             key=("rows", "rank"),
             restore=("coef",),
         )
-        _finish(p, bases, sums, squares, factors, read, FIRST=False, KEEP=keep)
+        _finish(p, bases, sums, factors, read, FIRST=False, KEEP=keep)
     return factors
 
 
-def _finish(p: Problem, bases: Tensor, sums: Tensor, squares: Tensor, factors: Factors, slot: int, **constants: bool) -> None:
+def _finish(p: Problem, bases: Tensor, sums: Tensor, factors: Factors, slot: int, **constants: bool) -> None:
     launch(
         wrap_triton(finish),
         p.grid_of_blocks,
         bases,
         sums,
-        squares,
+        factors.squares,
         factors.bases,
         factors.grams,
         factors.products,
-        factors.coef_grams,
+        factors.scratch,
         slot,
         p.batch,
         p.rows,
@@ -199,7 +190,7 @@ def _finish(p: Problem, bases: Tensor, sums: Tensor, squares: Tensor, factors: F
         RANK=power_of_2(p.rank, at_least=16),
         PRECISION=p.precision,
         **constants,
-        configs=[config(4, ROWS=p.block)],
+        configs=[config(8 if p.rank > 64 else 4, ROWS=BLOCK)],
     )
 
 
@@ -216,6 +207,7 @@ def forward(x: Tensor, bases: Tensor, steps: int, gradient: str) -> Tensor:
             factors.coef,
             factors.bases,
             factors.grams,
+            factors.scratch,
             p.part,
             *x.stride(),
             *y.stride(),
@@ -225,6 +217,21 @@ def forward(x: Tensor, bases: Tensor, steps: int, gradient: str) -> Tensor:
             key=("rows", "rank"),
         )
     return y
+
+
+def traffic(shape: Sequence[int], rank: int, steps: int, itemsize: int) -> tuple[int, float]:
+    """How often forward reads x, and all that it moves, the factors and y included, in reads of x.
+
+    Everything counts once for each launch that touches it: what a program reads again is in its registers or the L2.
+    """
+    p = Problem(*shape, rank, "ieee")
+    reads = steps * (1 if p.held else 2) + 1
+    coef, bases, gram = p.columns * rank * 4, p.rows * rank * 4, rank * rank * 4
+    step = 2 * coef + bases + p.blocks * gram + p.parts * (bases + gram)
+    finish = p.parts * (bases + gram) + 2 * bases + p.blocks * gram
+    factors = steps * (step + finish) + finish + coef + bases + p.blocks * gram
+    x = p.rows * p.columns * itemsize
+    return reads, reads + 1 + factors / x
 
 
 def backward(
@@ -272,6 +279,7 @@ class _Back:
 
     def __init__(self, p: Problem, bases: Tensor, slots: int) -> None:
         self.grad_coef = bases.new_empty((p.batch, p.columns, p.rank))  # of the coefficients after the update at hand
+        self.grad_quotients = torch.empty_like(self.grad_coef)  # of C B^T B in that update
         self.grad_logits = bases.new_empty((slots, p.batch, p.columns, p.rank))  # of x^T B in every step
         self.grad_products = bases.new_empty((slots, p.batch, p.rows, p.rank))  # of x C; slot i + 1 is step i's
         self.grad_squares = bases.new_empty((p.batch, p.blocks, p.rank, p.rank))  # of C^T C, a part for each block of rows
@@ -290,11 +298,13 @@ def _step_back(p: Problem, back: _Back, grad_out: Tensor, x: Tensor, factors: Fa
         factors.bases,
         factors.grams,
         back.grad_coef,
+        back.grad_quotients,
         back.grad_logits,
         back.grad_products,
         back.grad_squares,
         back.sums,
         back.squares,
+        factors.scratch,
         slot,
         p.batch,
         p.part,
@@ -302,7 +312,7 @@ def _step_back(p: Problem, back: _Back, grad_out: Tensor, x: Tensor, factors: Fa
         *grad_out.stride(),
         **p.constants,
         **constants,
-        configs=p.configs_backward,
+        configs=p.configs,
         key=("rows", "rank"),
         restore=("grad_coef",),
     )
@@ -317,10 +327,11 @@ def _finish_back(p: Problem, back: _Back, factors: Factors, out: Tensor, slot: i
         back.squares,
         factors.bases,
         factors.products,
-        factors.coef_grams,
+        factors.squares,
         back.grad_products,
         back.grad_squares,
         back.carry,
+        factors.scratch,
         slot,
         p.batch,
         p.rows,
@@ -330,5 +341,5 @@ def _finish_back(p: Problem, back: _Back, factors: Factors, out: Tensor, slot: i
         PRECISION=p.precision,
         FIRST=slot == 0,
         **constants,
-        configs=[config(4, ROWS=p.block)],
+        configs=[config(8 if p.rank > 64 else 4, ROWS=BLOCK)],
     )
