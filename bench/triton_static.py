@@ -182,8 +182,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        printed = subprocess.run([tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", printed.stdout).groups()
+        command = [tool("cuobjdump"), "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", printed).groups()
     return int(registers), int(stack) + int(local)
 
 
@@ -289,7 +290,8 @@ def moved() -> list[str]:
         for dtype, itemsize in (("float32", 4), ("16 bits", 2)):
             reads, everything = nmf((batch, rows, 4096), rank, 7, itemsize)
             lines.append(table_row("nmf, 7 steps", f"{batch}x{rows}x4096, rank {rank}", dtype, reads, f"{everything:.2f}"))
-    lines += ["", table_row("operator", "logits", "dtype", "allocated besides the gradient, in bytes of the logits"), "|" + "---|" * 4]
+    lines += ["", table_row("operator", "logits", "dtype", "allocated besides the gradient, in bytes of the logits")]
+    lines.append("|" + "---|" * 4)
     for shape in ((16, 150, 64, 64), (8, 19, 128, 128), (16, 2, 64, 64)):
         for dtype, itemsize in (("float32", 4), ("16 bits", 2)):
             part = loss(shape, (8 * shape[2], 8 * shape[3]), itemsize).bytes / (math.prod(shape) * itemsize)

@@ -15,7 +15,7 @@ from operators import FUNCTIONS, compiled, dwconv_gelu_sample, msca_strips_sampl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import segnext_kernels
-from segnext_kernels import _load, _select, build_info, explain
+from segnext_kernels import _load, _select, _triton, build_info, explain
 
 OPERATORS = ("msca_strips", "dwconv_gelu", "nmf")
 X = {"msca_strips": torch.ones(1, 2, 3, 4), "dwconv_gelu": torch.ones(1, 2, 3, 4), "nmf": torch.ones(1, 2, 3)}
@@ -88,8 +88,10 @@ def test_why_cuda_does_not_serve(operator, dtype, failure, reason, monkeypatch):
     monkeypatch.setattr(_load, "cuda_failure", failure)
     with FakeTensorMode():
         x = torch.empty(1, 2, 3, 4, dtype=dtype, device="cuda")
-        assert explain(operator, x)["cuda"] == reason
-        assert explain(operator, x)["reference"] == "serves"
+        answer = explain(operator, x)
+        assert answer["cuda"] == reason
+        triton = _triton.failure is None and dtype != torch.float64
+        assert (answer["triton"], answer["reference"])[0 if triton else 1] == "serves"
     assert explain("msca_strips", torch.ones(1, 2, 3, 4))["cuda"] == "x is on cpu, these kernels are for CUDA"
 
 
@@ -112,6 +114,29 @@ def test_gpus_that_the_cuda_kernels_fit(built, capability, fits, monkeypatch):
     assert reason == (
         None if fits else f"the CUDA kernels were built for {', '.join(built.split())}, this GPU is {major}.{minor}"
     )
+
+
+def test_triton_serves_where_cuda_was_not_built(monkeypatch):
+    """And without Triton plain PyTorch, each with its reason."""
+    monkeypatch.setattr(_load, "cuda_failure", "they were left out")
+    monkeypatch.setattr(_triton, "failure", None)
+    with FakeTensorMode():
+        x, double = (torch.empty(1, 2, 3, 4, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float64))
+        answer = explain("msca_strips", x)
+        assert (answer["cuda"], answer["triton"], answer["reference"]) == ("they were left out", "serves", "could serve")
+        assert "float32, bfloat16 and float16, x is float64" in explain("msca_strips", double)["triton"]
+        assert explain("conv_act", x)["triton"].startswith("the Triton kernels are for msca_strips, dwconv_gelu, nmf")
+        assert "ranks up to 128, got 200" in explain("nmf", x, rank=200)["triton"]
+        monkeypatch.setattr(_triton, "failure", "Triton is not installed")
+        answer = explain("msca_strips", x)
+        assert (answer["triton"], answer["reference"]) == ("Triton is not installed", "serves")
+
+
+def test_triton_on_the_cpu_is_the_interpreter(monkeypatch):
+    monkeypatch.setattr(_triton, "failure", None)
+    assert explain("nmf", X["nmf"])["triton"] == "x is on cpu, these kernels are for GPUs"
+    monkeypatch.setattr(_triton, "interpreted", True)
+    assert explain("nmf", X["nmf"])["triton"] == "serves"
 
 
 @compiled

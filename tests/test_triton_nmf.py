@@ -10,8 +10,8 @@ import pytest
 import torch
 from operators import (
     EMPTY_MATRICES,
-    GRADIENTS,
     GPU_DTYPES,
+    GRADIENTS,
     HALVES,
     MATRIX_LAYOUTS,
     Sample,

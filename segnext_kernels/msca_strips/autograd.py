@@ -25,9 +25,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(operators, ctx, grad_out):
     x, *weights = ctx.saved_tensors
     need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
-    grad_x, grad_weights = operators.msca_strips_backward(
-        like_layout(grad_out, x), x, weights, need_x, need_weights
-    )
+    grad_x, grad_weights = operators.msca_strips_backward(like_layout(grad_out, x), x, weights, need_x, need_weights)
     return grad_x if need_x else None, grad_weights if need_weights else [None] * len(weights)
 
 

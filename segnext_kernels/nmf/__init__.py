@@ -26,7 +26,8 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", *, backen
         y = B @ C.mT
 
     The factors are kept in float32 whatever x's dtype is (float64 for float64). Only ``x`` and ``bases`` are kept for backward.
-    Under autocast ``x`` is cast to autocast's dtype. A NaN or infinity in a matrix makes that whole matrix of y non-finite
+    Under autocast ``x`` is cast to autocast's dtype. On NVIDIA GPUs products with float32 ``x`` are made in TF32 where
+    ``torch.backends.cuda.matmul`` allows it. A NaN or infinity in a matrix makes that whole matrix of y non-finite
     (with zero steps its column) and leaves the rest of the batch alone.
 
     Args:

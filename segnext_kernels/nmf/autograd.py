@@ -27,9 +27,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(operators, ctx, grad_out):
     x, bases = ctx.saved_tensors
     need_x, need_bases = ctx.needs_input_grad[:2]
-    grad_x, grad_bases = operators.nmf_backward(
-        like_layout(grad_out, x), x, bases, ctx.steps, ctx.gradient, need_x, need_bases
-    )
+    grad_x, grad_bases = operators.nmf_backward(like_layout(grad_out, x), x, bases, ctx.steps, ctx.gradient, need_x, need_bases)
     return grad_x if need_x else None, grad_bases if need_bases else None, None, None
 
 

@@ -1,17 +1,18 @@
 """nmf in Triton: one pass over x for every update of both factors, forward and backward.
 
-``step`` reads a tile of x, all D rows and some columns, once: it updates the columns' coefficients and, from the same tile, adds
-up x C and C^T C over the columns of a program. ``finish`` adds the programs' sums in their order, updates the bases, and leaves
-B^T B for the next step. The first step begins with the softmax, whose logits x^T B are also the products of its update; the last
-update of C and y = B C^T are a pass of their own. That is 2 steps + 2 launches and steps + 1 reads of x.
-
-Backward does the forward steps again and keeps all factors: (steps + 2) N R + (2 steps + 1) D R floats for each matrix, and about
-as many for the gradients of the products. ``step_backward`` goes back through an update of the coefficients in one pass over x,
-``finish_backward`` through one of the bases. The gradient of x is a sum of products of rank R, two for each step;
-``gradient_of_x`` adds them up at the end, so that it is written once.
+``step`` reads a tile of x, all D rows and some columns, once: it updates the columns' coefficients and, from the same tile,
+adds up x C over the columns of a program, then C^T C. ``finish`` adds the programs' sums in their order, updates the bases, and
+leaves B^T B for the next step. The first step begins with the softmax, whose logits x^T B are also the products of its update;
+the last update of C and y = B C^T are a pass of their own. That is 2 steps + 2 launches and steps + 1 reads of x.
 
 Where the sums of all D rows don't fit into registers (D R > 16384), a program adds them up some rows at a time, reading its
-columns of x a second time, mostly from the L2.
+columns of x a second time, mostly from the L2; so do the programs that go back. Keeping x on the chip through all steps would
+take a barrier between programs that all are resident, which Triton does not promise, so there is no such version.
+
+Backward does the forward steps again and keeps all factors: (steps + 2) N R + (2 steps + 1) D R floats for each matrix, and
+about as many for the gradients of the products. ``step_backward`` goes back through an update of the coefficients,
+``finish_backward`` through one of the bases. The gradient of x is a sum of products of rank R, two for each step;
+``gradient_of_x`` adds them up at the end, so that it is written once. "one_step" keeps nothing of the steps.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Problem:
     def constants(self) -> dict[str, object]:
         """Of every kernel."""
         rank = power_of_2(self.rank, at_least=16)
-        chunk = min(power_of_2(self.rows, at_least=16), 32 if self.precision == "ieee" or rank > 64 else 64)
+        widest = (16 if self.held else 32) if self.precision == "ieee" else (64 if rank <= 64 else 32)
+        chunk = min(power_of_2(self.rows, at_least=16), widest)
         chunks = triton.cdiv(self.rows, chunk)
         return {
             "rows": self.rows,
@@ -86,10 +88,27 @@ class Problem:
     def blocks(self) -> int:
         return triton.cdiv(self.rows, BLOCK)
 
+    # Beyond these, one target's compiler or another's keeps something in memory instead of registers.
+
     @property
     def configs(self) -> list[triton.Config]:
-        """Of the kernels that read x."""
+        """Of ``step``; the second loads the next tile while it computes."""
+        return [config(8, COLUMNS=32), config(8, stages=2, COLUMNS=32)]
+
+    @property
+    def configs_of_output(self) -> list[triton.Config]:
+        """Of ``approximate``."""
         return [config(8, registers=255, COLUMNS=columns) for columns in (32, 16)]
+
+    @property
+    def configs_backward(self) -> list[triton.Config]:
+        """Of ``step_backward``."""
+        return [config(8, registers=255, COLUMNS=16 if self.rank > 32 else 32)]
+
+    @property
+    def configs_of_tiles(self) -> list[triton.Config]:
+        """Of ``gradient_of_x``."""
+        return [config(8, registers=255, ROWS=32, COLUMNS=columns) for columns in (64, 32)]
 
     def grid(self, meta: dict[str, int]) -> tuple[int, int]:
         return self.parts, self.batch
@@ -213,7 +232,7 @@ def forward(x: Tensor, bases: Tensor, steps: int, gradient: str) -> Tensor:
             *y.stride(),
             **p.constants,
             FIRST=steps == 0,
-            configs=p.configs,
+            configs=p.configs_of_output,
             key=("rows", "rank"),
         )
     return y
@@ -248,7 +267,8 @@ def backward(
         last = len(factors.bases) - 1
         back = _Back(p, bases, last + 1)
         for i in range(last, -1, -1):
-            _step_back(p, back, grad_out, x, factors, i, LAST=i == last, FIRST=steps == 0, SOFTMAX=exact and i == 0, EXACT=exact)
+            kind = {"LAST": i == last, "FIRST": steps == 0, "SOFTMAX": exact and i == 0, "EXACT": exact}
+            _step_back(p, back, grad_out, x, factors, i, **kind)
             if exact:
                 _finish_back(p, back, factors, grad_bases if i == 0 and need_bases else back.carry, i, LAST=i == last)
         if need_x:
@@ -312,7 +332,7 @@ def _step_back(p: Problem, back: _Back, grad_out: Tensor, x: Tensor, factors: Fa
         *grad_out.stride(),
         **p.constants,
         **constants,
-        configs=p.configs,
+        configs=p.configs_backward,
         key=("rows", "rank"),
         restore=("grad_coef",),
     )

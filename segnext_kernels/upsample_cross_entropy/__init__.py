@@ -44,7 +44,8 @@ def upsample_cross_entropy(
     Raises:
         TypeError: an argument is no tensor, or of an unsupported dtype.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        RuntimeError: a target is neither a class nor ``ignore_index`` (from plain PyTorch: IndexError).
+        RuntimeError: a target is neither a class nor ``ignore_index`` (from plain PyTorch: IndexError). From Triton on a GPU,
+            which nobody waits for, the loss and its gradient are nan instead.
 
     Source:
         ``BaseDecodeHead.loss_by_feat`` of mmsegmentation: resize, then cross-entropy.

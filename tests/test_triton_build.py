@@ -1,0 +1,116 @@
+"""The Triton kernels compiled for GPUs that are not there: all configurations, no spills, few launches; and traced.
+
+In processes of their own, for here the kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import triton_static
+from bench.__main__ import main
+from segnext_kernels import _triton, build_info
+
+pytestmark = [
+    pytest.mark.skipif(_triton.failure is not None, reason=str(_triton.failure)),
+    pytest.mark.skipif(
+        torch.version.cuda is None, reason="this torch has no CUDA, and so no tensors of a GPU that is not there"
+    ),
+]
+ROOT = Path(__file__).parents[1]
+
+COMPILE = """
+import json
+from dataclasses import asdict
+import torch
+from bench import triton_static as static
+
+if __name__ == "__main__":
+    jobs = []
+    for dtype, last in ((torch.float32, False), (torch.bfloat16, True)):
+        for call in static.calls(dtype, last, whole=False).values():
+            jobs += [(launch, target) for target in static.TARGETS for launch in static.distinct(call, target)]
+    found = static.compile_all(list(dict.fromkeys(jobs)))
+    print(json.dumps([asdict(c) | {"fits": c.fits} for c in found]))
+"""
+
+LAUNCHES = """
+import torch
+from bench import triton_static as static
+from segnext_kernels.nmf import triton as nmf
+
+for steps in (0, 1, 7):
+    for rank in (16, 64):
+        print(len(static.record(lambda: nmf.forward(torch.empty(2, 256, 4096), torch.empty(2, 256, rank), steps, "exact"))))
+"""
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    return json.loads(run("-c", COMPILE).splitlines()[-1])
+
+
+def test_every_configuration_compiles_without_spills_and_fits(compiled):
+    assert not [c for c in compiled if not c["fits"]]
+
+
+def test_every_kernel_is_compiled_for_every_target(compiled):
+    names = {"strips", "inputs", "taps", "reduce", "activate", "differentiate", "highest"}
+    names |= {"finish", "step", "approximate", "step_backward", "finish_backward", "gradient_of_x"}
+    names |= {"add_losses", "add_weights", "keep_log_sum_exps", "gather"}
+    assert {(c["kernel"], c["target"]) for c in compiled} == {
+        (name, target) for name in names for target in triton_static.TARGETS
+    }
+
+
+def test_products_of_16_bits_are_made_on_tensor_cores(compiled):
+    cores = {
+        c["target"]: c["tensor_cores"] for c in compiled if c["kernel"] == "step" and c["configuration"].startswith("bf16")
+    }
+    assert set(cores) == set(triton_static.TARGETS) and all(cores.values())
+
+
+def test_launches_of_nmf():
+    """At most two for each step and three more."""
+    counts = list(map(int, run("-c", LAUNCHES).split()))
+    assert counts == [2 * steps + 2 for steps in (0, 1, 7) for _ in range(2)]
+
+
+def test_torch_compile_sees_through():
+    assert run("tests/triton_traced.py").count("is seen through") == 5
+
+
+def test_autocast_on_gpus_is_registered():
+    for name in ("msca_strips", "dwconv_gelu", "nmf", "upsample_cross_entropy"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{_triton.NAMESPACE}::{name}", "AutocastCUDA")
+
+
+def test_triton_static_command(monkeypatch, capsys):
+    monkeypatch.setattr(triton_static, "report", lambda: "# a table")
+    assert main(["triton-static"]) == 0
+    assert capsys.readouterr().out == "# a table\n"
+    monkeypatch.setitem(_triton.__dict__, "failure", "Triton is not installed (somewhere)")
+    assert main(["triton-static"]) == 2
+    assert "there are no Triton kernels to compile: Triton is not installed" in capsys.readouterr().err
+    assert build_info()["missing"]["triton"] == "Triton is not installed (somewhere)"
+
+
+def test_bytes_moved():
+    """The table of what is moved names every operator that has a limit."""
+    text = "\n".join(triton_static.moved())
+    assert "| msca_strips | 16x64x64x64 | contiguous | 1.00 |" in text
+    assert "| nmf, 7 steps | 16x256x4096, rank 16 | float32 | 8 |" in text
+    shares = [float(line.split("|")[4]) for line in text.splitlines() if line.startswith("| upsample_cross_entropy")]
+    assert shares and max(shares) <= 1

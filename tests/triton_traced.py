@@ -1,0 +1,116 @@
+"""Traces the operators for a GPU that is not there, as torch.compile does; test_triton_build.py runs it in a process of its own.
+
+The interpreter's kernels cannot be traced, and autograd would ask for the GPU, so nothing is run: the graphs are looked at.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+import triton
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+
+import segnext_kernels as sk
+
+Tensors = tuple[Tensor, ...]
+
+
+class Driver:
+    """As much of a GPU's driver as torch needs to find out what a kernel writes to."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+NMF_BACKWARD = {"finish", "step", "step_backward", "finish_backward", "gradient_of_x"}  # the steps are done again
+KERNELS = {
+    "msca_strips": ({"strips"}, {"inputs", "taps", "reduce"}),
+    "dwconv_gelu": ({"activate"}, {"differentiate", "reduce"}),
+    "nmf": ({"finish", "step", "approximate"}, NMF_BACKWARD),
+    "upsample_cross_entropy": ({"add_losses", "finish"}, {"add_weights", "keep_log_sum_exps", "gather"}),
+    "upsample_argmax": ({"highest"}, set()),
+}
+
+
+def calls(operator: str, dtype: torch.dtype) -> tuple[Tensors, list[tuple[Callable[..., object], set[str]]]]:
+    """Arguments, and what is called with them: the public function and, as autograd would, the operator for backward."""
+    backward = getattr(torch.ops.segnext_kernels_triton, f"{operator}_backward", None)
+    forward_kernels, backward_kernels = KERNELS[operator]
+    x = torch.empty(2, 5, 9, 12, dtype=dtype).to(memory_format=torch.channels_last)
+    sizes = [(5, 5)] + [size for k in (7, 11, 21) for size in ((1, k), (k, 1))]
+    filters = [torch.empty(s, dtype=dtype) for h, w in sizes for s in ((5, 1, h, w), (5,))]
+    target = torch.zeros(2, 40, 50, dtype=torch.int64)
+    leaves, forward, back = {
+        "msca_strips": (
+            (x, *filters),
+            lambda x, *w: sk.msca_strips(x, list(w), backend="triton"),
+            lambda x, *w: backward(x, x, list(w), True, True),
+        ),
+        "dwconv_gelu": (
+            (x, torch.empty(5, 1, 3, 3, dtype=dtype), filters[1]),
+            lambda *a: sk.dwconv_gelu(*a, backend="triton"),
+            lambda x, w, b: backward(x, x, w, b, True, True),
+        ),
+        "nmf": (
+            (torch.empty(2, 5, 9, dtype=dtype), torch.empty(2, 5, 3)),
+            lambda x, b: sk.nmf(x, b, 2, backend="triton"),
+            lambda x, b: backward(x, x, b, 2, "exact", True, True),
+        ),
+        "upsample_cross_entropy": (
+            (x, target),
+            lambda x, t: sk.upsample_cross_entropy(x, t, backend="triton"),
+            lambda x, t: backward(x.new_empty((), dtype=torch.float32), x, t, None, 255),
+        ),
+        "upsample_argmax": ((x,), lambda x: sk.upsample_argmax(x, (40, 50), backend="triton"), None),
+    }[operator]
+    return leaves, [(forward, forward_kernels), *([(back, backward_kernels)] if back else [])]
+
+
+def kernels_in(graph: torch.fx.GraphModule) -> set[str]:
+    """The names of the kernels that a graph launches."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    nodes = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert not [node for node in graph.graph.nodes if "segnext_kernels" in str(node.target)], "an operator was not seen through"
+    return {kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__ for node in nodes}
+
+
+def check(operator: str, dtype: torch.dtype, dynamic: bool) -> None:
+    """One graph without breaks launches the kernels by name, and its results look as those of the operator itself."""
+    leaves, functions = calls(operator, dtype)
+    for function, kernels in functions:
+        graphs: list[torch.fx.GraphModule] = []
+
+        def keep(graph: torch.fx.GraphModule, inputs: list[Tensor], graphs=graphs) -> Callable:
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=keep))
+        traced, eager = (tree_leaves(call(*leaves)) for call in (compiled, function))
+        assert [(t.shape, t.dtype, t.stride(), t.device) for t in traced] == [
+            (t.shape, t.dtype, t.stride(), t.device) for t in eager
+        ]
+        assert [kernels_in(graph) for graph in graphs] == [kernels], (operator, [kernels_in(graph) for graph in graphs])
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        x = torch.empty(1, 2, 3, 4)
+        for operator in KERNELS:
+            assert sk.explain(operator, x)["triton"] in ("serves", "could serve"), sk.explain(operator, x)
+            check(operator, torch.float32, dynamic=True)
+            check(operator, torch.bfloat16, dynamic=False)
+            print(operator, "is seen through")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
