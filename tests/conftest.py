@@ -13,7 +13,7 @@ from operators import require
 
 from segnext_kernels import _triton
 
-del os.environ["TRITON_INTERPRET"]  # the processes that tests start have the kernels that are compiled
+del os.environ["TRITON_INTERPRET"]
 if _triton.failure is None:
     import triton_interpreter
 

@@ -33,9 +33,10 @@ from bench import triton_static as static
 
 if __name__ == "__main__":
     jobs = []
-    for dtype, last in ((torch.float32, False), (torch.bfloat16, True)):
+    for target in static.TARGETS:
+        dtype, last = (torch.float32, False) if target in ("sm_80", "gfx942") else (torch.bfloat16, True)
         for call in static.calls(dtype, last, whole=False).values():
-            jobs += [(launch, target) for target in static.TARGETS for launch in static.distinct(call, target)]
+            jobs += [(launch, target) for launch in static.distinct(call, target)]
     found = static.compile_all(list(dict.fromkeys(jobs)))
     print(json.dumps([asdict(c) | {"fits": c.fits} for c in found]))
 """

@@ -17,6 +17,7 @@ _cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
 def enable() -> None:
     """Interprets the kernels of this process."""
+    triton.knobs.propagate_env = False  # the processes that tests start have the kernels that are compiled
     triton.knobs.runtime.interpret = True
     for name in ("cast_impl", "create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, cast)

@@ -1,4 +1,4 @@
-"""Traces the operators for a GPU that is not there, as torch.compile does; test_triton_build.py runs it in a process of its own.
+"""Traces the operators for a GPU that is not there, as torch.compile does; test_triton_build.py runs it in its own process.
 
 The interpreter's kernels cannot be traced, and autograd would ask for the GPU, so nothing is run: the graphs are looked at.
 """

@@ -68,9 +68,9 @@ def forward(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def configs(tiles: Tiles) -> list[triton.Config]:
-    # With two lanes a thread needs nearly all of 255 registers, and cannot have more than 128 among 512 threads.
-    choices = ((1, 2), (1, 4), (2, 1)) if tiles.lanes <= 256 else ((2, 1),)
-    return [config(warps(tiles.lanes, each), ROWS=rows) for each, rows in choices]
+    # With two lanes a thread needs all of 255 registers, none for rows ahead, and cannot have more than 128 among 512 threads.
+    choices = ((1, 2), (1, 4)) if tiles.lanes <= 256 else ((2, 1),)
+    return [config(warps(tiles.lanes, each), ROWS=rows, AHEAD=each == 1) for each, rows in choices]
 
 
 def traffic(shape: Sequence[int], channels_last: bool) -> float:
@@ -114,6 +114,7 @@ def strips(
     COLUMNS: tl.constexpr,
     HALO: tl.constexpr,
     ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     own_channel, lane, channel, column, inside, own, offset, first, end = lanes_of(
         blocks, across, parts, rows, channels, height, width, stride_n, stride_c, stride_w, LAST, CHANNELS, COLUMNS, HALO
@@ -133,11 +134,15 @@ def strips(
     below = tl.minimum(end + REACH, height) + 2
     stem = zeros(offset.to(tl.float32), 4)
     sums = zeros(stem[0], 2 * REACH)
-    ahead = load_rows(x + offset, start, last, stride_h, inside, ROWS)
+    if AHEAD:
+        rows_of_x = load_rows(x + offset, start, last, stride_h, inside, ROWS)
     for row in range(start, below, ROWS):
-        store_rows(xs, ahead, ROWS, ROW)
+        if not AHEAD:
+            rows_of_x = load_rows(x + offset, row, last, stride_h, inside, ROWS)
+        store_rows(xs, rows_of_x, ROWS, ROW)
         tl.debug_barrier()
-        ahead = load_rows(x + offset, row + ROWS, last, stride_h, inside, ROWS)
+        if AHEAD:
+            rows_of_x = load_rows(x + offset, row + ROWS, last, stride_h, inside, ROWS)
         stem = convolve(stem, load_shifted(xs, ROWS, STEP, ROW), taps, ROWS, 1)
         a = ()
         for i in tl.static_range(ROWS):

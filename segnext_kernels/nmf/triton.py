@@ -65,7 +65,9 @@ class Problem:
     def constants(self) -> dict[str, object]:
         """Of every kernel."""
         rank = power_of_2(self.rank, at_least=16)
-        widest = (16 if self.held else 32) if self.precision == "ieee" else (64 if rank <= 64 else 32)
+        widest = 64 if self.precision != "ieee" and rank <= 64 else 32
+        if self.precision == "ieee" and self.held and torch.version.hip is None:
+            widest = 16  # without tensor cores a product has its operands in registers
         chunk = min(power_of_2(self.rows, at_least=16), widest)
         chunks = triton.cdiv(self.rows, chunk)
         return {

@@ -100,7 +100,8 @@ def backward(grad_out: Tensor, logits: Tensor, target: Tensor, weight: Tensor | 
     )
     lanes = min((64, 32), key=lambda lanes: lanes * blocks(columns, lanes)) if columns > 32 else power_of_2(columns, 4)
     wide, narrow = (min(count // lanes, power_of_2(classes)) for count in (LANES, LANES // 2))
-    configs = [config(4, CLASSES=wide), config(8, CLASSES=wide) if lanes == 64 else config(2, CLASSES=narrow)]
+    second = config(8, registers=168, CLASSES=wide) if lanes == 64 else config(2, CLASSES=narrow)
+    configs = [config(4, CLASSES=wide), second]
     for first in range(0, images * plan.segments, plan.together):
         last = min(first + plan.together, images * plan.segments) - 1
         # The gaps, counted through all images, from the one above the strip's first row to the one below its last
