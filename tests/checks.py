@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -172,6 +173,14 @@ def check_compile(samples: list[Sample], backend: str | None, compiler: str) -> 
         grads = torch.autograd.grad(y, leaves, grad_out, materialize_grads=True)
         for got, want in zip([y.detach(), *grads], results(sample, backend, grad_out), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=tolerance(want.dtype) * float(want.abs().max()))
+
+
+def check_gradients_of_float32(function: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> None:
+    """``torch.autograd.gradcheck`` in a random direction, with steps and tolerances for float32."""
+    leaves = tuple(leaf.detach().float().requires_grad_() for leaf in leaves)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it would rather have float64
+        assert torch.autograd.gradcheck(function, leaves, eps=1e-2, atol=1e-2, rtol=1e-2, fast_mode=True)
 
 
 def check_all_operators() -> None:

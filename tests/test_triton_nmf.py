@@ -30,13 +30,13 @@ from operators import (
     tolerance,
 )
 
-from segnext_kernels import _select
+from segnext_kernels import _select, nmf
 
 pytestmark = interpreted
 gradients = pytest.mark.parametrize("gradient", GRADIENTS)
 
 # [B, D, N, R] and steps: one element, odd, R above D and N, more than a chunk of rows, more than a tile of columns, no steps
-MATRICES = [(1, 1, 1, 1, 6), (2, 5, 45, 3, 1), (2, 33, 5, 17, 2), (1, 130, 70, 16, 2), (2, 45, 64, 17, 0), (1, 20, 33, 128, 1)]
+MATRICES = [(1, 1, 1, 1, 2), (2, 5, 45, 3, 1), (2, 33, 5, 17, 1), (1, 70, 40, 16, 2), (2, 45, 64, 17, 0), (1, 20, 33, 128, 1)]
 CASES = [(shape, "float32", layout, gradient) for shape in MATRICES for layout in MATRIX_LAYOUTS for gradient in GRADIENTS]
 CASES += [(shape, dtype, "transposed", "exact") for shape in MATRICES for dtype in ("bfloat16", "float16")]
 CASES += [(MATRICES[1], dtype, layout, "one_step") for dtype in ("bfloat16", "float16") for layout in MATRIX_LAYOUTS]
@@ -81,8 +81,7 @@ def test_slice_of_one_matrix(backend):
     check(sample, backend, grad_like(sample.x))
 
 
-@pytest.mark.parametrize("case", ["r3", "r16", "r64"])
-@gradients
+@pytest.mark.parametrize(("case", "gradient"), [("r3", "exact"), ("r16", "exact"), ("r16", "one_step"), ("r64", "exact")])
 def test_golden(case, gradient, backend):
     values = golden(f"nmf/{case}/")
     x, bases = values["x"].float(), values["bases0"].float()
@@ -95,7 +94,7 @@ def test_golden(case, gradient, backend):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_factors_are_not_rounded(dtype, backend):
     """Every element of y is off by its own rounding and by what a product of float32 leaves, however many steps there were."""
-    sample = nmf_sample(1, 96, 256, 16, 7).to(dtype)
+    sample = nmf_sample(1, 64, 96, 16, 7).to(dtype)
     got, want = sample(backend).double(), sample.exact()[0]
     rounding = want.abs() * torch.finfo(dtype).eps / 2
     assert ((got - want).abs() - rounding).max() <= 2e-5 * want.abs().max()
@@ -136,7 +135,7 @@ def test_large_values(dtype, backend):
 
 
 def test_what_every_operator_must_do(kernels, backend):
-    sample = arranged(nmf_sample(2, 17, 70, 5, 2).to(torch.float32), "transposed")
+    sample = arranged(nmf_sample(2, 17, 40, 5, 1).to(torch.float32), "transposed")
     checks.check_layout(sample, backend)
     checks.check_nothing_needed(sample, backend)
     checks.check_saved_tensors(sample, backend)
@@ -161,6 +160,12 @@ def test_opcheck(gradient, backend):
     forward = (x.detach().requires_grad_(), bases.detach().requires_grad_(), 1, gradient)
     for need in ((True, True), (True, False), (False, True)):
         checks.check_registration("nmf", forward, (torch.ones_like(x), x, bases, 1, gradient, *need), backend)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_gradcheck(steps, backend):
+    leaves = tuple(leaf.add(0.1) for leaf in nmf_sample(2, 4, 5, 3, steps).leaves)  # away from the corner at zero
+    checks.check_gradients_of_float32(lambda x, bases: nmf(x, bases, steps, backend=backend), leaves)
 
 
 def test_batch_does_not_matter(backend):

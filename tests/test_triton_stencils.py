@@ -12,6 +12,7 @@ import checks
 import pytest
 import torch
 from operators import (
+    FUNCTIONS,
     HALVES,
     Sample,
     arrange,
@@ -156,12 +157,24 @@ def test_registration(sample_of, backend):
     operator = sample_of.__name__.removesuffix("_sample")
     weights = [weights] if operator == "msca_strips" else weights
     operators = torch.ops.segnext_kernels_triton
-    torch.library.opcheck(getattr(operators, operator).default, (x, *weights), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(getattr(operators, operator).default, (x, *weights))
     for need in ((True, False), (False, True)):
         arguments = (torch.ones_like(x), x, *weights, *need)
         torch.library.opcheck(
             getattr(operators, f"{operator}_backward").default, arguments, test_utils=("test_schema", "test_faketensor")
         )
+
+
+@interpreted
+def test_gradcheck(sample_of, backend):
+    sample = sample_of((1, 2, 2, 3))
+    checks.check_gradients_of_float32(lambda *leaves: FUNCTIONS[sample.operator](*leaves, backend=backend), sample.leaves)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast(sample_of, dtype, backend):
+    checks.check_autocast(arranged(sample_of((1, 2, 2, 3)).to(torch.float32), "channels_last"), backend, dtype)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import upsample
-from checks import poisoned
+from checks import check_gradients_of_float32, poisoned
 from operators import IMAGE_LAYOUTS, assert_same, gpu_dtypes, image_layouts, interpreted
 from upsample import IGNORED, draw_logits, draw_target, exact_loss_and_gradient, loss_and_gradient
 
@@ -198,6 +198,13 @@ def test_only_the_gradient_is_computed_that_is_needed(backend):
     (grad,) = torch.autograd.grad(2.5 * upsample_cross_entropy(leaf, target, backend=backend), leaf)
     assert loss.isfinite()
     assert_same([grad], want[1:])
+
+
+@interpreted
+def test_gradcheck(backend):
+    target = draw_target((1, 3, 2, 3), (5, 7))
+    logits = draw_logits((1, 3, 2, 3), torch.float32)
+    check_gradients_of_float32(lambda z: upsample_cross_entropy(z, target, backend=backend), (logits,))
 
 
 @interpreted
