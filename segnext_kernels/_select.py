@@ -70,6 +70,8 @@ def _why_not_triton(operator: str, x: Tensor) -> str | None:
         return _triton.failure
     if x.device.type != "cuda" and not (x.device.type == "cpu" and _triton.interpreted):
         return f"x is on {x.device.type}, these kernels are for GPUs"
+    if operator == "nmf" and x.shape[2] * max(x.shape[1], TRITON_RANK) >= 2**31:
+        return f"the Triton kernels of nmf are for matrices below 2**31 elements, x is {list(x.shape)}"
     return _other_dtype("Triton", x) if x.dtype not in GPU_DTYPES else None
 
 

@@ -80,12 +80,12 @@ def _autotuner(kernel, configs: Sequence[triton.Config], key: Sequence[str], res
     return _tuned[identity]
 
 
-def config(warps: int, stages: int = 1, registers: int | None = None, **values: int) -> triton.Config:
-    """A configuration, by default without software pipelining.
+def config(warps: int, registers: int | None = None, **values: int) -> triton.Config:
+    """A configuration without software pipelining, which could move loads before stores that they depend on.
 
     With ``registers`` NVIDIA's assembler gives a thread so many rather than spill for more warps.
     """
-    return triton.Config(values, num_warps=warps, num_stages=stages, maxnreg=registers if torch.version.hip is None else None)
+    return triton.Config(values, num_warps=warps, num_stages=1, maxnreg=registers if torch.version.hip is None else None)
 
 
 def power_of_2(number: int, at_least: int = 1) -> int:

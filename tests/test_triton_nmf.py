@@ -64,7 +64,7 @@ def test_parts_and_tiles(held, dtype, gradient, kernels, monkeypatch, backend):
     """Several programs for a matrix, and sums that are held in registers, or not."""
     if not held:
         monkeypatch.setattr(kernels, "HELD", 0)
-    sample = nmf_sample(1, 40, 130, 16, 2, gradient).to(dtype)
+    sample = nmf_sample(1, 40, 70, 16, 2, gradient).to(dtype)
     check(sample, backend, grad_like(sample.x))
 
 
@@ -143,8 +143,7 @@ def test_what_every_operator_must_do(kernels, backend):
     checks.check_no_double_backward(sample, backend)
     for needed in ({0}, {1}):
         checks.check_needed_gradients(sample, backend, needed)
-    for layout in ("contiguous", "expanded"):
-        checks.check_grad_out_layouts(sample, backend, layout)
+    checks.check_grad_out_layouts(sample, backend, "contiguous")
     want = results(sample, backend, grad_like(sample.x))
     assert_same(results(sample, backend, grad_like(sample.x)), want)
 
@@ -154,12 +153,34 @@ def test_autocast(dtype, backend):
     checks.check_autocast(nmf_sample(2, 17, 45, 3, 1).to(torch.float32), backend, dtype)
 
 
-@gradients
-def test_opcheck(gradient, backend):
+def test_opcheck(backend):
     x, bases = arrange(nmf_sample(2, 5, 9, 3, 1).to(torch.float32).x, "transposed"), nmf_sample(2, 5, 9, 3, 1).leaves[1].float()
-    forward = (x.detach().requires_grad_(), bases.detach().requires_grad_(), 1, gradient)
-    for need in ((True, True), (True, False), (False, True)):
-        checks.check_registration("nmf", forward, (torch.ones_like(x), x, bases, 1, gradient, *need), backend)
+    forward = (x.detach().requires_grad_(), bases.detach().requires_grad_(), 1, "exact")
+    checks.check_registration("nmf", forward, (torch.ones_like(x), x, bases, 1, "exact", True, False), backend)
+
+
+def test_tuning_runs_kernels_many_times(kernels, monkeypatch, backend):
+    """What a kernel both reads and writes is restored between its runs."""
+
+    def launch(kernel, grid, *args, configs, restore=(), **options):
+        if len(configs) > 1:
+            before = {name: args[kernel.arg_names.index(name)].clone() for name in restore}
+            once(kernel, grid, *args, configs=configs[1:], **options)
+            for name, value in before.items():
+                args[kernel.arg_names.index(name)].copy_(value)
+        once(kernel, grid, *args, configs=configs, **options)
+
+    sample = nmf_sample(1, 17, 40, 5, 2).to(torch.float32)
+    want, once = results(sample, backend), kernels.launch
+    monkeypatch.setattr(kernels, "launch", launch)
+    assert_same(results(sample, backend), want)
+
+
+def test_matrices_beyond_32_bits_are_left_to_others(backend):
+    large = torch.empty(1).expand(1, 1 << 16, 1 << 15)
+    assert _select.why_not(backend, "nmf", large) == (
+        "the Triton kernels of nmf are for matrices below 2**31 elements, x is [1, 65536, 32768]"
+    )
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -201,6 +201,17 @@ def test_only_the_gradient_is_computed_that_is_needed(backend):
 
 
 @interpreted
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_logits_show_in_the_gradient(bad, backend):
+    logits = draw_logits((1, 3, 4, 4), torch.float32)
+    logits[0, 1, 2, 1] = bad
+    loss, grad = loss_and_gradient(logits, draw_target((1, 3, 4, 4), (8, 8)), backend=backend)
+    _, want = loss_and_gradient(logits, draw_target((1, 3, 4, 4), (8, 8)), backend="reference")
+    assert not loss.isfinite()
+    assert not grad[~want.isfinite()].isfinite().any() and grad[:, :, 0].isfinite().all()
+
+
+@interpreted
 def test_gradcheck(backend):
     target = draw_target((1, 3, 2, 3), (5, 7))
     logits = draw_logits((1, 3, 2, 3), torch.float32)

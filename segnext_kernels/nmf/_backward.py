@@ -77,7 +77,7 @@ def step_backward(
 
     The gradient of C' comes from y after the last update, otherwise from what followed: the products x C' and squares C'^T C'.
     """
-    b, place = tl.program_id(1).to(tl.int64), tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    b, place = tl.program_id(0).to(tl.int64), tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     matrix = slot * batch + b
     x, grad_out = x + b * stride_b, grad_out + b * out_stride_b
     coef += matrix * columns * rank
@@ -93,7 +93,7 @@ def step_backward(
         store_sum(grad_square, grad_squares + b * blocks * rank * rank, blocks, rank, RANK, BOTH=True)
     tl.debug_barrier()  # what a thread stores, others read
     after = coef + batch * columns * rank
-    start = tl.program_id(0) * part
+    start = tl.program_id(1) * part
     stop = tl.minimum(start + part, columns)
     for column in range(start, stop, COLUMNS):
         if LAST:
@@ -164,8 +164,8 @@ def finish_backward(
     ROWS: tl.constexpr,
 ):
     """Adds up the gradient of some rows of the bases and goes back through the update B' = B s / q, s = x C, q = B C^T C."""
-    b, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
-    matrix, place = slot * batch + b, b * tl.num_programs(0) + tl.program_id(0)
+    b, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS
+    matrix, place = slot * batch + b, b * tl.num_programs(1) + tl.program_id(1)
     before, carry, square = matrix - batch, carry + b * rows * rank, scratch + 2 * place * rank * rank
     store_sum(square, squares + b * parts * rank * rank, parts, rank, RANK, BOTH=True)
     if not FIRST:
@@ -214,8 +214,10 @@ def gradient_of_x(
     COLUMNS: tl.constexpr,
 ):
     """A tile of it: what came through x^T B and x C in all the steps."""
-    b, wide = tl.program_id(1).to(tl.int64), tl.cdiv(columns, COLUMNS)
-    row, column = tl.program_id(0) // wide * ROWS, tl.program_id(0) % wide * COLUMNS
+    wide = tl.cdiv(columns, COLUMNS)
+    tiles = wide * tl.cdiv(rows, ROWS)
+    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    row, column = tile // wide * ROWS, tile % wide * COLUMNS
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(last + 1):
         matrix = i * batch + b

@@ -9,16 +9,21 @@ EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def product(x, factor, PRECISION: tl.constexpr):
-    """x times a factor of float32. Of 16-bit x nothing is lost: the factor is "split" into a sum of two numbers.
+def product(x, factor, PRECISION: tl.constexpr, TERMS: tl.constexpr = 3):
+    """x times a factor of float32. Of 16-bit x little is lost: the factor is "split" into a sum.
 
-    With bfloat16 both are bfloat16; float16 would overflow, so x and both numbers are taken as TF32.
+    With bfloat16 of three bfloat16, or two, where that leaves the registers for a tile; float16 would overflow, so x is taken
+    as TF32 and the factor as two of these.
     """
     if PRECISION == "split":
         if x.dtype == tl.bfloat16:
             high = factor.to(tl.bfloat16)
-            low = (factor - high.to(tl.float32)).to(tl.bfloat16)
-            return tl.dot(x, low, tl.dot(x, high))
+            rest = factor - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            total = tl.dot(x, middle, tl.dot(x, high))
+            if TERMS == 3:
+                total = tl.dot(x, (rest - middle.to(tl.float32)).to(tl.bfloat16), total)
+            return total
         else:
             x = x.to(tl.float32)
             high = (factor.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)

@@ -30,7 +30,7 @@ def held_logits(x, bases, column, rows, columns, rank: tl.constexpr, stride_d, s
     total, tiles = tl.zeros([COLUMNS, RANK], tl.float32), ()
     for i in tl.static_range(CHUNKS):
         tiles = tiles + (load_tile(x, i * ROWS, column, rows, columns, stride_d, stride_n, ROWS, COLUMNS),)
-        total += product(tl.trans(tiles[i]), load_rows(bases, i * ROWS, rows, rank, ROWS, RANK), PRECISION)
+        total += product(tl.trans(tiles[i]), load_rows(bases, i * ROWS, rows, rank, ROWS, RANK), PRECISION, TERMS=2)
     return total, tiles
 
 
@@ -48,7 +48,7 @@ def add_products(total, tiles, coef, CHUNKS: tl.constexpr, PRECISION: tl.constex
     """The sums with the products of held tiles and their columns' coefficients added."""
     new = ()
     for i in tl.static_range(CHUNKS):
-        new = new + (total[i] + product(tiles[i], coef, PRECISION),)
+        new = new + (total[i] + product(tiles[i], coef, PRECISION, TERMS=2),)
     return new
 
 
@@ -81,7 +81,7 @@ def step(
     COLUMNS: tl.constexpr,
 ):
     """Updates the coefficients of a part of the columns and adds x C and C^T C over them."""
-    b, place = tl.program_id(1).to(tl.int64), tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    b, place = tl.program_id(0).to(tl.int64), tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     x += b * stride_b
     before = coef + (read * batch + b) * columns * rank
     coef += (write * batch + b) * columns * rank
@@ -89,7 +89,7 @@ def step(
     gram = scratch + place * rank * rank
     store_sum(gram, grams + (read * batch + b) * blocks * rank * rank, blocks, rank, RANK)
     tl.debug_barrier()  # what a thread stores, others read
-    start = tl.program_id(0) * part
+    start = tl.program_id(1) * part
     stop = tl.minimum(start + part, columns)
     total = zeros(CHUNKS if HELD else 0, ROWS, RANK)
     for column in range(start, stop, COLUMNS):
@@ -107,7 +107,7 @@ def step(
         store_rows(coef, c, column, columns, rank, COLUMNS, RANK)
         if HELD:
             total = add_products(total, tiles, c, CHUNKS, PRECISION)
-    squares += (read * batch * tl.num_programs(0) + place) * rank * rank
+    squares += (read * batch * tl.num_programs(1) + place) * rank * rank
     sums += place * rows * rank
     if HELD:
         for i in tl.static_range(CHUNKS):
@@ -142,7 +142,7 @@ def finish(
     ROWS: tl.constexpr,
 ):
     """Adds up what the programs of a step found and updates some rows of the bases; at first takes the given ones."""
-    b, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS
+    b, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS
     matrix = slot * batch + b
     if FIRST:
         new = load_rows(given + b * rows * rank, row, rows, rank, ROWS, RANK)
@@ -150,7 +150,7 @@ def finish(
         total = sum_rows(sums + b * parts * rows * rank, parts, row, rows, rank, ROWS, RANK)
         old, squares = bases + matrix * rows * rank, squares + matrix * parts * rank * rank
         new = load_rows(old, row, rows, rank, ROWS, RANK) * total
-        square = scratch + (b * tl.num_programs(0) + tl.program_id(0)) * rank * rank
+        square = scratch + (b * tl.num_programs(1) + tl.program_id(1)) * rank * rank
         store_sum(square, squares, parts, rank, RANK)
         tl.debug_barrier()  # what a thread stores, others read
         new /= times_square(old, row, rows, square, rank, ROWS, RANK, PRECISION) + EPS
@@ -161,7 +161,7 @@ def finish(
     bases += matrix * rows * rank
     store_rows(bases, new, row, rows, rank, ROWS, RANK)
     tl.debug_barrier()
-    grams += (matrix * tl.num_programs(0) + tl.program_id(0)) * rank * rank
+    grams += (matrix * tl.num_programs(1) + tl.program_id(1)) * rank * rank
     store_product(grams, bases, bases, row, row + ROWS, rows, rank, ROWS, RANK, PRECISION)
 
 
@@ -192,10 +192,10 @@ def approximate(
     COLUMNS: tl.constexpr,
 ):
     """Updates the coefficients of a part of the columns once more and multiplies the factors."""
-    b, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * part
+    b, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * part
     x, y = x + b * stride_b, y + b * y_stride_b
     coef, bases = coef + b * columns * rank, bases + b * rows * rank
-    gram = scratch + (b * tl.num_programs(0) + tl.program_id(0)) * rank * rank
+    gram = scratch + (b * tl.num_programs(1) + tl.program_id(1)) * rank * rank
     store_sum(gram, grams + b * blocks * rank * rank, blocks, rank, RANK)
     tl.debug_barrier()  # what a thread stores, others read
     for column in range(start, tl.minimum(start + part, columns), COLUMNS):

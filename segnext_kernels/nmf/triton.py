@@ -94,8 +94,8 @@ class Problem:
 
     @property
     def configs(self) -> list[triton.Config]:
-        """Of ``step``; the second loads the next tile while it computes."""
-        return [config(8, COLUMNS=32), config(8, stages=2, COLUMNS=32)]
+        """Of ``step``."""
+        return [config(8, COLUMNS=32)]
 
     @property
     def configs_of_output(self) -> list[triton.Config]:
@@ -113,13 +113,13 @@ class Problem:
         return [config(8, registers=255, ROWS=32, COLUMNS=columns) for columns in (64, 32)]
 
     def grid(self, meta: dict[str, int]) -> tuple[int, int]:
-        return self.parts, self.batch
+        return self.batch, self.parts
 
-    def grid_of_tiles(self, meta: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(self.rows, meta["ROWS"]) * triton.cdiv(self.columns, meta["COLUMNS"]), self.batch
+    def grid_of_tiles(self, meta: dict[str, int]) -> tuple[int]:
+        return (self.batch * triton.cdiv(self.rows, meta["ROWS"]) * triton.cdiv(self.columns, meta["COLUMNS"]),)
 
     def grid_of_blocks(self, meta: dict[str, int]) -> tuple[int, int]:
-        return self.blocks, self.batch
+        return self.batch, self.blocks
 
 
 def _precision(x: Tensor) -> str:
@@ -236,6 +236,7 @@ def forward(x: Tensor, bases: Tensor, steps: int, gradient: str) -> Tensor:
             FIRST=steps == 0,
             configs=p.configs_of_output,
             key=("rows", "rank"),
+            restore=("coef",),
         )
     return y
 

@@ -74,12 +74,12 @@ def strips(shape: Sequence[int], size: Sequence[int], itemsize: int) -> Strips:
 
 
 def backward(grad_out: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    images, classes, rows, columns = logits.shape
-    height, width = target.shape[1:]
     if target.numel() == 0:
         return torch.zeros_like(logits)
+    images, classes, rows, columns = shape = tuple(map(int, logits.shape))  # the strips are counted when this is traced
+    height, width = size = tuple(map(int, target.shape[1:]))
     grad = torch.empty_like(logits)
-    plan = strips(logits.shape, target.shape[1:], logits.element_size())
+    plan = strips(shape, size, logits.element_size())
     weight_sums = min(triton.cdiv(target.numel(), WEIGHT_BLOCK), WEIGHT_SUMS)
     weights = torch.empty(WEIGHT_SUMS, dtype=torch.float32, device=logits.device)
     lse = torch.empty(plan.places, dtype=torch.float32, device=logits.device)
@@ -311,7 +311,8 @@ def gather(
                 label = tl.load(labels + at, mask=k < count, other=-1).to(tl.int32)
                 down = tl.maximum(down_begin + y * step, 0.0)
                 z = top + down * slope
-                share = tl.exp2(tl.minimum(z - pixel_lse, 0.0)) - tl.where(label == c, 1.0, 0.0)
+                above = z - pixel_lse  # at most 0, but for rounding; nan stays, which a minimum would hide
+                share = tl.exp2(tl.where(above > 0.0, 0.0, above)) - tl.where(label == c, 1.0, 0.0)
                 if WEIGHTED:
                     share *= tl.load(weight + label, mask=label >= 0, other=0.0)
                 given += share
