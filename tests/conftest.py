@@ -18,12 +18,7 @@ if _triton.failure is None:
     import triton_interpreter
 
     triton_interpreter.enable()
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is interpreted, which is slow, but in the tests that ask for the backend "triton"."""
-    monkeypatch.setattr(_triton, "interpreted", False)
+_triton.interpreted = False  # it is slow: only tests that ask for the backend "triton" have it serve
 
 
 @pytest.fixture(params=["reference", "cpu"])
