@@ -130,15 +130,20 @@ def kernels(binary: Path) -> list[Kernel]:
     return sorted(found, key=lambda k: (k.name, k.dtype, k.layout, int(k.arch[3:])))
 
 
+def resources(cubin: Path) -> list[tuple[str, int, int]]:
+    """Of every kernel in a cubin its symbol, the registers of a thread, and its bytes of stack and local memory: spills."""
+    command = [tool("cuobjdump"), "--dump-resource-usage", cubin]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"Function (\S+):\n\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", printed)
+    return [(symbol, int(registers), int(stack) + int(local)) for symbol, registers, stack, local in found]
+
+
 def _read(cubin: Path) -> list[Kernel]:
     arch = re.search(r"sm_\d+", cubin.name)[0]
-    usage = subprocess.run(
-        [tool("cuobjdump"), "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
-    ).stdout
     found = {}
-    for symbol, registers, stack, local in re.findall(r"Function (\S+):\n\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", usage):
+    for symbol, registers, local in resources(cubin):
         name, dtype, layout = re.search(r"\d+([a-z]+)I(f|6__half|13__nv_bfloat16)(?:Lb(\d))?", symbol).groups()
-        found[symbol] = Kernel(name, TYPES[dtype], LAYOUTS[layout or ""], arch, int(registers), int(stack) + int(local))
+        found[symbol] = Kernel(name, TYPES[dtype], LAYOUTS[layout or ""], arch, registers, local)
     text = subprocess.run([tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True).stdout
     kernel = None
     for line in text.splitlines():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing import get_context
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from .cuda_static import table_row, tool
+from .cuda_static import resources, table_row
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes for a block, at most
@@ -155,7 +155,10 @@ def compile_for(launch: Launch, target: str) -> Compiled:
     except Exception as problem:  # the compiler's own, of many kinds
         return Compiled(launch.kernel, _describe(launch), target, 0, 0, 0, 0, _reason(problem))
     if "cubin" in made.asm:
-        registers, spills = _resources(made.asm["cubin"])
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            [(_, registers, spills)] = resources(Path(file.name))
         text = made.asm["ptx"]
     else:
         text = made.asm["amdgcn"]
@@ -175,17 +178,6 @@ def _describe(launch: Launch) -> str:
     constants = {name: value for name, value in launch.constants if name.isupper()}
     kind = launch.arguments[0][1][0].removeprefix("*")
     return f"{kind} {launch.warps} warps " + " ".join(f"{name}={value}" for name, value in constants.items())
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack and local memory: those are spills."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool("cuobjdump"), "--dump-resource-usage", file.name]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", printed).groups()
-    return int(registers), int(stack) + int(local)
 
 
 def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Callable[[], object]]:

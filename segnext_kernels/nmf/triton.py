@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -61,30 +62,25 @@ class Problem:
     def parts(self) -> int:
         return triton.cdiv(self.columns, self.part)
 
-    @property
+    @cached_property
+    def of_factors(self) -> dict[str, object]:
+        """The constants of every kernel."""
+        return {"rank": self.rank, "RANK": power_of_2(self.rank, at_least=16), "PRECISION": self.precision}
+
+    @cached_property
     def constants(self) -> dict[str, object]:
-        """Of every kernel."""
-        rank = power_of_2(self.rank, at_least=16)
-        widest = 64 if self.precision != "ieee" and rank <= 64 else 32
+        """Those of the kernels that read x."""
+        widest = 64 if self.precision != "ieee" and self.rank <= 64 else 32
         if self.precision == "ieee" and self.held and torch.version.hip is None:
             widest = 16  # without tensor cores a product has its operands in registers
         chunk = min(power_of_2(self.rows, at_least=16), widest)
-        chunks = triton.cdiv(self.rows, chunk)
-        return {
-            "rows": self.rows,
-            "columns": self.columns,
-            "rank": self.rank,
-            "blocks": self.blocks,
-            "RANK": rank,
-            "ROWS": chunk,
-            "CHUNKS": chunks,
-            "PRECISION": self.precision,
-        }
+        sizes = {"rows": self.rows, "columns": self.columns, "blocks": self.blocks}
+        return self.of_factors | sizes | {"ROWS": chunk, "CHUNKS": triton.cdiv(self.rows, chunk)}
 
     @property
     def held(self) -> bool:
         """Whether a program of a step holds its tile of x and the sums in registers."""
-        return power_of_2(self.rows) * power_of_2(self.rank, at_least=16) <= HELD
+        return power_of_2(self.rows) * self.of_factors["RANK"] <= HELD
 
     @property
     def blocks(self) -> int:
@@ -92,25 +88,30 @@ class Problem:
 
     # Beyond these, one target's compiler or another's keeps something in memory instead of registers.
 
-    @property
+    @cached_property
     def configs(self) -> list[triton.Config]:
         """Of ``step``."""
         return [config(8, COLUMNS=32)]
 
-    @property
+    @cached_property
     def configs_of_output(self) -> list[triton.Config]:
         """Of ``approximate``."""
         return [config(8, registers=255, COLUMNS=columns) for columns in (32, 16)]
 
-    @property
+    @cached_property
     def configs_backward(self) -> list[triton.Config]:
         """Of ``step_backward``."""
         return [config(8, registers=255, COLUMNS=16 if self.rank > 32 else 32)]
 
-    @property
+    @cached_property
     def configs_of_tiles(self) -> list[triton.Config]:
         """Of ``gradient_of_x``."""
         return [config(8, registers=255, ROWS=32, COLUMNS=columns) for columns in (64, 32)]
+
+    @cached_property
+    def configs_of_blocks(self) -> list[triton.Config]:
+        """Of ``finish`` and ``finish_backward``."""
+        return [config(8 if self.rank > 64 else 4, ROWS=BLOCK)]
 
     def grid(self, meta: dict[str, int]) -> tuple[int, int]:
         return self.batch, self.parts
@@ -207,11 +208,9 @@ def _finish(p: Problem, bases: Tensor, sums: Tensor, factors: Factors, slot: int
         p.batch,
         p.rows,
         p.parts,
-        rank=p.rank,
-        RANK=power_of_2(p.rank, at_least=16),
-        PRECISION=p.precision,
+        **p.of_factors,
         **constants,
-        configs=[config(8 if p.rank > 64 else 4, ROWS=BLOCK)],
+        configs=p.configs_of_blocks,
     )
 
 
@@ -288,9 +287,7 @@ def backward(
                 *grad_x.stride(),
                 rows=p.rows,
                 columns=p.columns,
-                rank=p.rank,
-                RANK=power_of_2(p.rank, at_least=16),
-                PRECISION=p.precision,
+                **p.of_factors,
                 configs=p.configs_of_tiles,
                 key=("rank",),
             )
@@ -359,10 +356,8 @@ def _finish_back(p: Problem, back: _Back, factors: Factors, out: Tensor, slot: i
         p.batch,
         p.rows,
         p.parts,
-        rank=p.rank,
-        RANK=power_of_2(p.rank, at_least=16),
-        PRECISION=p.precision,
+        **p.of_factors,
         FIRST=slot == 0,
         **constants,
-        configs=[config(8 if p.rank > 64 else 4, ROWS=BLOCK)],
+        configs=p.configs_of_blocks,
     )
