@@ -33,10 +33,12 @@ def kernels(package: str) -> ModuleType | None:
 def define(schema: str, function: Callable, fake: Callable) -> torch.library.Library:
     """Registers ``function``, which launches kernels, as an operator that torch.compile sees through.
 
-    The interpreter's kernels cannot be traced: there the operator is opaque.
+    The interpreter's kernels cannot be traced: there the operator is opaque, and where there is no GPU to compile for, since
+    the other way imports all of Inductor, which takes longer than everything else here.
     """
     name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
-    make = torch.library.custom_op if triton.knobs.runtime.interpret else torch.library.triton_op
+    opaque = triton.knobs.runtime.interpret or torch.cuda.device_count() == 0
+    make = torch.library.custom_op if opaque else torch.library.triton_op
     make(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=signature).register_fake(fake)
     return _library
 
