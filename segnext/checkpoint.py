@@ -77,6 +77,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("xb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

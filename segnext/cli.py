@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from . import options, recipes
 
 SIZES, HEADS = ("t", "s", "b", "l"), ("ham", "msca")
 
@@ -49,13 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", required=True, help="checkpoint file (.pth, .safetensors) or the name of a hosted one, as ade20k-t"
     )
     predict.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    predict.add_argument("--rank", type=_positive, help="rank of the decomposition, where the checkpoint doesn't say it")
+    predict.add_argument("--rank", type=options.positive, help="rank of the decomposition, where the checkpoint doesn't say it")
     predict.add_argument(
-        "--alpha", type=_share, default=0.5, help="weight of the colours in the overlay, 0 to 1 (default: %(default)s)"
+        "--alpha", type=options.share, default=0.5, help="weight of the colours in the overlay, 0 to 1 (default: %(default)s)"
     )
     predict.add_argument(
         "--short-side",
-        type=_count,
+        type=options.count,
         metavar="PIXELS",
         help="larger photographs are shown to the network shrunk to this on the shorter side, which bounds time and memory;"
         " 0 for never (default: what the checkpoint was trained on, or 512 where it doesn't say that)",
@@ -79,27 +82,86 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="photographs: images/ and masks/ under train/ and val/, classes in classes.txt",
     )
-    demo.add_argument("--seconds", type=_seconds, help="length of the training (default: 120, with --data 180)")
+    demo.add_argument("--seconds", type=options.seconds, help="length of the training (default: 120, with --data 180)")
     demo.add_argument("--size", choices=SIZES, default="t", help="of the model (default: %(default)s)")
     demo.add_argument("--head", choices=HEADS, default="ham", help="of the model (default: %(default)s)")
     demo.add_argument(
         "--image-size",
-        type=_demo_size,
+        type=options.demo_size,
         metavar="HxW",
         help="size of the scenes (default: 128x160); photographs keep their shape and are resized to the smaller of the two on"
         " the shorter side (default: 180x240)",
     )
     demo.add_argument(
-        "--seed", type=_count, default=0, help="of the weights and of the order of the pictures (default: %(default)s)"
+        "--seed", type=options.count, default=0, help="of the weights and of the order of the pictures (default: %(default)s)"
     )
     _add_device(demo)
+
+    train = _command(commands, "train", _train, "train on your own pictures, or by one of the paper's recipes")
+    train.description = (
+        "Trains SegNeXt. The shortest path is --data FOLDER with images/, masks/ and classes.txt, for which the recipe is"
+        " `folder`: it starts from ImageNet's encoder, which is fetched once; `scratch` starts from nothing. Several GPUs or"
+        " machines: torchrun --nproc-per-node N -m segnext train ..."
+    )
+    train.add_argument(
+        "--recipe",
+        default="folder",
+        metavar="NAME",
+        help="one of `segnext recipes`, or the recipe.json of an earlier training (default: %(default)s)",
+    )
+    train.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        metavar="ROOT",
+        help="the data set's folder; one for each training of the recipe, or one for all",
+    )
+    train.add_argument("--out", type=Path, metavar="RUN", help="folder for the training (default: runs/RECIPE-SIZE)")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="goes on with the training in this folder, by its own recipe")
+    train.add_argument("--workers", type=options.count, help="processes that read pictures (default: 2)")
+    train.add_argument(
+        "--accumulate",
+        type=options.positive,
+        help="parts that a process' share of the batch is cut into, where memory is short (default: 1)",
+    )
+    train.add_argument("--device", type=options.device, help="as PyTorch names it: cpu, cuda (default: cpu)")
+    options.add_recipe(train)
+
+    evaluate = _command(commands, "evaluate", _evaluate, "IoU and accuracy of a checkpoint on a labelled data set")
+    evaluate.add_argument("--weights", required=True, help="checkpoint file, or the name of a hosted one, as ade20k-t")
+    evaluate.add_argument("--data", required=True, type=Path, metavar="ROOT", help="the data set's folder")
+    evaluate.add_argument(
+        "--recipe", default="folder", metavar="NAME", help="whose data format and test mode are used (default: %(default)s)"
+    )
+    evaluate.add_argument("--split", help="of the data set (default: the recipe's, val)")
+    evaluate.add_argument(
+        "--multi-scale", action="store_true", help="look at every picture in six sizes, 0.5 to 1.75 times the recipe's"
+    )
+    evaluate.add_argument("--flip", action="store_true", help="and mirrored")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", dest="json_file", help="writes the figures there")
+    evaluate.add_argument(
+        "--save-pictures",
+        type=Path,
+        metavar="DIR",
+        dest="pictures",
+        help="writes every picture, its truth and the prediction side by side",
+    )
+    evaluate.add_argument(
+        "--rank", type=options.positive, help="rank of the decomposition, where the checkpoint doesn't say it"
+    )
+    evaluate.add_argument(
+        "--workers", type=options.count, default=2, help="processes that read pictures (default: %(default)s)"
+    )
+    _add_device(evaluate)
+
+    _command(commands, "recipes", _recipes, "the recipes that train and evaluate know")
 
     info = _command(commands, "info", _info, "parameters and multiply-accumulates of a model")
     info.add_argument("--size", choices=SIZES, default="t", help="of the model (default: %(default)s)")
     info.add_argument("--head", choices=HEADS, default="ham", help="of the model (default: %(default)s)")
-    info.add_argument("--classes", type=_positive, default=150, help="number of classes (default: %(default)s)")
+    info.add_argument("--classes", type=options.positive, default=150, help="number of classes (default: %(default)s)")
     info.add_argument(
-        "--image-size", type=_image_size, default=(512, 512), metavar="HxW", help="size of the image (default: 512x512)"
+        "--image-size", type=options.image_size, default=(512, 512), metavar="HxW", help="size of the image (default: 512x512)"
     )
 
     _command(commands, "table2", _table2, "parameters and GFLOPs of all models, with the paper's figures beside them")
@@ -114,7 +176,7 @@ def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", type=_device, default="cpu", help="as PyTorch names it: cpu, cuda, cuda:1 (default: %(default)s)"
+        "--device", type=options.device, default="cpu", help="as PyTorch names it: cpu, cuda, cuda:1 (default: %(default)s)"
     )
 
 
@@ -134,6 +196,47 @@ def _demo(**options) -> int:
     return 0
 
 
+def _train(
+    recipe: str,
+    data: list[Path] | None,
+    out: Path | None,
+    resume: Path | None,
+    workers: int | None,
+    accumulate: int | None,
+    device: str | None,
+    **fields,
+) -> int:
+    from . import train
+
+    given = {"workers": workers, "accumulate": accumulate, "device": device}
+    given = {name: value for name, value in given.items() if value is not None}
+    if resume is not None:
+        if data or out or fields:
+            raise recipes.RecipeError(
+                "--resume goes by the folder's own recipe, data and place: give nothing else but the machine's options"
+            )
+        train.resume(resume, **given)
+        return 0
+    if not data:
+        raise recipes.RecipeError("give --data ROOT, or --resume RUN")
+    stages = options.overridden(recipes.recipes(recipe), fields)
+    train.train(stages, data, out or Path("runs", f"{Path(recipe).stem}-{stages[0].size}"), train.Machine(**given))
+    return 0
+
+
+def _evaluate(recipe: str, split: str | None, **given) -> int:
+    from .evaluate import evaluate_weights
+
+    chosen = recipes.recipes(recipe)[0]
+    evaluate_weights(recipe=replace(chosen, val=split or chosen.val or "val"), **given)
+    return 0
+
+
+def _recipes() -> int:
+    print(recipes.table())
+    return 0
+
+
 def _info(size: str, head: str, classes: int, image_size: tuple[int, int]) -> int:
     from .complexity import info
 
@@ -150,65 +253,9 @@ def _table2() -> int:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """What is the input's fault, not the program's."""
-    from .data import DataError
+    from .data.pairs import DataError
     from .images import ImageError
     from .predict import InputError
     from .weights import WeightsError
 
-    return DataError, ImageError, InputError, WeightsError, FloatingPointError, OSError
-
-
-def _number(kind: type, text: str):
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no {'whole ' if kind is int else ''}number") from None
-
-
-def _count(text: str) -> int:
-    number = _number(int, text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = _number(int, text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
-def _seconds(text: str) -> float:
-    number = _number(float, text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no length of time")
-    return number
-
-
-def _share(text: str) -> float:
-    number = _number(float, text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
-
-
-def _image_size(text: str, least: int = 1) -> tuple[int, int]:
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= least):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, as 128x160, of at least {least} pixels each")
-    return int(height), int(width)
-
-
-def _demo_size(text: str) -> tuple[int, int]:
-    return _image_size(text, least=32)
-
-
-def _device(text: str) -> str:
-    import torch
-
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return text
+    return DataError, ImageError, InputError, WeightsError, recipes.RecipeError, FloatingPointError, OSError

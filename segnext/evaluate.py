@@ -1,22 +1,42 @@
-"""Pixel accuracy and intersection over union on a labelled data set."""
+"""Pixel accuracy and intersection over union on a labelled data set, and the ``segnext evaluate`` command."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
+from tqdm import tqdm
 
-from .palette import IGNORED
-from .predict import segment
+from . import distributed
+from .checkpoint import WeightsError, replacing
+from .data import open_dataset
+from .data.loader import one_by_one
+from .fuse import fuse
+from .images import write_png
+from .palette import IGNORED, mask_image, photo_image, side_by_side
+from .palette import legend as drawn_legend
+from .recipes import Recipe
+from .views import MULTI_SCALE, View, label_map
+from .weights import load
+
+
+PLAIN = View()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix says: int64 [C, C], its rows the truth, its columns the prediction, counts of pixels."""
+    """What a confusion matrix says: int64 [C, C], its rows the truth, its columns the prediction, counts of pixels.
+
+    The meanings are mmsegmentation's.
+    """
 
     confusion: Tensor
 
@@ -24,6 +44,16 @@ class Scores:
     def pixel_accuracy(self) -> float:
         """The share of labelled pixels that are right; nan without any."""
         return (self.confusion.trace() / self.confusion.sum()).item()
+
+    @property
+    def accuracy(self) -> Tensor:
+        """The share of every class' pixels that are right [C]; nan for a class that is not in the truth."""
+        return self.confusion.diagonal() / self.confusion.sum(1)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """The mean of the classes' accuracies, leaving out those that are nan."""
+        return self.accuracy.nanmean().item()
 
     @property
     def iou(self) -> Tensor:
@@ -45,21 +75,141 @@ def confusion_matrix(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
     return multiclass_confusion_matrix(prediction, truth, classes, ignore_index=IGNORED, validate_args=False)
 
 
-def evaluate(model: nn.Module, dataset: Dataset, classes: int) -> Scores:
-    """Scores of a model on (uint8 [3, H, W], labels [H, W]) pairs of any sizes, one after another, at their full size."""
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    classes: int,
+    view: View = PLAIN,
+    *,
+    workers: int = 0,
+    progress: bool = False,
+    look: Callable[[str, Tensor, Tensor, Tensor], None] | None = None,
+) -> Scores:
+    """Scores of a model on (uint8 [3, H, W], labels [H, W]) pairs of any sizes, one after another, at their full size.
+
+    Under torchrun every process takes its share of the pictures, and all return the scores of all of them.
+
+    Args:
+        model: for images [1, 3, H, W]; it is in the mode afterwards in which it was.
+        view: how the model is shown a picture.
+        workers: processes that read pictures; 0 reads in this one.
+        progress: shows a bar.
+        look: called with every picture's name, image, labels and predicted labels.
+
+    Raises:
+        DataError, ImageError: a picture cannot be read.
+    """
     training = model.training
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    device = next(model.parameters()).device
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     model.eval()
-    for image, labels in (dataset[i] for i in range(len(dataset))):
-        confusion += confusion_matrix(segment(model, image, 0).cpu(), labels, classes)
+    mine = range(distributed.rank(), len(dataset), distributed.world())
+    names = None if look is None else dataset.names
+    stream = one_by_one(dataset, mine, workers)
+    for batch in tqdm(stream, total=len(mine), disable=None if progress else True, unit="photo", leave=False):
+        prediction, truth = label_map(model, batch.images[0], view), batch.labels[0]
+        confusion += confusion_matrix(prediction, truth.to(device), classes)
+        if look is not None:
+            look(names[batch.indices[0]], batch.images[0], truth, prediction)
     model.train(training)
-    return Scores(confusion)
+    return Scores(distributed.total(confusion).cpu())
 
 
-def table(classes: Sequence[str], columns: dict[str, Scores]) -> str:
-    """The IoU of every class, one column for each of the named scores."""
+def view_of(recipe: Recipe, multi_scale: bool = False, flip: bool = False) -> View:
+    """How a recipe's model is tested."""
+    ratios = MULTI_SCALE if multi_scale else (1.0,)
+    return View(recipe.scale, recipe.multiple, recipe.window, recipe.stride, ratios, flip)
+
+
+def evaluate_weights(
+    weights: str | Path,
+    data: str | Path,
+    recipe: Recipe,
+    *,
+    multi_scale: bool = False,
+    flip: bool = False,
+    device: str | torch.device = "cpu",
+    workers: int = 2,
+    rank: int | None = None,
+    json_file: str | Path | None = None,
+    pictures: str | Path | None = None,
+) -> Scores:
+    """Evaluates a checkpoint on a recipe's data set, prints a table and writes the figures and pictures that were asked for.
+
+    Args:
+        weights, rank: as for :func:`segnext.load`.
+        data: the data set's folder.
+        recipe: its data set, split ``val``, scale and windows are used. Without a scale (the recipes "folder" and "scratch")
+            pictures are resized to the short side that the checkpoint was trained on, if it says that.
+        multi_scale, flip: look at every picture in six sizes, and mirrored.
+        workers: processes that read pictures.
+        json_file: gets the figures.
+        pictures: folder that gets every picture, its truth and the prediction side by side.
+
+    Raises:
+        WeightsError: from :func:`segnext.load`, or the model has another number of classes than the data set.
+        DataError, ImageError: the data cannot be read.
+    """
+    with distributed.processes(device) as device:
+        pairs = open_dataset(recipe.dataset, Path(data), recipe.val or "val")
+        model = load(weights, rank=rank)
+        count = len(pairs.classes)
+        if model.config.num_classes != count:
+            raise WeightsError(
+                f"{weights} tells {model.config.num_classes} classes apart, {recipe.dataset} in {data} has {count}"
+            )
+        view = view_of(recipe, multi_scale, flip)
+        if recipe.scale is None and model.short_side:
+            view = replace(view, scale=(sys.maxsize, model.short_side))
+        look = None if pictures is None else _writer(Path(pictures), pairs.classes, pairs.palette)
+        scores = evaluate(
+            inference_model(model, device), pairs, count, view, workers=workers, progress=distributed.rank() == 0, look=look
+        )
+        if distributed.rank() == 0:
+            print(table(pairs.classes, {"IoU": scores.iou, "accuracy": scores.accuracy}))
+            print(f"{scores}, mean accuracy {scores.mean_accuracy:.3f}, {len(pairs)} pictures")
+            if json_file is not None:
+                with replacing(Path(json_file)) as file:
+                    file.write(json.dumps({"pictures": len(pairs), **as_dict(pairs.classes, scores)}, indent=1).encode())
+        return scores
+
+
+def inference_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """The fastest form of a model in float32 there: fused on the CPU."""
+    return fuse(model) if device.type == "cpu" else model.to(device, memory_format=torch.channels_last).eval()
+
+
+def as_dict(classes: Sequence[str], scores: Scores) -> dict[str, Any]:
+    """The figures in the form that JSON takes; None for what is nan."""
+    number = lambda value: None if value != value else round(float(value), 6)  # noqa: E731  nan differs from itself
+    return {
+        "mIoU": number(scores.miou),
+        "mean_accuracy": number(scores.mean_accuracy),
+        "pixel_accuracy": number(scores.pixel_accuracy),
+        "classes": {
+            name: {"IoU": number(iou), "accuracy": number(accuracy)}
+            for name, iou, accuracy in zip(classes, scores.iou.tolist(), scores.accuracy.tolist(), strict=True)
+        },
+    }
+
+
+def table(classes: Sequence[str], columns: dict[str, Tensor]) -> str:
+    """A line for every class, with its number from each of the named columns [C]."""
     width = max(len(name) for name in classes) + 2
     lines = [f"{'class':<{width}}" + "".join(f"{title:>10}" for title in columns)]
     for i, name in enumerate(classes):
-        lines.append(f"{name:<{width}}" + "".join(f"{scores.iou[i]:>10.3f}" for scores in columns.values()))
+        lines.append(f"{name:<{width}}" + "".join(f"{column[i]:>10.3f}" for column in columns.values()))
     return "\n".join(lines)
+
+
+def _writer(folder: Path, classes: list[str], palette: list) -> Callable[[str, Tensor, Tensor, Tensor], None]:
+    """Writes a picture, its truth and the prediction side by side, as NAME.png in the folder."""
+    key = drawn_legend(classes, palette, columns=5)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, image: Tensor, truth: Tensor, prediction: Tensor) -> None:
+        masks = (mask_image(labels, palette).convert("RGB") for labels in (truth, prediction))
+        sheet = side_by_side([photo_image(image), *masks], ("picture", "truth", "prediction"), key)
+        write_png(sheet, folder / f"{name.replace('/', '_')}.png")
+
+    return write

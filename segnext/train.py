@@ -1,154 +1,294 @@
-"""The training loop."""
+"""The ``segnext train`` command: from a recipe and a data set to a folder with the trained model."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from segnext_kernels import upsample_cross_entropy
+from . import distributed, recipes
+from .data import open_dataset
+from .data.augment import augmentation
+from .data.loader import mixed_seed, one_by_one
+from .data.pairs import DataError, Pairs
+from .evaluate import Scores, evaluate, inference_model, view_of
+from .model import SegNeXt, create
+from .recipes import Recipe, RecipeError
+from .run import Run, last, opened
+from .trainer import Step, Trainer, precision
+from .weights import WeightsError, load, load_encoder
 
-from .images import normalise
-from .palette import IGNORED
+LARGEST = 512  # short side and crop of training on one's own pictures, which may be larger
+COUNTED = 500  # pictures whose labels are counted for class weights
+SMOOTHED = 20  # steps over which the shown loss is a mean
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a model is trained; the length is given in seconds, so that it is the same on every machine, or in steps.
+class Machine:
+    """Where and with how many processes a training runs, which does not change what it computes.
 
-    Args:
-        seconds, steps: one of them; training ends, and the learning rate reaches zero, after that.
-        batch: pictures in a step.
-        lr, weight_decay, betas: of AdamW; norms, biases and layer scales are not decayed.
-        warmup: the share (0 < warmup < 1) of the training in which the learning rate rises linearly; then it falls linearly.
-        bfloat16: forward and backward under autocast.
-        seed: of the order of the pictures; what the model and the augmentation draw is torch's global generator's.
+    Attributes:
+        device: as PyTorch names it; under torchrun, every process has its own of that kind.
+        workers: processes that read pictures, for each that trains.
+        accumulate: into how many parts, one after another, each process' share of a batch is cut, where memory is short.
     """
 
-    seconds: float | None = None
-    steps: int | None = None
-    batch: int = 8
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup: float = 0.05
-    bfloat16: bool = False
-    seed: int = 0
+    device: str = "cpu"
+    workers: int = 2
+    accumulate: int = 1
 
-    def __post_init__(self) -> None:
-        if (self.seconds is None) == (self.steps is None):
-            raise ValueError(f"give seconds or steps of training, one of them: got {self.seconds} and {self.steps}")
 
-    def lr_factor(self, progress: float) -> float:
-        """The learning rate's share of its peak at ``progress`` 0..1 of the training."""
-        return max(0.0, min(progress / self.warmup, (1 - progress) / (1 - self.warmup)))
+def train(
+    stages: Sequence[Recipe],
+    data: Sequence[str | Path],
+    out: str | Path,
+    machine: Machine,
+) -> SegNeXt | None:
+    """Runs a recipe's trainings one after another, each beginning with the weights of the one before, in ``out``: see
+    :class:`segnext.run.Run` for what is written; of several trainings each has its own folder in there. ``recipe.json`` holds
+    what :func:`resume` needs.
+
+    Args:
+        data: the data sets' folders, one for each training, or one for all.
+
+    Returns:
+        The trained model, in evaluation mode; None in all processes but the first.
+
+    Raises:
+        RecipeError: it does not fit the data or the processes, or ``out`` holds a training already.
+        DataError, ImageError: the data cannot be read.
+        WeightsError: the encoder's weights cannot be had, or a checkpoint not be written; the one before is still there.
+        FloatingPointError: the loss is no longer finite. Checkpoints are of before.
+    """
+    out, stages = Path(out), tuple(stages)
+    roots = [Path(root).absolute() for root in data] * (len(stages) if len(data) == 1 else 1)
+    if len(roots) != len(stages):
+        raise RecipeError(
+            f"the recipe is {len(stages)} trainings: give one folder of data for each, or one for all, not {len(data)}"
+        )
+    with distributed.processes(machine.device) as device:
+        exists = distributed.from_first((out / "recipe.json").exists())
+        if exists:
+            raise RecipeError(f"{out} holds a training already; go on with it by --resume {out}, or choose another --out")
+        pairs = [open_dataset(stage.dataset, root, stage.train) for stage, root in zip(stages, roots, strict=True)]
+        stages = tuple(_resolved(stage, train, device) for stage, train in zip(stages, pairs, strict=True))
+        if distributed.rank() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            recipes.write(out / "recipe.json", stages, data=list(map(str, roots)), machine=vars(machine))
+        return _stages(stages, roots, out, device, machine)
+
+
+def resume(out: str | Path, **machine) -> SegNeXt | None:
+    """Goes on with a training that ended before its end, from its last checkpoint: with as many processes as before it ends
+    with the same weights, to the bit, as if nothing had happened (on GPUs if the recipe is ``deterministic``).
+
+    Args:
+        machine: what is to be otherwise than before: ``device``, ``workers``, ``accumulate``.
+
+    Raises: as :func:`train`, and RecipeError if the folder holds no training.
+    """
+    out = Path(out)
+    stages, beside = recipes.read(out / "recipe.json")
+    machine = Machine(**{**beside["machine"], **machine})
+    with distributed.processes(machine.device) as device:
+        return _stages(stages, [Path(root) for root in beside["data"]], out, device, machine)
+
+
+def _stages(
+    stages: Sequence[Recipe], roots: Sequence[Path], out: Path, device: torch.device, machine: Machine
+) -> SegNeXt | None:
+    before = None
+    for i, (recipe, root) in enumerate(zip(stages, roots, strict=True)):
+        folder = out if len(stages) == 1 else out / f"{i + 1}-{recipe.dataset}-{recipe.train}"
+        finished = folder / "model.pth"
+        if not distributed.from_first(finished.exists()):
+            _stage(recipe, root, folder, before, device, machine)
+        distributed.barrier()
+        before = finished
+    return load(before) if distributed.rank() == 0 else None
+
+
+def _stage(recipe: Recipe, root: Path, folder: Path, before: Path | None, device: torch.device, machine: Machine) -> None:
+    """One training from its beginning or its last checkpoint to its end."""
+    if recipe.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    pairs = open_dataset(recipe.dataset, root, recipe.train)
+    val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
+    state = last(folder)
+    model = build(recipe, pairs, before, empty=state is not None).to(device)
+    trainer = Trainer(
+        model,
+        pairs,
+        recipe,
+        augment=augmentation(recipe.crop, recipe.scale, recipe.ratio, recipe.max_share, recipe.distort),
+        class_weights=class_weights(pairs, len(pairs.classes), recipe.balance, machine.workers) if recipe.balance else None,
+        accumulate=machine.accumulate,
+        workers=machine.workers,
+    )
+    best = -1.0
+    if state is not None:
+        trainer.load(state)
+        best = state["best"]
+    if distributed.rank() == 0:
+        with opened(folder, trainer.done) as run:
+            _loop(trainer, run, val, best, machine)
+    else:
+        _loop(trainer, None, val, best, machine)
+
+
+def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, machine: Machine) -> None:
+    """Trains to the end; the first process, which has the run, keeps the records."""
+    recipe = trainer.recipe
+    if run is not None and trainer.done == 0:
+        print(_headline(trainer, val), flush=True)
+    losses: list[float] = []
+    for step in with_bar(trainer, silent=run is None):
+        losses.append(step.loss)
+        ended = step.progress >= 1
+        if run is not None and (step.number % recipe.log_every == 0 or ended):
+            run.log_step(step, sum(losses) / len(losses))
+            losses.clear()
+        if val is not None and (step.number % recipe.evaluate_every == 0 or ended):
+            scores = _evaluated(trainer, val, machine.workers)
+            if run is not None:
+                tqdm.write(f"step {step.number}: {scores} on {len(val)} pictures of {recipe.val}")
+                run.log_scores(step.number, scores)
+                if scores.miou > best:
+                    best = scores.miou
+                    run.save_weights(trainer, "best.pth")
+        if run is not None and (step.number % recipe.save_every == 0 or ended):
+            run.save(trainer, best)
+            run.draw()
+    if run is not None:
+        run.draw()
+        run.save_weights(trainer, "model.pth")
+        print(f"wrote {run.folder / 'model.pth'}" + (f" and {run.folder / 'best.pth'} (mIoU {best:.3f})" if best >= 0 else ""))
+
+
+def _evaluated(trainer: Trainer, val: Pairs, workers: int) -> Scores:
+    distributed.share_buffers(trainer.model)
+    model = inference_model(trainer.model.eval(), trainer.device)
+    return evaluate(model, val, len(val.classes), view_of(trainer.recipe), workers=workers, progress=distributed.rank() == 0)
+
+
+def with_bar(trainer: Trainer, silent: bool = False):
+    """The trainer's steps, with a bar that shows how much is done, the loss, and the share of time spent waiting for data."""
+    recipe = trainer.recipe
+    total, unit = (recipe.iterations, "steps") if recipe.seconds is None else (recipe.seconds, "s")
+    layout = f"training {{percentage:3.0f}}% |{{bar}}| {{n:.0f}}/{{total:.0f}} {unit} [{{elapsed}}<{{remaining}}]{{postfix}}"
+    recent: list[Step] = []
+    every = 0.1 if sys.stderr.isatty() else 30  # seconds; in a file every update is a line
+    with tqdm(total=total, initial=trainer.progress * total, bar_format=layout, mininterval=every, disable=silent) as bar:
+        for step in trainer.steps():
+            recent = [*recent[1 - SMOOTHED :], step]
+            waited = sum(one.waited for one in recent) / sum(one.seconds for one in recent)
+            loss = sum(one.loss for one in recent) / len(recent)
+            bar.set_postfix(loss=f"{loss:.3f}", step=step.number, data=f"{waited:.0%}", refresh=False)
+            bar.update(step.progress * total - bar.n)
+            yield step
 
 
 def fit(
-    model: nn.Module,
-    dataset: Dataset,
-    recipe: Recipe,
-    *,
-    augment: Callable | None = None,
-    class_weights: Tensor | None = None,
+    model: nn.Module, dataset: Dataset, recipe: Recipe, *, augment=None, class_weights: Tensor | None = None
 ) -> list[float]:
-    """Trains a model in place, on the device it is on, and leaves it in eval mode.
-
-    Args:
-        model: takes normalised images [B, 3, H, W] and gives logits [B, C, h, w].
-        dataset: of (uint8 [3, H, W], labels [H, W]) pairs, label 255 ignored; of one size after augmentation.
-        augment: takes and returns such a pair, as ``tv_tensors.Image`` and ``tv_tensors.Mask``.
-        class_weights: of the classes in the loss [C], None for equal ones.
+    """Trains a model in place, without a folder, and leaves it in eval mode; see :class:`segnext.trainer.Trainer`.
 
     Returns:
         The loss of every step.
-
-    Raises:
-        FloatingPointError: the loss is no longer finite.
     """
-    device = next(model.parameters()).device
-    model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True)
-    losses: list[float] = []
-    for progress, (images, labels) in zip(_progress(recipe, losses), batches(dataset, recipe, augment), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * recipe.lr_factor(progress)
-        images = normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-            logits = model(images)
-        loss = upsample_cross_entropy(logits, labels.to(device), IGNORED, class_weights)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {losses[-1]} in step {len(losses)}; try a smaller learning rate")
+    trainer = Trainer(model, dataset, recipe, augment=augment, class_weights=class_weights)
+    losses = [step.loss for step in with_bar(trainer)]
     model.eval()
     return losses
 
 
-def class_weights(dataset: Dataset, classes: int, power: float) -> Tensor:
-    """Weights in the loss [classes], each class' share of the labels to the power of ``-power``; the mean label weighs 1."""
+def build(recipe: Recipe, pairs: Pairs, before: Path | None = None, *, empty: bool = False) -> SegNeXt:
+    """The recipe's model for the classes of a data set, on the CPU.
+
+    Args:
+        before: a checkpoint of a whole model to begin with; its classifier is replaced where the classes are others.
+        empty: weights are about to be loaded: none are fetched.
+
+    Raises:
+        WeightsError: the weights to begin with cannot be had or do not fit.
+    """
+    torch.manual_seed(mixed_seed(recipe.seed))
+    count, weights = len(pairs.classes), before or recipe.weights
+    begin = None if empty or weights is None else load(weights)
+    rank = None if begin is None else begin.config.rank
+    model = create(recipe.size, count, recipe.head, rank=rank, drop_path=recipe.drop_path, dropout=recipe.dropout)
+    model.classes, model.palette, model.short_side = pairs.classes, pairs.palette, min(recipe.scale)
+    if begin is not None:
+        _take_over(model, begin, weights)
+    elif recipe.encoder is not None and not empty:
+        try:
+            load_encoder(model, f"imagenet-{recipe.size}" if recipe.encoder == "imagenet" else recipe.encoder)
+        except WeightsError as error:
+            raise WeightsError(f"{error}; to train from random weights: --recipe scratch, or --encoder none") from error
+    return model
+
+
+def _take_over(model: SegNeXt, begin: SegNeXt, name: str | Path) -> None:
+    """Gives the model the weights of another, but for the classifier if that one has other classes."""
+    state = begin.state_dict()
+    if (begin.classes or []) != model.classes:
+        classifier = {key: value for key, value in model.state_dict().items() if key.startswith("decode_head.conv_seg.")}
+        state.update(classifier)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise WeightsError(f"{name} is no SegNeXt of the recipe's size and head: {reason}") from error
+
+
+def class_weights(dataset: Dataset, classes: int, power: float, workers: int = 0) -> Tensor:
+    """Weights in the loss [classes], each class' share of the labels to the power of ``-power``; the mean label weighs 1.
+
+    The labels of up to 500 pictures, evenly spaced, are counted.
+    """
     counts = torch.zeros(256, dtype=torch.int64)
-    for _, labels in (dataset[i] for i in range(len(dataset))):
-        counts += torch.bincount(labels.flatten().long(), minlength=256)
+    for batch in one_by_one(dataset, range(0, len(dataset), math.ceil(len(dataset) / COUNTED)), workers):
+        counts += torch.bincount(batch.labels.flatten(), minlength=256)
     shares = counts[:classes] / counts[:classes].sum().clamp_min(1)
     weights = shares.clamp_min(1e-4) ** -power
     return weights / (shares * weights).sum().clamp_min(1e-4)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters that are decayed (filters and matrices) and those that are not (vectors)."""
-    filters = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    return [{"params": filters, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _resolved(recipe: Recipe, pairs: Pairs, device: torch.device) -> Recipe:
+    """The recipe with what it leaves to the data and the device."""
+    if recipe.scale is None:
+        sides = sorted(min(_size(image)) for image, _ in pairs.files[:: math.ceil(len(pairs) / COUNTED)])
+        short = min(LARGEST, sides[len(sides) // 2])
+        recipe = replace(recipe, scale=(4 * short, short))
+    if recipe.crop is None:
+        side = min(LARGEST, max(32, min(recipe.scale) // 32 * 32))
+        recipe = replace(recipe, crop=(side, side))
+    return replace(recipe, precision=precision(recipe.precision, device))
 
 
-def batches(dataset: Dataset, recipe: Recipe, augment: Callable | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end, (uint8 [B, 3, H, W], labels [B, H, W]), every picture once before any comes again."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    sampler = RandomSampler(dataset, num_samples=1 << 40, generator=generator)
-
-    def collate(pairs):
-        if augment is not None:
-            pairs = [augment(tv_tensors.Image(image), tv_tensors.Mask(labels)) for image, labels in pairs]
-        return tuple(torch.stack([torch.as_tensor(item) for item in column]) for column in zip(*pairs, strict=True))
-
-    return iter(DataLoader(dataset, recipe.batch, sampler=sampler, collate_fn=collate))
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
-def photo_augmentation(size: tuple[int, int], crop: tuple[int, int]) -> v2.Transform:
-    """Random crop of photos of about ``size`` (height, width) at 0.75 to 1.5 times their scale, flip and colours."""
-    part = crop[0] * crop[1] / (size[0] * size[1])
-    ratio = crop[1] / crop[0]
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(crop, scale=(part / 1.5**2, min(1.0, part / 0.75**2)), ratio=(ratio / 1.15, ratio * 1.15)),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
-        ]
+def _headline(trainer: Trainer, val: Pairs | None) -> str:
+    recipe = trainer.recipe
+    length = f"{recipe.iterations} steps" if recipe.seconds is None else f"{recipe.seconds:.0f} s"
+    processes = "" if distributed.world() == 1 else f", {distributed.world()} processes"
+    return (
+        f"SegNeXt-{recipe.size.upper()} on {len(trainer.dataset)} pictures of {recipe.dataset} ({recipe.train})"
+        f"{'' if val is None else f', evaluated on {len(val)} ({recipe.val})'}: {length} of {recipe.batch} at"
+        f" {recipe.crop[0]}x{recipe.crop[1]}, {recipe.precision}, on {trainer.device}{processes}"
     )
-
-
-def _progress(recipe: Recipe, losses: list[float]) -> Iterator[float]:
-    """The share 0..1 of the training that is over, before every step, until all of it is; shown with the loss in a bar."""
-    total, unit = (recipe.steps, "steps") if recipe.steps is not None else (recipe.seconds, "s")
-    start = time.perf_counter()
-    layout = f"training {{percentage:3.0f}}% |{{bar}}| {{n:.0f}}/{{total:.0f}} {unit}{{postfix}}"
-    with tqdm(total=total, bar_format=layout) as bar:
-        while True:
-            done = len(losses) if recipe.steps is not None else min(time.perf_counter() - start, total)
-            recent = losses[-20:]
-            if recent:
-                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", step=len(losses), refresh=False)
-            bar.update(done - bar.n)
-            if done >= total:
-                return
-            yield done / total

@@ -89,19 +89,22 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    riding = {name: getattr(model, name) for name in ("classes", "palette", "short_side")}
-    meta = {"segnext": asdict(model.config), **riding}
     is_safetensors = suffix(path) == SAFETENSORS_SUFFIX
     try:
         with replacing(path) as file:
             if is_safetensors:
                 from safetensors.torch import save as to_bytes
 
-                file.write(to_bytes(state, {"format": "pt", "meta": json.dumps(meta)}))
+                file.write(to_bytes(state, {"format": "pt", "meta": json.dumps(about(model))}))
             else:
-                torch.save({"state_dict": state, "meta": meta}, file)
+                torch.save({"state_dict": state, "meta": about(model)}, file)
     except OSError as error:
         raise WeightsError(f"cannot write {path}: {error.strerror}") from error
+
+
+def about(model: SegNeXt) -> dict[str, Any]:
+    """What a checkpoint says of a model beside its tensors."""
+    return {"segnext": asdict(model.config), **{name: getattr(model, name) for name in ("classes", "palette", "short_side")}}
 
 
 def _locate(path_or_name: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,119 @@
+"""Several processes as torchrun starts them, or one: who am I, sums over all, and batch norms that see the whole batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@contextmanager
+def processes(device: str | torch.device) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, if it did, and yields the device of this one.
+
+    With NCCL on GPUs, each process on its own (``LOCAL_RANK``), and gloo elsewhere.
+    """
+    device = torch.device(device)
+    if not (dist.is_available() and "RANK" in os.environ and "WORLD_SIZE" in os.environ):
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if _joined() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if _joined() else 1
+
+
+def barrier() -> None:
+    """Waits until all processes are here."""
+    if _joined():
+        dist.barrier()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all processes, without a gradient; the tensor itself is changed."""
+    if _joined():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_first(value: Any) -> Any:
+    """The first process' value of something that can be pickled, in all of them."""
+    if not _joined():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives all processes the first one's buffers, as the means and variances of norms that are not synchronised."""
+    if _joined():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def synchronise_norms(model: nn.Module) -> nn.Module:
+    """The model with batch norms whose statistics, in training, are of the batch of all processes; one process needs none.
+
+    Parameters and their names stay. On GPUs it is torch's ``SyncBatchNorm``, which serves nothing else.
+    """
+    if world() == 1:
+        return model
+    if next(model.parameters()).device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d
+    return model
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over all processes, each with a batch of the same shape, where torch's own doesn't go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world() == 1:
+            return super().forward(x)
+        values = x.float()
+        mean = _Sum.apply(values.mean((0, 2, 3))) / world()
+        centred = values - mean[:, None, None]
+        variance = _Sum.apply(centred.square().mean((0, 2, 3))) / world()
+        with torch.no_grad():
+            count = world() * x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / max(1, count - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return total(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return total(grad.contiguous().clone())

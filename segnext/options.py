@@ -1,0 +1,112 @@
+"""What the command line's words mean: numbers, sizes, devices, and a recipe's fields as options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+from .recipes import Recipe
+
+
+def number(kind: type, text: str):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no {'whole ' if kind is int else ''}number") from None
+
+
+def count(text: str) -> int:
+    value = number(int, text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def positive(text: str) -> int:
+    value = number(int, text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = number(float, text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no length of time")
+    return value
+
+
+def share(text: str) -> float:
+    value = number(float, text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def image_size(text: str, least: int = 1) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, as 128x160, of at least {least} pixels each")
+    return int(height), int(width)
+
+
+def demo_size(text: str) -> tuple[int, int]:
+    return image_size(text, least=32)
+
+
+def device(text: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return text
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """An option for every field of a recipe; those that are given end up in the namespace, the others don't."""
+    group = parser.add_argument_group("fields of the recipe, to train otherwise than it says")
+    for field in fields(Recipe):
+        flag, help = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+        if field.type == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+        else:
+            kind = field.type.removesuffix(" | None")
+            parse = _or_none(_PARSERS[kind]) if kind != field.type else _PARSERS[kind]
+            group.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=_METAVARS[kind], help=help)
+
+
+def overridden(stages: tuple[Recipe, ...], options: dict[str, Any]) -> tuple[Recipe, ...]:
+    """The recipe's trainings with the fields that are among the options, which are taken out, in place of theirs.
+
+    A training by the clock has no number of steps, and a warm-up in steps becomes its share of the recipe's.
+    """
+    names = [field.name for field in fields(Recipe) if field.name in options]
+    changes = {name: options.pop(name) for name in names}
+    if changes.get("seconds") is not None and "iterations" not in changes:
+        return tuple(replace(stage, **{"iterations": None, "warmup": stage.warmup_share, **changes}) for stage in stages)
+    return tuple(replace(stage, **changes) for stage in stages)
+
+
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else parse(text)
+
+
+def _two_numbers(text: str) -> tuple[float, float]:
+    parts = [number(float, part) for part in text.split(",")]
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, as 0.5,2")
+    return parts[0], parts[1]
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": lambda text: number(int, text),
+    "float": lambda text: number(float, text),
+    "Pair": image_size,
+    "tuple[float, float]": _two_numbers,
+}
+_METAVARS = {"str": "NAME", "int": "N", "float": "X", "Pair": "NxN", "tuple[float, float]": "X,X"}

@@ -1,0 +1,227 @@
+"""How models are trained and tested: the paper's seven settings, and one for small sets of one's own, as data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+Pair = tuple[int, int]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be found, read, or followed; the message names the field."""
+
+
+def _about(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training and its evaluation. Every field is an option of ``segnext train``, whose --help explains it."""
+
+    dataset: str = _about("format of the data set; `segnext data list` names them", "folder")
+    train: str = _about("split to train on", "train")
+    val: str | None = _about("split to evaluate on; none for no evaluation", "val")
+    size: str = _about("of the model: t, s, b, l", "t")
+    head: str = _about("of the model: ham, msca", "ham")
+    encoder: str | None = _about(
+        "weights that the encoder starts from: imagenet for the hosted ones of the model's size, a file, or none", "imagenet"
+    )
+    weights: str | None = _about(
+        "whole model to start from instead, hosted or a file; its classifier is replaced where the classes are others", None
+    )
+    batch: int = _about("pictures in a step, over all processes and accumulated steps", 16)
+    iterations: int | None = _about("length of the training in steps", 160_000)
+    seconds: float | None = _about("length of the training by the clock, instead of --iterations", None)
+    crop: Pair | None = _about("HxW that the network is trained on; none for what suits the pictures", (512, 512))
+    scale: Pair | None = _about(
+        "LONGxSHORT: pictures are resized to fit, as large as they can, into these two sides; none for what suits them",
+        (2048, 512),
+    )
+    ratio: tuple[float, float] = _about(
+        "LOW,HIGH: in training the scale is multiplied by a random number from this range", (0.5, 2.0)
+    )
+    max_share: float = _about("of one class in a crop; another is tried, up to ten times", 0.75)
+    distort: bool = _about("brightness, contrast, saturation and hue at random", True)
+    lr: float = _about("peak learning rate of the encoder", 6e-5)
+    head_lr: float = _about("what the head's learning rate is a multiple of the encoder's by", 10.0)
+    betas: tuple[float, float] = _about("of AdamW", (0.9, 0.999))
+    weight_decay: float = _about("of AdamW, of all but the norms", 0.01)
+    warmup: float = _about("steps in which the learning rate rises linearly, or below 1 their share of the training", 1500)
+    warmup_start: float = _about("share of the learning rate that the warm-up begins with", 1e-6)
+    power: float = _about("of the polynomial in which the learning rate then falls to 0", 1.0)
+    dropout: float = _about("in the head", 0.1)
+    drop_path: float | None = _about("stochastic depth of the last block; none for the paper's", None)
+    balance: float = _about("classes weigh in the loss as their share of the pixels to the power of minus this", 0.0)
+    sync_norm: bool = _about("batch norms see the batch of all processes", True)
+    precision: str = _about(
+        "float32, or autocast to bfloat16 or float16; auto: bfloat16 where the processor multiplies it", "float32"
+    )
+    compile: bool = _about("train through torch.compile", False)
+    deterministic: bool = _about("the same bits at every run on GPUs too, which is slower there", False)
+    seed: int = _about("of weights, order, augmentation and dropout", 0)
+    log_every: int = _about("steps between lines of train.csv", 50)
+    save_every: int = _about("steps between checkpoints to resume from", 1000)
+    evaluate_every: int = _about("steps between evaluations", 8000)
+    window: Pair | None = _about("HxW of the sliding window in evaluation; none for the whole picture", None)
+    stride: Pair | None = _about("HxW between windows", None)
+    multiple: int = _about("in evaluation both sides of the resized picture are rounded up to a multiple of this", 1)
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.iterations is None):
+            raise RecipeError(f"give iterations or seconds, one of them: got {self.iterations} and {self.seconds}")
+        if self.seconds is not None and not 0 <= self.warmup < 1:
+            raise RecipeError(f"a training by the clock needs a warm-up below 1, its share of the training: got {self.warmup}")
+        if not 0 <= self.warmup_share < 1:
+            raise RecipeError(f"a warm-up of {self.warmup} is not shorter than the training of {self.iterations} steps")
+        if (self.window is None) != (self.stride is None):
+            raise RecipeError(f"window and stride go together: got {self.window} and {self.stride}")
+        if self.window is not None and any(s > w for s, w in zip(self.stride, self.window, strict=True)):
+            raise RecipeError(f"a stride of {self.stride} leaves gaps between windows of {self.window}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise RecipeError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and min(value if isinstance(value, tuple) else (value,)) <= 0:
+                raise RecipeError(f"{name} must be positive, got {value}")
+
+    @property
+    def warmup_share(self) -> float:
+        """The warm-up's share of the training."""
+        return self.warmup if self.warmup < 1 else self.warmup / self.iterations
+
+    def lr_factor(self, progress: float) -> float:
+        """The learning rate's share of its peak at ``progress`` 0..1 of the training.
+
+        Source: mmsegmentation's LinearLR, then PolyLR.
+        """
+        share = self.warmup_share
+        if progress < share:
+            return self.warmup_start + (1 - self.warmup_start) * progress / share
+        return max(0.0, (1 - progress) / (1 - share)) ** self.power
+
+
+_CHOICES = {
+    "size": ("t", "s", "b", "l"),
+    "head": ("ham", "msca"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
+}
+_POSITIVE = (
+    "batch", "iterations", "seconds", "crop", "scale", "ratio", "lr", "power", "log_every", "save_every", "evaluate_every",
+    "window", "stride", "multiple",
+)  # fmt: skip
+
+_VOC = Recipe(dataset="pascal-voc", train="trainaug", iterations=80_000)
+_CONTEXT = Recipe(
+    dataset="pascal-context-59", iterations=80_000, crop=(480, 480), scale=(520, 520), window=(480, 480), stride=(320, 320)
+)
+
+# Each is one training, or several of which each begins with the weights of the one before.
+RECIPES: dict[str, tuple[Recipe, ...]] = {
+    "ade20k": (Recipe(dataset="ade20k", multiple=32),),
+    "cityscapes": (
+        Recipe(
+            dataset="cityscapes", batch=8, crop=(1024, 1024), scale=(2048, 1024), window=(1024, 1024), stride=(768, 768)
+        ),
+    ),
+    "coco-stuff": (Recipe(dataset="coco-stuff", iterations=80_000),),
+    "pascal-voc": (_VOC, Recipe(dataset="pascal-voc", train="trainval", val=None, iterations=80_000)),
+    "pascal-voc-coco": (
+        Recipe(dataset="coco-voc", iterations=600_000),
+        Recipe(dataset="pascal-voc", train="trainval", val=None, iterations=40_000),
+    ),
+    "pascal-context": (_CONTEXT,),
+    "pascal-context-60": (Recipe(**{**asdict(_CONTEXT), "dataset": "pascal-context-60"}),),
+    "isaid": (
+        Recipe(dataset="isaid", crop=(896, 896), scale=(896, 896), window=(896, 896), stride=(512, 512)),
+    ),
+    "folder": (
+        Recipe(
+            batch=8, iterations=4000, crop=None, scale=None, lr=1e-4, warmup=0.05, balance=0.3, precision="auto",
+            log_every=20, save_every=200, evaluate_every=500,
+        ),
+    ),
+    "scratch": (
+        Recipe(
+            encoder=None, batch=8, iterations=8000, crop=None, scale=None, ratio=(0.75, 1.5), lr=2e-3, head_lr=1.0, warmup=0.05,
+            drop_path=0.0, balance=0.3, precision="auto", log_every=20, save_every=200, evaluate_every=500,
+        ),
+    ),
+}  # fmt: skip
+
+
+def recipes(name: str) -> tuple[Recipe, ...]:
+    """A recipe's trainings, by its name or from a file that :func:`write` wrote.
+
+    Raises:
+        RecipeError: there is no such recipe, or the file is none.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    if Path(name).suffix != ".json":
+        raise RecipeError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, or a .json file that a run wrote")
+    return read(Path(name))[0]
+
+
+def table() -> str:
+    """The recipes, a line for each training."""
+    rows = [("recipe", "data", "trained on", "crop", "batch", "steps", "test")]
+    for name, stages in RECIPES.items():
+        for stage in stages:
+            crop = "of the data" if stage.crop is None else _dimensions(stage.crop)
+            rows.append((name, stage.dataset, stage.train, crop, str(stage.batch), f"{stage.iterations:,}", _test_mode(stage)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _test_mode(recipe: Recipe) -> str:
+    if recipe.val is None:
+        return "none"
+    if recipe.window is not None:
+        return f"windows of {_dimensions(recipe.window)}, stride {recipe.stride[0]}"
+    short = "" if recipe.scale is None else f", short side {recipe.scale[1]}"
+    return f"whole{short}" + (f", multiple of {recipe.multiple}" if recipe.multiple > 1 else "")
+
+
+def _dimensions(pair: Pair) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
+def write(path: Path, stages: tuple[Recipe, ...], **beside: Any) -> None:
+    """Writes a recipe and what else a run was started with as JSON, whole or not at all."""
+    from .checkpoint import replacing
+
+    with replacing(path) as file:
+        file.write(json.dumps({"recipe": [asdict(stage) for stage in stages], **beside}, indent=1).encode())
+
+
+def read(path: str | os.PathLike[str]) -> tuple[tuple[Recipe, ...], dict[str, Any]]:
+    """What :func:`write` wrote: the recipe's trainings, and the rest.
+
+    Raises:
+        RecipeError: the file cannot be read, or holds no recipe.
+    """
+    try:
+        beside = json.loads(Path(path).read_text())
+        stages = tuple(from_dict(stage) for stage in beside.pop("recipe"))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{path} is no recipe: {error}") from error
+    if not stages:
+        raise RecipeError(f"{path} is no recipe: it holds no training")
+    return stages, beside
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from what ``dataclasses.asdict`` made of it, also after JSON, which has no tuples."""
+    unknown = values.keys() - {field.name for field in fields(Recipe)}
+    if unknown:
+        raise RecipeError(f"a recipe has no {', '.join(sorted(unknown))}")
+    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,0 +1,150 @@
+"""The folder of a training: checkpoints that are whole at any moment, and figures as CSV, for TensorBoard, and drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import replacing
+from .evaluate import Scores
+from .trainer import Step, Trainer
+from .weights import WeightsError, about, save
+
+TRAIN = ("step", "loss", "lr", "seconds", "waited")
+VAL = ("step", "mIoU", "mean_accuracy", "pixel_accuracy")
+
+
+class Run:
+    """What a training leaves behind.
+
+    ``last.pth``: all that it takes to go on, and weights that :func:`segnext.load` takes. ``best.pth``: the weights of the best
+    evaluation, ``model.pth``: those of the end. ``train.csv``, ``val.csv``, ``curves.png``, and TensorBoard's events.
+
+    Args:
+        folder: made if it isn't there.
+        done: the steps of the training so far; what the figures say of later ones, which will be done again, is taken out.
+    """
+
+    def __init__(self, folder: Path, done: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(".*.pth.*"):  # of a process that was killed while it wrote
+            unfinished.unlink()
+        self.folder = folder
+        self.files = {name: _rewritten(folder / f"{name}.csv", columns, done) for name, columns in _COLUMNS.items()}
+        self.board = SummaryWriter(str(folder), purge_step=done + 1)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        self.board.close()
+
+    def log_step(self, step: Step, mean_loss: float) -> None:
+        row = (step.number, f"{mean_loss:.6g}", f"{step.lr:.6g}", f"{step.seconds:.4f}", f"{step.waited:.4f}")
+        self._log("train", row)
+
+    def log_scores(self, number: int, scores: Scores) -> None:
+        self._log("val", (number, *(f"{x:.6f}" for x in (scores.miou, scores.mean_accuracy, scores.pixel_accuracy))))
+
+    def _log(self, name: str, row: tuple) -> None:
+        csv.writer(self.files[name]).writerow(row)
+        self.files[name].flush()
+        for title, value in zip(_COLUMNS[name][1:], row[1:], strict=True):
+            self.board.add_scalar(f"{name}/{title}", float(value), row[0])
+
+    def save(self, trainer: Trainer, best: float) -> None:
+        """Writes ``last.pth``; if that fails, the one before stays.
+
+        Raises:
+            WeightsError: it cannot be written.
+            FloatingPointError: the weights are not finite, which is not worth keeping.
+        """
+        path = self.folder / "last.pth"
+        if not all(parameter.isfinite().all() for parameter in trainer.model.parameters()):
+            raise FloatingPointError(f"the weights are no longer finite after step {trainer.done}; {_kept(path)}")
+        state = {**trainer.state(), "best": best, "meta": about(trainer.model)}
+        try:
+            with replacing(path) as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk in its own way
+            raise WeightsError(f"cannot write {path}: {_cause(error)}; {_kept(path)}") from error
+
+    def save_weights(self, trainer: Trainer, name: str) -> None:
+        save(trainer.model, self.folder / name)
+
+    def draw(self) -> None:
+        """Draws ``curves.png`` from the CSV files."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axes, name, columns in ((left, "train", ("loss",)), (right, "val", VAL[1:])):
+            rows = read_csv(self.folder / f"{name}.csv")
+            for column in columns:
+                axes.plot([int(row["step"]) for row in rows], [float(row[column]) for row in rows], label=column, marker=".")
+            axes.set(xlabel="step", title=name)
+            axes.legend()
+        with replacing(self.folder / "curves.png") as file:
+            figure.savefig(file, format="png")
+
+
+_COLUMNS = {"train": TRAIN, "val": VAL}
+
+
+def last(folder: Path) -> dict[str, Any] | None:
+    """What ``last.pth`` in the folder holds; None if there is none.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    path = folder / "last.pth"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make torch raise anything
+        raise WeightsError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _rewritten(path: Path, columns: Sequence[str], done: int) -> io.TextIOBase:
+    """The CSV file with its rows up to step ``done``, open for more; a last line that was cut off is dropped."""
+    rows = read_csv(path) if path.exists() else []
+    kept = [row for row in rows if all(row.get(name) for name in columns) and int(row["step"]) <= done]
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, newline="", write_through=True)
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(kept)
+        text.detach()
+    return path.open("a", newline="")
+
+
+@contextlib.contextmanager
+def opened(folder: Path, done: int) -> Iterator[Run]:
+    run = Run(folder, done)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def _kept(path: Path) -> str:
+    return f"{path} of before is whole" if path.exists() else "there is no earlier checkpoint"
+
+
+def _cause(error: BaseException) -> str:
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__) is not None:
+        error = error.__cause__ or error.__context__
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]

@@ -1,0 +1,82 @@
+"""Several processes, as torchrun starts them, train and evaluate like one with the same total batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from segnext import distributed
+
+TESTS = Path(__file__).parent
+
+
+def run(out: Path, processes: int, accumulate: int, norms: str = "sync") -> list[dict]:
+    out.mkdir()
+    program = [str(TESTS / "distributed_run.py"), str(out), str(accumulate), norms]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    ended = subprocess.run(
+        [sys.executable, *torchrun, *program],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> dict:
+    return run(tmp_path_factory.mktemp("runs") / "one", 1, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict]:
+    return run(tmp_path_factory.mktemp("runs") / "two", 2, 1)
+
+
+def test_losses_and_gradients_are_those_of_one_process(one, two):
+    for other in two:
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        for name, gradient in one["gradients"].items():
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(other["gradients"][name], gradient, rtol=0, atol=2e-3 * scale + 1e-7, msg=name)
+
+
+def test_weights_and_statistics_of_norms_are_those_of_one_process(one, two):
+    for name, value in one["state"].items():
+        torch.testing.assert_close(two[0]["state"][name], value, rtol=1e-3, atol=1e-3, msg=name)
+        assert torch.equal(two[0]["state"][name], two[1]["state"][name]), name
+
+
+def test_evaluation_counts_every_picture_once(one, two):
+    assert sorted(two[0]["seen"] + two[1]["seen"]) == sorted(one["seen"]) == [f"scene {i}" for i in range(7)]
+    assert torch.equal(two[0]["confusion"], two[1]["confusion"])
+    pixels = one["confusion"].sum().item()
+    assert two[0]["confusion"].sum() == pixels
+    assert (two[0]["confusion"] - one["confusion"]).abs().sum() < 0.02 * pixels  # the weights differ in the last bits
+
+
+def test_norms_that_are_not_synchronised_see_less(one, tmp_path):
+    """The test above would notice it; and all processes evaluate the first one's statistics."""
+    first, second = run(tmp_path / "plain", 2, 1, "plain")
+    assert first["losses"] != pytest.approx(one["losses"], rel=1e-4)
+    assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
+
+
+def test_synchronised_norm_alone_is_a_batch_norm():
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(3)
+    norms = nn.Sequential(nn.BatchNorm2d(3))
+    assert distributed.synchronise_norms(norms) is norms and type(norms[0]) is nn.BatchNorm2d
+    synchronised = distributed.SyncBatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 6)
+    torch.testing.assert_close(synchronised(x), plain(x))
+    assert (distributed.rank(), distributed.world(), distributed.from_first("a")) == (0, 1, "a")

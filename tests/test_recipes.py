@@ -1,0 +1,168 @@
+"""Recipes: the paper's settings, their schedule by hand, files, and fields as options of the command line."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, fields, replace
+
+import pytest
+
+from segnext import options, recipes
+from segnext.recipes import RECIPES, Recipe, RecipeError
+
+# recipe: (crop, batch, steps of each training, data, window, stride, short side, multiple)
+PAPER = {
+    "ade20k": (512, 16, [160_000], ["ade20k"], None, None, 512, 32),
+    "cityscapes": (1024, 8, [160_000], ["cityscapes"], 1024, 768, 1024, 1),
+    "coco-stuff": (512, 16, [80_000], ["coco-stuff"], None, None, 512, 1),
+    "pascal-voc": (512, 16, [80_000, 80_000], ["pascal-voc", "pascal-voc"], None, None, 512, 1),
+    "pascal-voc-coco": (512, 16, [600_000, 40_000], ["coco-voc", "pascal-voc"], None, None, 512, 1),
+    "pascal-context": (480, 16, [80_000], ["pascal-context-59"], 480, 320, 520, 1),
+    "pascal-context-60": (480, 16, [80_000], ["pascal-context-60"], 480, 320, 520, 1),
+    "isaid": (896, 16, [160_000], ["isaid"], 896, 512, 896, 1),
+}
+
+
+def square(side: int | None) -> tuple[int, int] | None:
+    return None if side is None else (side, side)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings(name):
+    crop, batch, steps, data, window, stride, short, multiple = PAPER[name]
+    stages = RECIPES[name]
+    assert [stage.iterations for stage in stages] == steps and [stage.dataset for stage in stages] == data
+    for stage in stages:
+        assert (stage.crop, stage.batch, stage.scale[1]) == (square(crop), batch, short)
+    first = stages[0]
+    assert (first.window, first.stride, first.multiple) == (square(window), square(stride), multiple)
+    common = (6e-5, (0.9, 0.999), 0.01, 10.0, 1500, 1e-6, 1.0, 0.1, (0.5, 2.0), 0.75, "imagenet", True)
+    for stage in stages:
+        assert common == (
+            stage.lr, stage.betas, stage.weight_decay, stage.head_lr, stage.warmup, stage.warmup_start, stage.power,
+            stage.dropout, stage.ratio, stage.max_share, stage.encoder, stage.distort,
+        )  # fmt: skip
+
+
+def test_second_trainings_use_the_validation_pictures_and_so_are_not_evaluated_on_them():
+    for name in ("pascal-voc", "pascal-voc-coco"):
+        first, second = RECIPES[name]
+        assert (first.val, second.train, second.val) == ("val", "trainval", None)
+    assert RECIPES["pascal-voc"][0].train == "trainaug"
+
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, 6e-11),
+        (750, 6e-5 * (1e-6 + (1 - 1e-6) / 2)),
+        (1499, 6e-5 * (1 - (1 - 1e-6) / 1500)),
+        (1500, 6e-5),
+        (80_750, 3e-5),
+        (159_999, 6e-5 / 158_500),
+        (160_000, 0),
+    ],
+)
+def test_learning_rate_of_the_paper(step, expected):
+    (recipe,) = RECIPES["ade20k"]
+    assert recipe.lr * recipe.lr_factor(step / recipe.iterations) == pytest.approx(expected, rel=1e-6, abs=1e-18)
+
+
+@pytest.mark.parametrize("progress, expected", [(0.0, 0.0), (0.1, 0.5), (0.2, 1.0), (0.6, 0.25), (1.0, 0.0)])
+def test_learning_rate_with_a_share_and_a_power(progress, expected):
+    recipe = Recipe(iterations=10, warmup=0.2, warmup_start=0.0, power=2.0)
+    assert recipe.lr_factor(progress) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seconds": 3.0}, "iterations or seconds"),
+        ({"iterations": None}, "iterations or seconds"),
+        ({"iterations": None, "seconds": 3.0}, "warm-up below 1"),
+        ({"iterations": 1500}, "warm-up of 1500 is not shorter"),
+        ({"window": (8, 8)}, "window and stride"),
+        ({"window": (8, 8), "stride": (4, 9)}, "gaps"),
+        ({"size": "xl"}, "size must be one of t, s, b, l, got 'xl'"),
+        ({"precision": "int8"}, "precision must be one of"),
+        ({"batch": 0}, "batch must be positive"),
+        ({"crop": (32, 0)}, "crop must be positive"),
+    ],
+)
+def test_impossible_recipes(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**changes)
+
+
+def test_recipes_survive_their_file(tmp_path):
+    path = tmp_path / "recipe.json"
+    for stages in RECIPES.values():
+        recipes.write(path, stages, data=["a"])
+        assert recipes.read(path) == (stages, {"data": ["a"]})
+        assert recipes.recipes(str(path)) == stages
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("", "is no recipe"), ("[]", "is no recipe"), ('{"recipe": []}', "no training"), ('{"recipe": [{"sze": 1}]}', "no sze")],
+)
+def test_files_that_are_no_recipes(tmp_path, text, message):
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        recipes.recipes(str(tmp_path / "recipe.json"))
+
+
+def test_unknown_recipes_are_told_the_known_ones(tmp_path):
+    with pytest.raises(RecipeError, match="no recipe 'ade'; there are ade20k, cityscapes"):
+        recipes.recipes("ade")
+    with pytest.raises(RecipeError, match="absent.json: No such file"):
+        recipes.recipes(str(tmp_path / "absent.json"))
+
+
+def test_table_has_every_training():
+    lines = recipes.table().splitlines()
+    assert len(lines) == 1 + sum(map(len, RECIPES.values()))
+    assert lines[2].split() == [
+        "cityscapes", "cityscapes", "train", "1024x1024", "8", "160,000", "windows", "of", "1024x1024,", "stride", "768"
+    ]  # fmt: skip
+
+
+def parsed(*arguments: str) -> dict:
+    parser = argparse.ArgumentParser()
+    options.add_recipe(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def as_words(value) -> str:
+    if isinstance(value, tuple):
+        return ("x" if isinstance(value[0], int) else ",").join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+@pytest.mark.parametrize("field", fields(Recipe), ids=lambda field: field.name)
+def test_every_field_is_an_option(field):
+    examples = {
+        "val": None, "encoder": "e.pth", "weights": "w.pth", "iterations": 9000, "seconds": 60.5, "crop": (64, 96), "scale": (99, 77),
+        "drop_path": 0.25, "window": (64, 96), "stride": (32, 48), "size": "l", "head": "msca", "precision": "bfloat16",
+    }  # fmt: skip
+    value = examples.get(field.name, field.default)
+    flag = f"--{field.name.replace('_', '-')}"
+    if isinstance(value, bool):
+        given = parsed(flag.replace("--", "--no-") if field.default else flag)
+        assert given == {field.name: not field.default}
+    else:
+        assert parsed(flag, as_words(value)) == {field.name: value}
+    assert parsed() == {}
+
+
+def test_options_replace_fields_of_every_training():
+    given = {"batch": 4, "crop": (64, 64), "other": 1}
+    stages = options.overridden(RECIPES["pascal-voc"], given)
+    assert given == {"other": 1}
+    assert stages == tuple(replace(stage, batch=4, crop=(64, 64)) for stage in RECIPES["pascal-voc"])
+
+
+def test_a_training_by_the_clock_keeps_the_share_of_the_warm_up():
+    (stage,) = options.overridden(RECIPES["ade20k"], {"seconds": 60.0})
+    assert (stage.iterations, stage.seconds, stage.warmup) == (None, 60.0, 1500 / 160_000)
+    assert {**asdict(stage), "iterations": 160_000, "seconds": None, "warmup": 1500} == asdict(RECIPES["ade20k"][0])

@@ -1,0 +1,334 @@
+"""``segnext train``: what it leaves behind, that a killed training ends as if it had not been, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import trees
+from PIL import Image
+
+import segnext
+from segnext import cli, recipes, run
+from segnext.checkpoint import WeightsError
+from segnext.data import DataError, open_dataset
+from segnext.recipes import RECIPES, RecipeError
+from segnext.train import Machine, build, class_weights, resume, train
+
+(SCRATCH,) = RECIPES["scratch"]
+SHORT = replace(
+    SCRATCH,
+    iterations=6,
+    batch=2,
+    crop=(32, 32),
+    scale=(64, 32),
+    precision="float32",
+    log_every=2,
+    save_every=2,
+    evaluate_every=3,
+)
+HERE = Machine(workers=0)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return trees.folder(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run of SHORT."""
+    root = tmp_path_factory.mktemp("trained")
+    train([SHORT], [trees.folder(root / "data")], root / "run", HERE)
+    return root / "run"
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_what_a_training_leaves_behind(trained):
+    assert sorted(path.name for path in trained.iterdir() if not path.name.startswith("events.")) == [
+        "best.pth", "curves.png", "last.pth", "model.pth", "recipe.json", "train.csv", "val.csv"
+    ]  # fmt: skip
+    rows, scores = run.read_csv(trained / "train.csv"), run.read_csv(trained / "val.csv")
+    assert [int(row["step"]) for row in rows] == [2, 4, 6] and all(float(row["loss"]) > 0 for row in rows)
+    assert [int(row["step"]) for row in scores] == [3, 6] and all(0 <= float(row["mIoU"]) <= 1 for row in scores)
+    assert Image.open(trained / "curves.png").size[0] > 100
+    stages, beside = recipes.read(trained / "recipe.json")
+    assert stages == (SHORT,) and beside["machine"] == {"device": "cpu", "workers": 0, "accumulate": 1}
+
+
+def test_the_curves_are_in_tensorboard(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
+    assert [event.step for event in events.Scalars("val/mIoU")] == [3, 6]
+
+
+def test_every_checkpoint_is_a_model(trained):
+    for name in ("best.pth", "last.pth", "model.pth"):
+        model = segnext.load(trained / name)
+        assert (model.classes, model.short_side, model.config.drop_path) == (trees.CLASSES, 32, 0.0)
+    assert same(weights(trained / "last.pth"), weights(trained / "model.pth"))
+    best = max(float(row["mIoU"]) for row in run.read_csv(trained / "val.csv"))
+    assert torch.load(trained / "last.pth", weights_only=True)["best"] == pytest.approx(best, abs=1e-6)
+
+
+def test_a_folder_with_a_training_is_not_overwritten(trained, data):
+    with pytest.raises(RecipeError, match="holds a training already; go on with it by --resume"):
+        train([SHORT], [data], trained, HERE)
+
+
+def test_a_finished_training_is_finished(trained):
+    before = (trained / "model.pth").stat().st_mtime_ns
+    resume(trained)
+    assert (trained / "model.pth").stat().st_mtime_ns == before
+
+
+COMMAND = [sys.executable, "-m", "segnext", "train"]
+OPTIONS = (
+    "--recipe scratch --batch 2 --crop 32x32 --scale 64x32 --precision float32 --iterations 40 --log-every 3 --save-every 1"
+    " --evaluate-every 20 --workers 1 --dropout 0.5 --drop-path 0.3"
+).split()
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def test_a_killed_training_ends_with_the_same_weights(tmp_path, data):
+    """Killed with SIGKILL at random moments, most of which fall into the writing of a checkpoint, one of them into its middle."""
+    unbroken = start("--data", data, "--out", tmp_path / "unbroken", *OPTIONS)
+    draw, out, kills, unfinished = random.Random(7), tmp_path / "killed", 0, 0
+    assert unbroken.wait(120) == 0, unbroken.stderr.read()
+    process = start("--data", data, "--out", out, *OPTIONS)
+    while True:
+        wait_for(process, lambda: (out / "last.pth").exists())
+        done = lambda: list(out.glob(".last.pth.*"))  # noqa: E731
+        if kills == 1:
+            wait_for(process, done)  # a checkpoint is being written
+        else:
+            time.sleep(draw.uniform(0, 0.7))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        unfinished += bool(done())
+        process = start("--resume", out)
+        if kills == 4:
+            break
+    assert process.wait(120) == 0, process.stderr.read()
+    assert kills >= 3 and unfinished >= 1
+    for name in ("model.pth", "best.pth", "last.pth"):
+        assert same(weights(out / name), weights(tmp_path / "unbroken" / name)), name
+    optimizers = [torch.load(folder / "last.pth", weights_only=True)["optimizer"] for folder in (out, tmp_path / "unbroken")]
+    assert str(optimizers[0]) == str(optimizers[1])
+    assert not list(out.glob(".*"))
+    for name, columns in (("train", ("step", "loss", "lr")), ("val", run.VAL)):
+        rows = [run.read_csv(folder / f"{name}.csv") for folder in (out, tmp_path / "unbroken")]
+        assert [[row[column] for column in columns] for row in rows[0]][-1] == [rows[1][-1][column] for column in columns]
+        assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+
+
+def wait_for(process: subprocess.Popen, happened) -> None:
+    while process.poll() is None and not happened():
+        time.sleep(0.0005)
+
+
+def test_a_training_that_never_wrote_a_checkpoint_begins_anew(tmp_path, trained, data):
+    train([SHORT], [data], tmp_path / "run", HERE)
+    for name in ("last.pth", "model.pth", "best.pth"):
+        (tmp_path / "run" / name).unlink()
+    resume(tmp_path / "run")
+    assert same(weights(tmp_path / "run" / "model.pth"), weights(trained / "model.pth"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, data):
+    """The process may write files of 30 MB at most, which the weights alone fit into, and a checkpoint with its moments not."""
+    out = tmp_path / "run"
+    ended = start("--data", data, "--out", out, *OPTIONS, "--save-every", 4, preexec_fn=small_files)
+    assert ended.wait(120) == 2
+    error = ended.stderr.read().strip().splitlines()[-1]
+    assert error.startswith(f"segnext: cannot write {out}/last.pth: File too large") and "no earlier checkpoint" in error
+    assert not list(out.glob("*last.pth*")) and not list(out.glob(".*"))
+    going_on = start("--resume", out)
+    assert going_on.wait(120) == 0 and (out / "model.pth").exists()
+
+
+def small_files() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30 << 20, 30 << 20))
+
+
+def test_what_was_whole_is_told(tmp_path, trained, monkeypatch):
+    def full(*args):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    (tmp_path / "last.pth").write_bytes(b"of before")
+    monkeypatch.setattr(torch, "save", full)
+    loop = run.Trainer(segnext.load(trained / "model.pth"), [], SHORT)
+    with run.opened(tmp_path, 0) as records, pytest.raises(WeightsError, match="last.pth: .*last.pth of before is whole"):
+        records.save(loop, 0.0)
+    assert (tmp_path / "last.pth").read_bytes() == b"of before"
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path, trained):
+    model = segnext.load(trained / "model.pth")
+    model.decode_head.conv_seg.bias.data[0] = torch.inf
+    (tmp_path / "last.pth").write_bytes(b"of before")
+    with run.opened(tmp_path, 0) as records, pytest.raises(FloatingPointError, match="no longer finite after step 0"):
+        records.save(run.Trainer(model, [], SHORT), 0.0)
+    assert (tmp_path / "last.pth").read_bytes() == b"of before"
+
+
+def test_a_loss_that_is_lost_stops_the_training(tmp_path, data):
+    out = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf) in step \d .*scene_\d, scene_\d"):
+        train([replace(SHORT, lr=1e30, warmup=0, save_every=1)], [data], out, HERE)
+    assert all(value.isfinite().all() for value in weights(out / "last.pth").values()) if (out / "last.pth").exists() else True
+
+
+def test_a_vanished_file_is_named_and_costs_nothing(tmp_path, data, capsys):
+    out, file = tmp_path / "run", data / "train" / "images" / "scene_2.png"
+    arguments = ["train", "--data", str(data), "--out", str(out), *OPTIONS, "--iterations", "5"]
+    hidden = tmp_path / "hidden.png"
+    assert cli.main([*arguments]) == 0
+    (out / "model.pth").unlink()
+    state = torch.load(out / "last.pth", weights_only=True)
+    torch.save({**state, "done": 3}, out / "last.pth")
+    file.rename(hidden)
+    (data / "train" / "masks" / "scene_2.png").rename(tmp_path / "hidden_mask.png")
+    file.write_bytes(b"no picture")
+    Image.new("L", (56, 40)).save(data / "train" / "masks" / "scene_2.png")
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", str(out)]) == 2
+    assert f"segnext: {file}: not an image" in capsys.readouterr().err
+    assert torch.load(out / "last.pth", weights_only=True)["done"] >= 3
+
+
+def test_two_trainings_carry_the_weights_over_and_swap_the_classifier(tmp_path, data):
+    other = trees.folder(tmp_path / "other", train=3, val=1)
+    (other / "classes.txt").write_text("\n".join([*trees.CLASSES, "eleventh"]))
+    stages = [replace(SHORT, iterations=2), replace(SHORT, iterations=1, lr=1e-12, val=None)]
+    train(stages, [data, other], tmp_path / "run", HERE)
+    first, second = (tmp_path / "run" / name for name in ("1-folder-train", "2-folder-train"))
+    assert not (second / "best.pth").exists() and run.read_csv(second / "val.csv") == []
+    before, after = weights(first / "model.pth"), weights(second / "model.pth")
+    for name, parameter in segnext.load(second / "model.pth").named_parameters():
+        if name.startswith("decode_head.conv_seg."):
+            assert after[name].shape[0] == 11 and before[name].shape[0] == 10
+        else:
+            torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=1e-9)
+
+
+def test_a_killed_second_training_goes_on(tmp_path, data):
+    stages = [replace(SHORT, iterations=2, seed=1), replace(SHORT, iterations=4)]
+    train(stages, [data], tmp_path / "run", HERE)
+    second = tmp_path / "run" / "2-folder-train"
+    expected = weights(second / "model.pth")
+    for name in ("model.pth", "last.pth"):
+        (second / name).unlink()
+    resume(tmp_path / "run", workers=1)
+    assert same(weights(second / "model.pth"), expected)
+
+
+def test_weights_to_begin_with(data, trained, tmp_path):
+    pairs = open_dataset("folder", data, "train")
+    given = weights(trained / "model.pth")
+    assert same(build(replace(SHORT, weights=str(trained / "model.pth")), pairs).state_dict(), given)
+    encoder = build(replace(SHORT, encoder=str(trained / "model.pth")), pairs).state_dict()
+    assert same({k: v for k, v in encoder.items() if "backbone" in k}, {k: v for k, v in given.items() if "backbone" in k})
+    assert not torch.equal(encoder["decode_head.squeeze.conv.weight"], given["decode_head.squeeze.conv.weight"])
+    with pytest.raises(WeightsError, match="model.pth is no SegNeXt of the recipe's size and head: "):
+        build(replace(SHORT, weights=str(trained / "model.pth"), head="msca"), pairs)
+    with pytest.raises(WeightsError, match="absent.pth.*to train from random weights: --recipe scratch"):
+        build(replace(SHORT, encoder=str(tmp_path / "absent.pth")), pairs)
+
+
+def test_class_weights_by_hand():
+    labels = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 255]], dtype=torch.uint8)
+    rare = class_weights([(torch.zeros(3, 2, 4, dtype=torch.uint8), labels)], 2, 0.5)
+    assert rare[1] / rare[0] == pytest.approx(6**0.5)
+    assert (rare * torch.tensor([6 / 7, 1 / 7])).sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "size, crop, scale", [((90, 120), 64, (360, 90)), ((40, 30), 32, (120, 30)), ((700, 900), 512, (2048, 512))]
+)
+def test_a_folder_decides_on_its_scale(tmp_path, size, crop, scale):
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / "train" / kind).mkdir(parents=True)
+        Image.new("L", size[::-1]).save(tmp_path / "data" / "train" / kind / "a.png")
+    (tmp_path / "data" / "classes.txt").write_text("one\ntwo")
+    with pytest.raises(WeightsError):  # the encoder is not there: the recipe is written by then
+        train([replace(SCRATCH, val=None, encoder="absent.pth")], [tmp_path / "data"], tmp_path / "run", HERE)
+    ((stage,), _) = recipes.read(tmp_path / "run" / "recipe.json")
+    assert (stage.crop, stage.scale) == ((crop, crop), scale) and stage.precision in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give --data ROOT, or --resume RUN"),
+        (["--data", "{data}", "--recipe", "ade"], "there is no recipe 'ade'"),
+        (["--data", "{data}", "--recipe", "ade20k", "--iterations", "10"], "a warm-up of 1500 is not shorter"),
+        (["--data", "{data}", "{data}"], "1 trainings: give one folder"),
+        (["--data", "{data}/absent"], "absent"),
+        (["--resume", "{data}"], "recipe.json: No such file"),
+        (["--resume", "{data}", "--batch", "3"], "--resume goes by the folder's own recipe"),
+        (
+            ["--data", "{data}", "--recipe", "scratch", "--batch", "3", "--accumulate", "2", "--out", "{data}/run"],
+            "cannot be dealt out",
+        ),
+    ],
+)
+def test_wrong_arguments_are_one_line(data, capsys, arguments, message):
+    assert cli.main(["train", *(argument.format(data=data) for argument in arguments)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("segnext: ") and message in error
+
+
+def test_recipes_are_printed(capsys):
+    assert cli.main(["recipes"]) == 0
+    assert capsys.readouterr().out.strip() == recipes.table()
+
+
+def test_learning(tmp_path):
+    """Loss falls and IoU rises on pictures that were not trained on."""
+    data = trees.folder(tmp_path / "data", train=40, val=10, size=(64, 80))
+    recipe = replace(SHORT, iterations=120, batch=4, crop=(64, 64), scale=(80, 64), lr=2e-3, log_every=20, evaluate_every=30)
+    train([replace(recipe, distort=False)], [data], tmp_path / "run", Machine(workers=1))
+    losses = [float(row["loss"]) for row in run.read_csv(tmp_path / "run" / "train.csv")]
+    scores = [float(row["mIoU"]) for row in run.read_csv(tmp_path / "run" / "val.csv")]
+    assert losses[-1] < 0.6 * losses[0] and scores[-1] > 1.3 * scores[0], (losses, scores)
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"][0]["lr"] == 2e-3
+
+
+def test_data_errors_come_before_training(tmp_path, data):
+    (data / "train" / "masks" / "scene_1.png").unlink()
+    with pytest.raises(DataError, match="scene_1.png: there is no mask"):
+        train([SHORT], [data], tmp_path / "run", HERE)
+    assert not (tmp_path / "run").exists()
