@@ -116,6 +116,7 @@ def test_only_the_splits_that_are_asked_for(tree, capsys):
         (["{}/absent"], "absent/classes.txt: no such file"),
         (["{}", "--split", "test"], "test: no such folder"),
         (["{}", "--dataset", "camvid"], "there is no data set 'camvid', only folder"),
+        (["{}", "--dataset", "camvid", "--split", "val"], "there is no data set 'camvid', only folder"),
         (["{}", "--dataset", "ade20k"], "there is no images/training in this folder, nor in ADEChallengeData2016"),
     ],
 )

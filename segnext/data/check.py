@@ -92,10 +92,10 @@ def check_splits(name: str, root: Path, splits: Sequence[str] = (), workers: int
     Raises:
         DataError: no such data set, no such split, or none at all.
     """
-    reports, missing = {}, None
-    for split in splits or kind(name).splits:
+    dataset, reports, missing = kind(name), {}, None
+    for split in splits or dataset.splits:
         try:
-            reports[split] = check(kind(name).find(root, split), workers)
+            reports[split] = check(dataset.find(root, split), workers)
         except MissingError as error:
             if splits:
                 raise
