@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,13 +12,15 @@ from pathlib import Path
 from . import options, recipes
 
 SIZES, HEADS = ("t", "s", "b", "l"), ("ham", "msca")
+TRAIN_EXTRA = ("matplotlib", "pycocotools", "scipy", "tensorboard")  # what the extra "train" has more than "models"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a sub-command.
 
     Returns:
-        0 if all went well, 1 if files were skipped, 2 for an error, which is one line on stderr; 130 when interrupted.
+        0 if all went well, 1 if files were skipped or have faults, 2 for an error, which is one line on stderr; 130 when
+        interrupted.
     """
     arguments = vars(_parser().parse_args(argv))
     try:
@@ -26,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("segnext: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"segnext: this needs {error.name.partition('.')[0]}: pip install 'segnext-kernels[models]'", file=sys.stderr)
+        missing = error.name.partition(".")[0]
+        extra = "train" if missing in TRAIN_EXTRA else "models"
+        print(f"segnext: this needs {missing}: pip install 'segnext-kernels[{extra}]'", file=sys.stderr)
         return 2
     except Exception as error:
         if not isinstance(error, _expected_errors()):
@@ -164,8 +169,42 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size", type=options.image_size, default=(512, 512), metavar="HxW", help="size of the image (default: 512x512)"
     )
 
+    _add_data(commands)
+
     _command(commands, "table2", _table2, "parameters and GFLOPs of all models, with the paper's figures beside them")
     return parser
+
+
+def _add_data(commands) -> None:
+    parser = commands.add_parser("data", help="data sets: list them, check one, cut one", description="Data sets.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    _command(commands, "list", _data_list, "the known data sets, with the files that are expected of each")
+
+    check = _command(commands, "check", _data_check, "read a whole data set and name every fault in it")
+    check.description = (
+        "Reads every image and mask of a data set and names each file that is broken, has no partner, another size than its"
+        " partner, or labels without a class; then tells how much there is of every class. The exit code is 1 where faults were"
+        " found."
+    )
+    check.add_argument("root", type=Path, metavar="ROOT", help="folder of the data set")
+    check.add_argument("--dataset", default="folder", metavar="NAME", help="see segnext data list (default: %(default)s)")
+    check.add_argument(
+        "--split", action="append", default=[], help="as train; give it again for another (default: all that are there)"
+    )
+    _add_workers(check)
+
+    cut = _command(commands, "cut-isaid", _data_cut_isaid, "cut the large images of iSAID into patches")
+    cut.add_argument("source", type=Path, metavar="SOURCE", help="what was downloaded: images and masks under train/ and val/")
+    cut.add_argument("out", type=Path, metavar="OUT", help="folder for the patches; those that are there already are left")
+    cut.add_argument("--size", type=_positive, default=896, help="of a patch in pixels (default: %(default)s)")
+    cut.add_argument("--stride", type=_positive, default=512, help="from a patch to the next (default: %(default)s)")
+    _add_workers(cut)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    default = min(8, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=_count, default=default, help="processes that read files (default: %(default)s)")
 
 
 def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
@@ -248,6 +287,33 @@ def _table2() -> int:
     from .complexity import table2
 
     print(table2())
+    return 0
+
+
+def _data_list() -> int:
+    from inspect import getdoc
+
+    from .data import DATASETS
+
+    for name, kind in DATASETS.items():
+        classes = f"{kind.classes} classes" if kind.classes else "any classes"
+        print(f"{name}: {classes}; splits {', '.join(kind.splits)}\n\n{getdoc(kind.find)}\n")
+    return 0
+
+
+def _data_check(root: Path, dataset: str, split: list[str], workers: int) -> int:
+    from .data.check import check_splits, summary
+
+    reports = check_splits(dataset, root, split, workers)
+    print(summary(reports))
+    return 1 if any(report.faults for report in reports.values()) else 0
+
+
+def _data_cut_isaid(**options) -> int:
+    from .data.isaid import cut_isaid
+
+    written = cut_isaid(**options)
+    print(f"wrote {written} patches")
     return 0
 
 

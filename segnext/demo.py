@@ -18,11 +18,11 @@ from torchvision.transforms import v2
 
 import segnext_kernels
 
-from .data import Folder, Scenes
+from .data import Memory, Scenes, open_dataset
 from .evaluate import Scores, evaluate, table
 from .images import write_png
 from .model import create
-from .palette import Colour, generated_palette, legend, mask_image, photo_image, side_by_side
+from .palette import Colour, legend, mask_image, photo_image, side_by_side
 from .predict import segment
 from .train import Recipe, class_weights, fit, photo_augmentation
 from .weights import save
@@ -70,7 +70,7 @@ def demo(
 
     Args:
         out: folder; None for ``demo``, and with ``data`` for a folder of its name in there.
-        data: a folder as :class:`segnext.data.Folder` takes it, with the splits train and val; None draws scenes.
+        data: a folder as :func:`segnext.data.folder.folder` takes it, with the splits train and val; None draws scenes.
         size, head: as in :func:`segnext.create`.
         image_size: (height, width) of the scenes; photographs keep their shape and are resized to the smaller of the two.
         seconds: of training; None for 120 with scenes and 180 with photographs.
@@ -128,20 +128,21 @@ def _scenes(out: Path, size: tuple[int, int]) -> Task:
 
 
 def _photographs(folder: Path, size: tuple[int, int]) -> Task:
-    train, held_out = (Folder(folder, split, min(size)) for split in ("train", "val"))
+    files = [open_dataset("folder", folder, split) for split in ("train", "val")]
+    train, held_out = (Memory(pairs, min(size)) for pairs in files)
     crop = tuple(max(32, int(n * CROP) // 32 * 32) for n in size)
     return Task(
         description=f"Photographs in {folder}: {len(train)} for training, {len(held_out)} held out,"
         f" {len(train.classes)} classes, {min(size)} pixels on the short side.",
         classes=train.classes,
-        palette=generated_palette(len(train.classes)),
+        palette=train.palette,
         train=train,
         held_out=held_out,
         names=held_out.names,
         augment=photo_augmentation(size, crop),
         weights=class_weights(train, len(train.classes), BALANCE),
         recipe=PHOTOS_RECIPE,
-        examples=folder / "val" / "images",
+        examples=Path(files[1].files[0][0]).parent,
         short_side=min(size),
     )
 

@@ -37,10 +37,15 @@ def read_labels(path: str | Path) -> Tensor:
     Raises:
         ImageError: as :func:`read_image`, or an image of several channels.
     """
-    image = _open(path, lambda opened: opened.copy())
+    image = stored_image(path)
     if len(image.getbands()) > 1:
         raise ImageError(f"{path}: a mask must be greyscale or index-colour, one label per pixel; this one is {image.mode}")
     return torch.from_numpy(np.array(image).astype(np.int32))
+
+
+def stored_image(path: str | Path) -> Image.Image:
+    """An image file in the mode and with the values in which it is stored; errors as :func:`read_image`."""
+    return _open(path, lambda opened: opened.copy())
 
 
 def visible_files(folder: Path) -> list[Path]:

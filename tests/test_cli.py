@@ -23,7 +23,7 @@ def run(*arguments) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["demo"], ["info"], ["table2"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["predict"], ["demo"], ["data"], ["data", "check"], ["info"], ["table2"]], ids=str)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         run(*command, "--help")

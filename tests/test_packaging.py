@@ -38,7 +38,8 @@ def checked(*arguments: str, cwd: Path, **variables: str) -> str:
 
 
 def modules(package: str) -> set[str]:
-    return {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
+    """The package's modules and its data."""
+    return {str(path.relative_to(ROOT)) for ending in ("py", "txt") for path in (ROOT / package).rglob(f"*.{ending}")}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import trees
+import folders
 from PIL import Image
 
 import segnext
@@ -41,14 +41,14 @@ HERE = Machine(workers=0)
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    return trees.folder(tmp_path / "data")
+    return folders.folder(tmp_path / "data")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A finished run of SHORT."""
     root = tmp_path_factory.mktemp("trained")
-    train([SHORT], [trees.folder(root / "data")], root / "run", HERE)
+    train([SHORT], [folders.folder(root / "data")], root / "run", HERE)
     return root / "run"
 
 
@@ -83,7 +83,7 @@ def test_the_curves_are_in_tensorboard(trained):
 def test_every_checkpoint_is_a_model(trained):
     for name in ("best.pth", "last.pth", "model.pth"):
         model = segnext.load(trained / name)
-        assert (model.classes, model.short_side, model.config.drop_path) == (trees.CLASSES, 32, 0.0)
+        assert (model.classes, model.short_side, model.config.drop_path) == (folders.CLASSES, 32, 0.0)
     assert same(weights(trained / "last.pth"), weights(trained / "model.pth"))
     best = max(float(row["mIoU"]) for row in run.read_csv(trained / "val.csv"))
     assert torch.load(trained / "last.pth", weights_only=True)["best"] == pytest.approx(best, abs=1e-6)
@@ -230,8 +230,8 @@ def test_a_vanished_file_is_named_and_costs_nothing(tmp_path, data, capsys):
 
 
 def test_two_trainings_carry_the_weights_over_and_swap_the_classifier(tmp_path, data):
-    other = trees.folder(tmp_path / "other", train=3, val=1)
-    (other / "classes.txt").write_text("\n".join([*trees.CLASSES, "eleventh"]))
+    other = folders.folder(tmp_path / "other", train=3, val=1)
+    (other / "classes.txt").write_text("\n".join([*folders.CLASSES, "eleventh"]))
     stages = [replace(SHORT, iterations=2), replace(SHORT, iterations=1, lr=1e-12, val=None)]
     train(stages, [data, other], tmp_path / "run", HERE)
     first, second = (tmp_path / "run" / name for name in ("1-folder-train", "2-folder-train"))
@@ -318,7 +318,7 @@ def test_recipes_are_printed(capsys):
 
 def test_learning(tmp_path):
     """Loss falls and IoU rises on pictures that were not trained on."""
-    data = trees.folder(tmp_path / "data", train=40, val=10, size=(64, 80))
+    data = folders.folder(tmp_path / "data", train=40, val=10, size=(64, 80))
     recipe = replace(SHORT, iterations=120, batch=4, crop=(64, 64), scale=(80, 64), lr=2e-3, log_every=20, evaluate_every=30)
     train([replace(recipe, distort=False)], [data], tmp_path / "run", Machine(workers=1))
     losses = [float(row["loss"]) for row in run.read_csv(tmp_path / "run" / "train.csv")]

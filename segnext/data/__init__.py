@@ -1,6 +1,8 @@
 """Data sets of (uint8 [3, H, W], uint8 labels [H, W]) pairs for training and evaluation; label 255 is ignored."""
 
-from .folder import DataError, Folder
+from .legend import legend
+from .pairs import DataError, Memory, MissingError, Pairs
+from .registry import DATASETS, open_dataset, splits
 from .scenes import Scenes
 
-__all__ = ["DataError", "Folder", "Scenes"]
+__all__ = ["DATASETS", "DataError", "Memory", "MissingError", "Pairs", "Scenes", "legend", "open_dataset", "splits"]
