@@ -19,17 +19,19 @@ from torchvision.transforms import v2
 import segnext_kernels
 
 from .data import Memory, Scenes, open_dataset
+from .data.augment import augmentation
 from .evaluate import Scores, evaluate, table
 from .images import write_png
 from .model import create
 from .palette import Colour, legend, mask_image, photo_image, side_by_side
 from .predict import segment
-from .train import Recipe, class_weights, fit, photo_augmentation
+from .recipes import RECIPES
+from .train import class_weights, fit
 from .weights import save
 
-SCENES_RECIPE = Recipe(seconds=120, lr=3e-3, batch=8)
-PHOTOS_RECIPE = Recipe(seconds=180, lr=2e-3, batch=8)
-BALANCE = 0.3  # how much more rare classes count, the power in class_weights
+(SCRATCH,) = RECIPES["scratch"]
+SCENES_SECONDS, PHOTOS_SECONDS = 120, 180
+SCENES_LR = 3e-3
 SCENE_SIZE, PHOTO_SIZE = (128, 160), (180, 240)
 TRAINING_SCENES, COUNTED_SCENES, HELD_OUT_SCENES = 1500, 200, 100
 CROP = 0.8  # of the photographs' height and width, down to a multiple of 32
@@ -48,7 +50,8 @@ class Task:
     names: Sequence[str]
     augment: Callable | None
     weights: torch.Tensor
-    recipe: Recipe
+    lr: float
+    seconds: float
     examples: Path
     short_side: int
 
@@ -82,8 +85,8 @@ def demo(
     out, device = Path(out or Path("demo", Path(data).resolve().name if data else "")), torch.device(device)
     torch.manual_seed(seed)
     task = _photographs(Path(data), image_size or PHOTO_SIZE) if data else _scenes(out, image_size or SCENE_SIZE)
-    seconds = task.recipe.seconds if seconds is None else seconds
-    recipe = replace(task.recipe, seed=seed, seconds=seconds, bfloat16=_multiplies_bfloat16(device))
+    seconds = task.seconds if seconds is None else seconds
+    recipe = replace(SCRATCH, iterations=None, seconds=seconds, lr=task.lr, seed=seed)
     model = create(size, len(task.classes), head, drop_path=0.0).to(device)
     model.classes, model.palette, model.short_side = task.classes, task.palette, task.short_side
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,7 @@ def demo(
     losses = fit(model, task.train, recipe, augment=task.augment, class_weights=task.weights.to(device))
     after = evaluate(model, task.held_out, len(task.classes))
     print(f"after {len(losses)} steps: {after} on {len(task.held_out)} held-out pictures")
-    print(table(task.classes, {"IoU before": before, "after": after}))
+    print(table(task.classes, {"IoU before": before.iou, "after": after.iou}))
 
     checkpoint = out / f"segnext-{size}.pth"
     save(model, checkpoint)
@@ -120,8 +123,9 @@ def _scenes(out: Path, size: tuple[int, int]) -> Task:
         held_out=held_out,
         names=names,
         augment=v2.RandomHorizontalFlip(),
-        weights=class_weights(Subset(train, range(COUNTED_SCENES)), len(Scenes.classes), BALANCE),
-        recipe=SCENES_RECIPE,
+        weights=class_weights(Subset(train, range(COUNTED_SCENES)), len(Scenes.classes), SCRATCH.balance),
+        lr=SCENES_LR,
+        seconds=SCENES_SECONDS,
         examples=folder,
         short_side=min(size),
     )
@@ -139,19 +143,13 @@ def _photographs(folder: Path, size: tuple[int, int]) -> Task:
         train=train,
         held_out=held_out,
         names=held_out.names,
-        augment=photo_augmentation(size, crop),
-        weights=class_weights(train, len(train.classes), BALANCE),
-        recipe=PHOTOS_RECIPE,
+        augment=augmentation(crop, (sys.maxsize, min(size)), SCRATCH.ratio, SCRATCH.max_share),
+        weights=class_weights(train, len(train.classes), SCRATCH.balance),
+        lr=SCRATCH.lr,
+        seconds=PHOTOS_SECONDS,
         examples=Path(files[1].files[0][0]).parent,
         short_side=min(size),
     )
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16; elsewhere it only costs accuracy."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and segnext_kernels.build_info()["isa"] in ("amx_bf16", "avx512_bf16")
 
 
 def _machine(model: nn.Module, name: str, seconds: float, device: torch.device) -> str:

@@ -27,7 +27,6 @@ from .recipes import Recipe
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
 
-
 PLAIN = View()
 
 

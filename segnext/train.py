@@ -162,12 +162,14 @@ def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, mac
             if run is not None:
                 tqdm.write(f"step {step.number}: {scores} on {len(val)} pictures of {recipe.val}")
                 run.log_scores(step.number, scores)
+                run.draw()
                 if scores.miou > best:
                     best = scores.miou
                     run.save_weights(trainer, "best.pth")
         if run is not None and (step.number % recipe.save_every == 0 or ended):
             run.save(trainer, best)
-            run.draw()
+            if val is None:
+                run.draw()
     if run is not None:
         run.draw()
         run.save_weights(trainer, "model.pth")

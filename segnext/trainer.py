@@ -76,7 +76,7 @@ class Trainer:
         shares = accumulate * distributed.world()
         if recipe.batch % shares:
             raise RecipeError(
-                f"a batch of {recipe.batch} cannot be dealt out evenly: {distributed.world()} processes, {accumulate} parts each"
+                f"a batch of {recipe.batch} cannot be dealt out: {distributed.world()} processes, {accumulate} parts each"
             )
         self.model, self.dataset, self.recipe, self.augment = model, dataset, recipe, augment
         self.device = next(model.parameters()).device

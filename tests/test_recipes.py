@@ -7,7 +7,8 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from segnext import options, recipes
+from segnext import recipes
+from segnext.cli import options
 from segnext.recipes import RECIPES, Recipe, RecipeError
 
 # recipe: (crop, batch, steps of each training, data, window, stride, short side, multiple)
@@ -142,8 +143,9 @@ def as_words(value) -> str:
 @pytest.mark.parametrize("field", fields(Recipe), ids=lambda field: field.name)
 def test_every_field_is_an_option(field):
     examples = {
-        "val": None, "encoder": "e.pth", "weights": "w.pth", "iterations": 9000, "seconds": 60.5, "crop": (64, 96), "scale": (99, 77),
-        "drop_path": 0.25, "window": (64, 96), "stride": (32, 48), "size": "l", "head": "msca", "precision": "bfloat16",
+        "val": None, "encoder": "e.pth", "weights": "w.pth", "iterations": 9000, "seconds": 60.5, "crop": (64, 96),
+        "scale": (99, 77), "drop_path": 0.25, "window": (64, 96), "stride": (32, 48), "size": "l", "head": "msca",
+        "precision": "bfloat16",
     }  # fmt: skip
     value = examples.get(field.name, field.default)
     flag = f"--{field.name.replace('_', '-')}"

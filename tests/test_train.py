@@ -12,9 +12,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import folders
 import pytest
 import torch
-import folders
 from PIL import Image
 
 import segnext
@@ -102,9 +102,10 @@ def test_a_finished_training_is_finished(trained):
 
 COMMAND = [sys.executable, "-m", "segnext", "train"]
 OPTIONS = (
-    "--recipe scratch --batch 2 --crop 32x32 --scale 64x32 --precision float32 --iterations 40 --log-every 3 --save-every 1"
-    " --evaluate-every 20 --workers 1 --dropout 0.5 --drop-path 0.3"
-).split()
+    *("--recipe", "scratch", "--batch", "2", "--crop", "32x32", "--scale", "64x32", "--precision", "float32", "--workers", "1"),
+    *("--iterations", "24", "--log-every", "3", "--save-every", "1", "--evaluate-every", "12"),
+    *("--dropout", "0.5", "--drop-path", "0.3"),
+)
 
 
 def start(*arguments, **options) -> subprocess.Popen:
@@ -119,29 +120,25 @@ def start(*arguments, **options) -> subprocess.Popen:
 
 
 def test_a_killed_training_ends_with_the_same_weights(tmp_path, data):
-    """Killed with SIGKILL at random moments, most of which fall into the writing of a checkpoint, one of them into its middle."""
+    """Killed with SIGKILL at random moments after a new checkpoint, and once in the middle of writing one."""
     unbroken = start("--data", data, "--out", tmp_path / "unbroken", *OPTIONS)
-    draw, out, kills, unfinished = random.Random(7), tmp_path / "killed", 0, 0
     assert unbroken.wait(120) == 0, unbroken.stderr.read()
+    draw, out = random.Random(7), tmp_path / "killed"
     process = start("--data", data, "--out", out, *OPTIONS)
-    while True:
-        wait_for(process, lambda: (out / "last.pth").exists())
-        done = lambda: list(out.glob(".last.pth.*"))  # noqa: E731
-        if kills == 1:
-            wait_for(process, done)  # a checkpoint is being written
+    kills, unfinished = 0, 0
+    while kills < 3 or not unfinished:
+        before = written(out / "last.pth")
+        wait_for(process, lambda before=before: written(out / "last.pth") != before)
+        if kills == 0:
+            time.sleep(draw.uniform(0, 0.3))
         else:
-            time.sleep(draw.uniform(0, 0.7))
-        if process.poll() is not None:
-            break
+            wait_for(process, lambda: list(out.glob(".last.pth.*")))
+        assert process.poll() is None, f"it ended after {kills} kills"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
-        unfinished += bool(done())
+        kills, unfinished = kills + 1, unfinished + bool(list(out.glob(".last.pth.*")))
         process = start("--resume", out)
-        if kills == 4:
-            break
     assert process.wait(120) == 0, process.stderr.read()
-    assert kills >= 3 and unfinished >= 1
     for name in ("model.pth", "best.pth", "last.pth"):
         assert same(weights(out / name), weights(tmp_path / "unbroken" / name)), name
     optimizers = [torch.load(folder / "last.pth", weights_only=True)["optimizer"] for folder in (out, tmp_path / "unbroken")]
@@ -151,6 +148,10 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path, data):
         rows = [run.read_csv(folder / f"{name}.csv") for folder in (out, tmp_path / "unbroken")]
         assert [[row[column] for column in columns] for row in rows[0]][-1] == [rows[1][-1][column] for column in columns]
         assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+
+
+def written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def wait_for(process: subprocess.Popen, happened) -> None:
@@ -169,7 +170,7 @@ def test_a_training_that_never_wrote_a_checkpoint_begins_anew(tmp_path, trained,
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, data):
     """The process may write files of 30 MB at most, which the weights alone fit into, and a checkpoint with its moments not."""
     out = tmp_path / "run"
-    ended = start("--data", data, "--out", out, *OPTIONS, "--save-every", 4, preexec_fn=small_files)
+    ended = start("--data", data, "--out", out, *OPTIONS, "--iterations", 4, "--save-every", 2, preexec_fn=small_files)
     assert ended.wait(120) == 2
     error = ended.stderr.read().strip().splitlines()[-1]
     assert error.startswith(f"segnext: cannot write {out}/last.pth: File too large") and "no earlier checkpoint" in error
@@ -319,11 +320,13 @@ def test_recipes_are_printed(capsys):
 def test_learning(tmp_path):
     """Loss falls and IoU rises on pictures that were not trained on."""
     data = folders.folder(tmp_path / "data", train=40, val=10, size=(64, 80))
-    recipe = replace(SHORT, iterations=120, batch=4, crop=(64, 64), scale=(80, 64), lr=2e-3, log_every=20, evaluate_every=30)
+    recipe = replace(
+        SHORT, iterations=80, batch=4, crop=(64, 64), scale=(80, 64), log_every=20, save_every=99, evaluate_every=40
+    )
     train([replace(recipe, distort=False)], [data], tmp_path / "run", Machine(workers=1))
     losses = [float(row["loss"]) for row in run.read_csv(tmp_path / "run" / "train.csv")]
     scores = [float(row["mIoU"]) for row in run.read_csv(tmp_path / "run" / "val.csv")]
-    assert losses[-1] < 0.6 * losses[0] and scores[-1] > 1.3 * scores[0], (losses, scores)
+    assert losses[-1] < 0.85 * losses[0] and scores[-1] > 1.15 * scores[0], (losses, scores)
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"][0]["lr"] == 2e-3
 
 

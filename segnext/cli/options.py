@@ -1,4 +1,4 @@
-"""What the command line's words mean: numbers, sizes, devices, and a recipe's fields as options."""
+"""What sub-commands share, and what the command line's words mean: numbers, sizes, devices, a recipe's fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,22 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
-from .recipes import Recipe
+from ..recipes import Recipe
+
+SIZES, HEADS = ("t", "s", "b", "l"), ("ham", "msca")
+
+
+def command(commands, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
+    """A sub-command that calls ``run`` with its arguments."""
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", type=device, default="cpu", help="as PyTorch names it: cpu, cuda, cuda:1 (default: %(default)s)"
+    )
 
 
 def number(kind: type, text: str):

@@ -1,0 +1,56 @@
+"""The ``segnext`` command. What a sub-command needs is imported when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import data, models, training
+
+TRAIN_EXTRA = ("matplotlib", "pycocotools", "scipy", "tensorboard")  # what the extra "train" has more than "models"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a sub-command.
+
+    Returns:
+        0 if all went well, 1 if files were skipped or have faults, 2 for an error, which is one line on stderr; 130 when
+        interrupted.
+    """
+    arguments = vars(_parser().parse_args(argv))
+    try:
+        return arguments.pop("run")(**arguments)
+    except KeyboardInterrupt:
+        print("segnext: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        missing = error.name.partition(".")[0]
+        extra = "train" if missing in TRAIN_EXTRA else "models"
+        print(f"segnext: this needs {missing}: pip install 'segnext-kernels[{extra}]'", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            raise
+        print(f"segnext: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("segnext", description="Semantic segmentation with SegNeXt.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for group in (models, training, data):
+        group.add(commands)
+    return parser
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What is the input's fault, not the program's."""
+    from ..data.pairs import DataError
+    from ..images import ImageError
+    from ..predict import InputError
+    from ..recipes import RecipeError
+    from ..weights import WeightsError
+
+    return DataError, ImageError, InputError, WeightsError, RecipeError, FloatingPointError, OSError

@@ -1,0 +1,109 @@
+"""``segnext predict``, ``demo``, ``info`` and ``table2``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from . import options
+from .options import HEADS, SIZES, add_device, command
+
+
+def add(commands) -> None:
+    predict = command(commands, "predict", _predict, "segment photographs with a checkpoint")
+    predict.description = (
+        "Segments photographs. For each, writes NAME_overlay.png (the photograph under the classes' colours) and NAME_mask.png"
+        " (index-colour, the pixel value is the class) at the photograph's full size, and one legend.png for them all. A broken"
+        " file is named and skipped; the exit code is then 1."
+    )
+    predict.add_argument(
+        "inputs", nargs="+", type=Path, metavar="PHOTO", help="image file, or folder with image files directly inside"
+    )
+    predict.add_argument(
+        "--weights", required=True, help="checkpoint file (.pth, .safetensors) or the name of a hosted one, as ade20k-t"
+    )
+    predict.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    predict.add_argument("--rank", type=options.positive, help="rank of the decomposition, where the checkpoint doesn't say it")
+    predict.add_argument(
+        "--alpha", type=options.share, default=0.5, help="weight of the colours in the overlay, 0 to 1 (default: %(default)s)"
+    )
+    predict.add_argument(
+        "--short-side",
+        type=options.count,
+        metavar="PIXELS",
+        help="larger photographs are shown to the network shrunk to this on the shorter side, which bounds time and memory;"
+        " 0 for never (default: what the checkpoint was trained on, or 512 where it doesn't say that)",
+    )
+    add_device(predict)
+
+    demo = command(commands, "demo", _demo, "train from scratch on drawn scenes or on your photographs, and look at it")
+    demo.description = (
+        "Trains SegNeXt from random weights and shows what it learned on pictures that it was not trained on. Without --data"
+        " the pictures are scenes that the program draws; nothing is downloaded."
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for pictures and checkpoint (default: demo, with --data demo/NAME where NAME is that folder's)",
+    )
+    demo.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="photographs: images/ and masks/ under train/ and val/, classes in classes.txt",
+    )
+    demo.add_argument("--seconds", type=options.seconds, help="length of the training (default: 120, with --data 180)")
+    demo.add_argument("--size", choices=SIZES, default="t", help="of the model (default: %(default)s)")
+    demo.add_argument("--head", choices=HEADS, default="ham", help="of the model (default: %(default)s)")
+    demo.add_argument(
+        "--image-size",
+        type=options.demo_size,
+        metavar="HxW",
+        help="size of the scenes (default: 128x160); photographs keep their shape and are resized to the smaller of the two on"
+        " the shorter side (default: 180x240)",
+    )
+    demo.add_argument(
+        "--seed", type=options.count, default=0, help="of the weights and of the order of the pictures (default: %(default)s)"
+    )
+    add_device(demo)
+
+    info = command(commands, "info", _info, "parameters and multiply-accumulates of a model")
+    info.add_argument("--size", choices=SIZES, default="t", help="of the model (default: %(default)s)")
+    info.add_argument("--head", choices=HEADS, default="ham", help="of the model (default: %(default)s)")
+    info.add_argument("--classes", type=options.positive, default=150, help="number of classes (default: %(default)s)")
+    info.add_argument(
+        "--image-size", type=options.image_size, default=(512, 512), metavar="HxW", help="size of the image (default: 512x512)"
+    )
+
+    command(commands, "table2", _table2, "parameters and GFLOPs of all models, with the paper's figures beside them")
+
+
+def _predict(inputs: list[Path], **given) -> int:
+    from ..predict import predict
+
+    broken = predict(inputs, **given)
+    if broken:
+        print(f"segnext: {len(broken)} of the files could not be read and were skipped", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _demo(**given) -> int:
+    from ..demo import demo
+
+    demo(**given)
+    return 0
+
+
+def _info(size: str, head: str, classes: int, image_size: tuple[int, int]) -> int:
+    from ..complexity import info
+
+    print(info(size, head, num_classes=classes, image_size=image_size))
+    return 0
+
+
+def _table2() -> int:
+    from ..complexity import table2
+
+    print(table2())
+    return 0

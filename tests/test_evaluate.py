@@ -1,0 +1,145 @@
+"""``segnext evaluate``: figures, files, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import folders
+import pytest
+import small
+import torch
+from PIL import Image
+
+import segnext
+from segnext import cli
+from segnext.data import open_dataset
+from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, table, view_of
+from segnext.recipes import RECIPES
+from segnext.views import MULTI_SCALE, View, label_map
+
+
+def test_confusion_matrix_by_hand():
+    truth = torch.tensor([[0, 0, 0, 1], [1, 1, 255, 3]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 0, 1, 1], [1, 0, 2, 3]], dtype=torch.uint8)
+    scores = Scores(confusion_matrix(prediction, truth, 4))
+    assert scores.confusion.tolist() == [[2, 1, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert scores.pixel_accuracy == pytest.approx(5 / 7)
+    assert scores.accuracy.tolist() == pytest.approx([2 / 3, 2 / 3, math.nan, 1.0], nan_ok=True)
+    assert scores.mean_accuracy == pytest.approx(7 / 9)
+    assert scores.iou.tolist() == pytest.approx([2 / 4, 2 / 4, math.nan, 1.0], nan_ok=True)
+    assert scores.miou == pytest.approx(2 / 3)
+    assert str(scores) == "mIoU 0.667, pixel accuracy 0.714"
+    lines = table(["a", "long name", "c", "d"], {"IoU": scores.iou, "accuracy": scores.accuracy}).splitlines()
+    assert lines[0].split() == ["class", "IoU", "accuracy"] and lines[2].split() == ["long", "name", "0.500", "0.667"]
+    assert as_dict(["a", "b", "c", "d"], scores)["classes"]["c"] == {"IoU": None, "accuracy": None}
+
+
+def test_a_class_that_is_only_predicted_counts_as_zero():
+    scores = Scores(confusion_matrix(torch.tensor([[1, 0]]), torch.tensor([[0, 0]]), 3))
+    assert scores.iou.tolist() == pytest.approx([0.5, 0.0, math.nan], nan_ok=True) and scores.miou == 0.25
+    assert scores.mean_accuracy == 0.5
+
+
+def test_confusion_matrix_of_many_classes_and_of_one():
+    truth, prediction = torch.tensor([[149, 3, 255]], dtype=torch.uint8), torch.tensor([[149, 148, 0]])
+    assert confusion_matrix(prediction, truth, 150).nonzero().tolist() == [[3, 148], [149, 149]]
+    assert confusion_matrix(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 255, 0]]), 1).tolist() == [[2]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return folders.folder(tmp_path_factory.mktemp("data") / "data", train=1, val=4)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    model = small.model(num_classes=10)
+    model.short_side = 32
+    segnext.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluate_is_what_label_maps_say(data, workers):
+    model, pairs = small.model(num_classes=10), open_dataset("folder", data, "val")
+    view = View((64, 32), 8)
+    expected = sum(confusion_matrix(label_map(model, image, view), labels, 10) for image, labels in pairs)
+    seen = []
+    scores = evaluate(model.train(), pairs, 10, view, workers=workers, look=lambda name, *rest: seen.append((name, *rest)))
+    assert torch.equal(scores.confusion, expected) and model.training
+    assert [name for name, *_ in seen] == pairs.names
+    assert all(torch.equal(image, pair[0]) and torch.equal(truth, pair[1]) for (_, image, truth, _), pair in zip(seen, pairs))
+
+
+def run(*arguments) -> int:
+    return cli.main(["evaluate", *map(str, arguments)])
+
+
+def test_the_command(tmp_path, data, weights, capsys):
+    options = (
+        "--weights",
+        weights,
+        "--data",
+        data,
+        "--json",
+        tmp_path / "scores.json",
+        "--save-pictures",
+        tmp_path / "pictures",
+    )
+    assert run(*options) == 0
+    printed = capsys.readouterr().out.splitlines()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    model, pairs = segnext.load(weights), open_dataset("folder", data, "val")
+    expected = evaluate(model, pairs, 10, View((1 << 30, 32)))
+    assert scores["mIoU"] == pytest.approx(expected.miou, abs=2e-3)  # the command's model is fused
+    assert scores["pixel_accuracy"] == pytest.approx(expected.pixel_accuracy, abs=2e-3) and scores["pictures"] == 4
+    assert list(scores["classes"]) == folders.CLASSES
+    assert printed[0].split() == ["class", "IoU", "accuracy"] and len(printed) == 12
+    assert f"mIoU {scores['mIoU']:.3f}" in printed[-1] and "4 pictures" in printed[-1]
+    assert sorted(path.stem for path in (tmp_path / "pictures").iterdir()) == pairs.names
+    assert Image.open(tmp_path / "pictures" / f"{pairs.names[0]}.png").width >= 3 * 56
+
+
+def test_multi_scale_and_flip_by_the_command(tmp_path, data, weights):
+    scores = {}
+    for name, options in {"plain": (), "both": ("--multi-scale", "--flip"), "train": ("--split", "train")}.items():
+        assert run("--weights", weights, "--data", data, "--json", tmp_path / name, *options, "--workers", 0) == 0
+        scores[name] = json.loads((tmp_path / name).read_text())
+    model, pairs = segnext.load(weights), open_dataset("folder", data, "val")
+    expected = evaluate(model, pairs, 10, View((1 << 30, 32), ratios=MULTI_SCALE, flip=True))
+    assert scores["both"]["mIoU"] == pytest.approx(expected.miou, abs=2e-3)
+    assert scores["plain"] != scores["both"] and scores["train"]["pictures"] == 1
+
+
+@pytest.mark.parametrize("name", ["ade20k", "cityscapes", "pascal-context"])
+def test_recipes_say_how_is_tested(name):
+    (recipe,) = RECIPES[name]
+    view = view_of(recipe, multi_scale=True)
+    assert (view.scale, view.multiple, view.window, view.stride) == (
+        recipe.scale,
+        recipe.multiple,
+        recipe.window,
+        recipe.stride,
+    )
+    assert view.ratios == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) and not view.flip and view_of(recipe).ratios == (1.0,)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--data", "{data}", "--weights", "{data}/absent.pth"), "absent.pth"),
+        (("--data", "{data}/absent", "--weights", "{weights}"), "absent"),
+        (("--data", "{data}", "--weights", "{weights}", "--split", "test"), "test: no such folder"),
+        (("--data", "{data}", "--weights", "{weights}", "--recipe", "ade20k"), "there is no images"),
+        (("--data", "{data}", "--weights", "{weights}", "--recipe", "ade"), "there is no recipe 'ade'"),
+        (("--data", "{data}", "--weights", "{other}"), "tells 3 classes apart, folder in"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_in_one_line(tmp_path, data, weights, capsys, options, message):
+    segnext.save(small.model(num_classes=3), tmp_path / "other.pth")
+    assert run(*(option.format(data=data, weights=weights, other=tmp_path / "other.pth") for option in options)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("segnext: ") and message in error and error.count("\n") == 1
