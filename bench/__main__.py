@@ -1,5 +1,6 @@
-"""``python -m bench report`` times the cases, ``scaling`` a model on growing problems, ``memory`` compares peak memory, and
-``cuda-static`` and ``triton-static`` read what is compiled for GPUs."""
+"""``python -m bench report`` times the cases, ``scaling`` a model on growing problems, ``memory`` compares peak memory,
+``loop`` tells what training and evaluating cost beside the model, and ``cuda-static`` and ``triton-static`` read what is
+compiled for GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 import segnext_kernels
 
-from . import cases, ceilings, cuda_static, memory, output, report, scaling, triton_static
+from . import cases, ceilings, cuda_static, loop, memory, output, report, scaling, triton_static
 from .case import DIRECTIONS, Case
 from .environment import missing
 from .measure import measure
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     space.add_argument("--case", default="", metavar="NAME", help="only this one, e.g. msca_strips")
     space.add_argument("--contender", metavar="LABEL", help="measure this one here and print bytes")
     space.set_defaults(run=_memory)
+    around = commands.add_parser("loop", help="what training and evaluating cost beside the model")
+    around.add_argument("--rounds", type=int, default=12, help="steps of training for each line; evaluation takes a quarter")
+    around.set_defaults(run=_loop)
     static = commands.add_parser(
         "cuda-static", help="registers, spills, occupancy and instructions of the CUDA kernels, without a GPU"
     )
@@ -58,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (static, ahead):
         command.set_defaults(threads=None)
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown here")
-    for command in (timing, growth, space):
+    for command in (timing, growth, space, around):
         command.add_argument("--threads", type=int, help="for PyTorch's intra-operator parallelism, and other runtimes")
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown, JSON and plots here")
     return parser
@@ -103,6 +107,13 @@ def _memory(arguments: argparse.Namespace) -> None:
     problems = [memory.select(arguments.case)] if arguments.case else list(memory.PROBLEMS.values())
     figures = memory.run(problems, torch.get_num_threads())
     _finish(arguments.out, "memory", figures, memory.markdown(figures))
+
+
+def _loop(arguments: argparse.Namespace) -> None:
+    text = loop.run(arguments.rounds)
+    print(text)
+    if arguments.out:
+        output.write(arguments.out / "loop.md", text)
 
 
 def _cuda_static(arguments: argparse.Namespace) -> None:

@@ -59,8 +59,9 @@ class Run:
         for title, value in zip(_COLUMNS[name][1:], row[1:], strict=True):
             self.board.add_scalar(f"{name}/{title}", float(value), row[0])
 
-    def save(self, trainer: Trainer, best: float) -> None:
-        """Writes ``last.pth``; if that fails, the one before stays.
+    def save(self, trainer: Trainer, best: float, losses: Sequence[float] = ()) -> None:
+        """Writes ``last.pth``, with the best mIoU so far and the losses since the last line of train.csv; if that fails, the
+        one before stays.
 
         Raises:
             WeightsError: it cannot be written.
@@ -69,7 +70,7 @@ class Run:
         path = self.folder / "last.pth"
         if not all(parameter.isfinite().all() for parameter in trainer.model.parameters()):
             raise FloatingPointError(f"the weights are no longer finite after step {trainer.done}; {_kept(path)}")
-        state = {**trainer.state(), "best": best, "meta": about(trainer.model)}
+        state = {**trainer.state(), "best": best, "losses": list(losses), "meta": about(trainer.model)}
         try:
             with replacing(path) as file:
                 torch.save(state, file)

@@ -36,7 +36,7 @@ class Machine:
     """Where and with how many processes a training runs, which does not change what it computes.
 
     Attributes:
-        device: as PyTorch names it; under torchrun, every process has its own of that kind.
+        device: as PyTorch names it, cpu or cuda; under torchrun, every process has its own of that kind.
         workers: processes that read pictures, for each that trains.
         accumulate: into how many parts, one after another, each process' share of a batch is cut, where memory is short.
     """
@@ -111,6 +111,8 @@ def _stages(
         finished = folder / "model.pth"
         if not distributed.from_first(finished.exists()):
             _stage(recipe, root, folder, before, device, machine)
+        elif distributed.rank() == 0:
+            print(f"{folder} is trained to its end")
         distributed.barrier()
         before = finished
     return load(before) if distributed.rank() == 0 else None
@@ -118,9 +120,8 @@ def _stages(
 
 def _stage(recipe: Recipe, root: Path, folder: Path, before: Path | None, device: torch.device, machine: Machine) -> None:
     """One training from its beginning or its last checkpoint to its end."""
-    if recipe.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not recipe.deterministic  # of GPUs: convolutions and our Triton kernels are tuned
     pairs = open_dataset(recipe.dataset, root, recipe.train)
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
     state = last(folder)
@@ -134,23 +135,28 @@ def _stage(recipe: Recipe, root: Path, folder: Path, before: Path | None, device
         accumulate=machine.accumulate,
         workers=machine.workers,
     )
-    best = -1.0
+    best, losses = -1.0, []
     if state is not None:
         trainer.load(state)
-        best = state["best"]
+        best, losses = state["best"], state["losses"]
+        del state  # as large as the model and both its moments
     if distributed.rank() == 0:
         with opened(folder, trainer.done) as run:
-            _loop(trainer, run, val, best, machine)
+            _loop(trainer, run, val, best, losses, machine)
     else:
-        _loop(trainer, None, val, best, machine)
+        _loop(trainer, None, val, best, losses, machine)
 
 
-def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, machine: Machine) -> None:
-    """Trains to the end; the first process, which has the run, keeps the records."""
+def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, losses: list[float], machine: Machine) -> None:
+    """Trains to the end; the first process, which has the run, keeps the records.
+
+    Args:
+        best: the largest mIoU so far.
+        losses: of the steps since the last line of train.csv.
+    """
     recipe = trainer.recipe
     if run is not None and trainer.done == 0:
         print(_headline(trainer, val), flush=True)
-    losses: list[float] = []
     for step in with_bar(trainer, silent=run is None):
         losses.append(step.loss)
         ended = step.progress >= 1
@@ -167,7 +173,7 @@ def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, mac
                     best = scores.miou
                     run.save_weights(trainer, "best.pth")
         if run is not None and (step.number % recipe.save_every == 0 or ended):
-            run.save(trainer, best)
+            run.save(trainer, best, losses)
             if val is None:
                 run.draw()
     if run is not None:

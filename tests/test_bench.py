@@ -9,7 +9,7 @@ from benchmarks import ERRORS, LIMITS, SMALL, small_ceilings, turns, without
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import case as bench_case
-from bench import cases, ceilings, memory, operators
+from bench import cases, ceilings, loop, memory, operators
 from bench.__main__ import main
 from bench.measure import Runner, error, exact, measure
 from bench.report import as_json, markdown, rows
@@ -203,6 +203,13 @@ def test_memory_table(monkeypatch, tmp_path, capsys):
     assert "there is no memory case 'nothing'" in capsys.readouterr().err
     assert main(["memory", "--case", "msca_strips", "--contender", "nobody"]) == 2
     assert "has no contender 'nobody'" in capsys.readouterr().err
+
+
+def test_loop_tells_what_is_spent_beside_the_model():
+    lines = loop.run(rounds=1, crop=(64, 64), size=(64, 80), pictures=3).splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| training") or line.startswith("| evaluation")]
+    assert len(rows) == 9 and all(float(row[1]) > 0 and row[-1].endswith("%") for row in rows)
+    assert all(0 <= float(row[2].rstrip("%")) < 100 for row in rows[:6])
 
 
 def test_every_kind_of_problem_has_its_contenders():

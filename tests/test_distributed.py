@@ -7,28 +7,34 @@ import subprocess
 import sys
 from pathlib import Path
 
+import folders
 import pytest
 import torch
 from torch import nn
 
+import segnext
 from segnext import distributed
+from segnext.run import read_csv
 
 TESTS = Path(__file__).parent
 
 
-def run(out: Path, processes: int, accumulate: int, norms: str = "sync") -> list[dict]:
-    out.mkdir()
-    program = [str(TESTS / "distributed_run.py"), str(out), str(accumulate), norms]
+def start(processes: int, *program) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     ended = subprocess.run(
-        [sys.executable, *torchrun, *program],
+        [sys.executable, *torchrun, *map(str, program)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+def run(out: Path, processes: int, accumulate: int, norms: str = "sync") -> list[dict]:
+    out.mkdir()
+    start(processes, TESTS / "distributed_run.py", out, accumulate, norms)
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -69,6 +75,24 @@ def test_norms_that_are_not_synchronised_see_less(one, tmp_path):
     first, second = run(tmp_path / "plain", 2, 1, "plain")
     assert first["losses"] != pytest.approx(one["losses"], rel=1e-4)
     assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
+
+
+def test_the_command_in_two_processes_computes_what_it_does_in_two_parts(tmp_path):
+    """Each process draws its own crops, and what it drops, as the part would."""
+    data = folders.folder(tmp_path / "data", train=5, val=3)
+    options = (
+        "--recipe scratch --iterations 4 --batch 4 --crop 32x32 --scale 64x32 --precision float32 --no-sync-norm --dropout 0.5"
+    )
+    options += " --drop-path 0.3 --log-every 1 --save-every 2 --evaluate-every 3 --workers 0"
+    command = ["-m", "segnext", "train", "--data", data, *options.split()]
+    start(2, *command, "--out", tmp_path / "two")
+    start(1, *command, "--out", tmp_path / "one", "--accumulate", 2)
+    losses = [[float(row["loss"]) for row in read_csv(tmp_path / name / "train.csv")] for name in ("one", "two")]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert [row["step"] for row in read_csv(tmp_path / "two" / "val.csv")] == ["3", "4"]
+    for name in ("model.pth", "last.pth", "best.pth"):
+        assert segnext.load(tmp_path / "two" / name).classes == folders.CLASSES
+    start(2, "-m", "segnext", "train", "--resume", tmp_path / "two")  # it has ended: nothing happens, in neither process
 
 
 def test_synchronised_norm_alone_is_a_batch_norm():

@@ -19,6 +19,18 @@ def command(commands, name: str, run: Callable[..., int], summary: str) -> argpa
     return parser
 
 
+def add_best_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", type=device, help="as PyTorch names it: cpu, cuda (default: cuda where there is one, or cpu)"
+    )
+
+
+def best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", type=device, default="cpu", help="as PyTorch names it: cpu, cuda, cuda:1 (default: %(default)s)"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import recipes
 from . import options
-from .options import add_device, command
+from .options import command
 
 
 def add(commands) -> None:
@@ -38,7 +38,7 @@ def add(commands) -> None:
         type=options.positive,
         help="parts that a process' share of the batch is cut into, where memory is short (default: 1)",
     )
-    train.add_argument("--device", type=options.device, help="as PyTorch names it: cpu, cuda (default: cpu)")
+    options.add_best_device(train)
     options.add_recipe(train)
 
     evaluate = command(commands, "evaluate", _evaluate, "IoU and accuracy of a checkpoint on a labelled data set")
@@ -66,7 +66,7 @@ def add(commands) -> None:
     evaluate.add_argument(
         "--workers", type=options.count, default=2, help="processes that read pictures (default: %(default)s)"
     )
-    add_device(evaluate)
+    options.add_best_device(evaluate)
 
     command(commands, "recipes", _recipes, "the recipes that train and evaluate know")
 
@@ -95,15 +95,16 @@ def _train(
     if not data:
         raise recipes.RecipeError("give --data ROOT, or --resume RUN")
     stages = options.overridden(recipes.recipes(recipe), fields)
-    train.train(stages, data, out or Path("runs", f"{Path(recipe).stem}-{stages[0].size}"), train.Machine(**given))
+    machine = train.Machine(**{"device": options.best_device(), **given})
+    train.train(stages, data, out or Path("runs", f"{Path(recipe).stem}-{stages[0].size}"), machine)
     return 0
 
 
-def _evaluate(recipe: str, split: str | None, **given) -> int:
+def _evaluate(recipe: str, split: str | None, device: str | None, **given) -> int:
     from ..evaluate import evaluate_weights
 
     chosen = recipes.recipes(recipe)[0]
-    evaluate_weights(recipe=replace(chosen, val=split or chosen.val or "val"), **given)
+    evaluate_weights(recipe=replace(chosen, val=split or chosen.val or "val"), device=device or options.best_device(), **given)
     return 0
 
 
