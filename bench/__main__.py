@@ -110,10 +110,8 @@ def _memory(arguments: argparse.Namespace) -> None:
 
 
 def _loop(arguments: argparse.Namespace) -> None:
-    text = loop.run(arguments.rounds)
-    print(text)
-    if arguments.out:
-        output.write(arguments.out / "loop.md", text)
+    figures = loop.run(arguments.rounds)
+    _finish(arguments.out, "loop", figures, loop.markdown(figures))
 
 
 def _cuda_static(arguments: argparse.Namespace) -> None:

@@ -26,14 +26,14 @@ from segnext.views import View
 from segnext_kernels import upsample_argmax, upsample_cross_entropy
 
 from . import output
-from .environment import heading
+from .environment import environment, heading
 
 CROP, SIZE, PICTURES = (512, 512), (512, 683), 24
 WORKERS = (0, 1, 2)
 
 
-def run(rounds: int, crop: tuple[int, int] = CROP, size: tuple[int, int] = SIZE, pictures: int = PICTURES) -> str:
-    """Markdown: SegNeXt-T by the recipe ade20k, but for the crop and two pictures in a step, on JPEG files of drawn scenes."""
+def run(rounds: int, crop: tuple[int, int] = CROP, size: tuple[int, int] = SIZE, pictures: int = PICTURES) -> dict:
+    """SegNeXt-T by the recipe ade20k, but for the crop and two pictures in a step, on JPEG files of drawn scenes."""
     (recipe,) = RECIPES["ade20k"]
     recipe = replace(recipe, crop=crop, scale=(4 * min(crop), min(crop)), batch=2, iterations=2 * rounds + 1, warmup=0)
     rows = []
@@ -44,8 +44,12 @@ def run(rounds: int, crop: tuple[int, int] = CROP, size: tuple[int, int] = SIZE,
             rows.append([f"training, {dtype}, {workers} workers", *figures])
         for workers in WORKERS:
             rows.append([f"evaluation, {workers} workers", *_evaluation(val, view_of(recipe), workers, max(3, rounds // 4))])
+    return {"environment": environment(), "missing_peers": {}, "rows": rows}
+
+
+def markdown(figures: dict) -> str:
     header = ["", "ms", "waiting for pictures", "beside the model"]
-    return f"{heading()}\n\n{output.table(header, rows)}\n"
+    return "\n\n".join([*heading(figures), output.table(header, figures["rows"])])
 
 
 def _training(pairs: Pairs, recipe: Recipe, workers: int, rounds: int) -> list[str]:

@@ -206,7 +206,7 @@ def test_memory_table(monkeypatch, tmp_path, capsys):
 
 
 def test_loop_tells_what_is_spent_beside_the_model():
-    lines = loop.run(rounds=1, crop=(64, 64), size=(64, 80), pictures=3).splitlines()
+    lines = loop.markdown(loop.run(rounds=1, crop=(64, 64), size=(64, 80), pictures=3)).splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| training") or line.startswith("| evaluation")]
     assert len(rows) == 9 and all(float(row[1]) > 0 and row[-1].endswith("%") for row in rows)
     assert all(0 <= float(row[2].rstrip("%")) < 100 for row in rows[:6])
