@@ -84,6 +84,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file of torch's format; if that fails, what was there stays.
+
+    Raises:
+        WeightsError: it cannot be written.
+    """
+    try:
+        with replacing(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk in its own way
+        raise WeightsError(f"cannot write {path}: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The system's reason, if there is one behind the error."""
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__) is not None:
+        error = error.__cause__ or error.__context__
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 

@@ -11,6 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .recipes import RecipeError
+
+
+class PeerError(RuntimeError):
+    """Another process of the same training has ended."""
+
 
 @contextmanager
 def processes(device: str | torch.device) -> Iterator[torch.device]:
@@ -19,6 +25,8 @@ def processes(device: str | torch.device) -> Iterator[torch.device]:
     With NCCL on GPUs, each process on its own (``LOCAL_RANK``), and gloo elsewhere.
     """
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("there is no GPU that torch can use; --device cpu goes without")
     if not (dist.is_available() and "RANK" in os.environ and "WORLD_SIZE" in os.environ):
         yield device
         return
@@ -28,8 +36,11 @@ def processes(device: str | torch.device) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:  # the group is left as it is: to dissolve it could wait for processes that wait for this one
+        if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
+            raise PeerError("another process of this training ended; its own message says why") from error
+        raise
+    dist.destroy_process_group()
 
 
 def rank() -> int:

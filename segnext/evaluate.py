@@ -18,11 +18,11 @@ from tqdm import tqdm
 from . import distributed
 from .checkpoint import WeightsError, replacing
 from .data import open_dataset
-from .data.loader import one_by_one
+from .data.loader import deaths_told, one_by_one
 from .fuse import fuse
 from .images import write_png
-from .palette import IGNORED, mask_image, photo_image, side_by_side
 from .palette import legend as drawn_legend
+from .palette import mask_image, photo_image, side_by_side
 from .recipes import Recipe
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
@@ -106,11 +106,12 @@ def evaluate(
     mine = range(distributed.rank(), len(dataset), distributed.world())
     names = None if look is None else dataset.names
     stream = one_by_one(dataset, mine, workers)
-    for batch in tqdm(stream, total=len(mine), disable=None if progress else True, unit="photo", leave=False):
-        prediction, truth = label_map(model, batch.images[0], view), batch.labels[0]
-        confusion += confusion_matrix(prediction, truth.to(device), classes)
-        if look is not None:
-            look(names[batch.indices[0]], batch.images[0], truth, prediction)
+    with deaths_told():
+        for batch in tqdm(stream, total=len(mine), disable=None if progress else True, unit="photo", leave=False):
+            prediction, truth = label_map(model, batch.images[0], view), batch.labels[0]
+            confusion += confusion_matrix(prediction, truth.to(device), classes)
+            if look is not None:
+                look(names[batch.indices[0]], batch.images[0], truth, prediction)
     model.train(training)
     return Scores(distributed.total(confusion).cpu())
 
@@ -129,7 +130,7 @@ def evaluate_weights(
     multi_scale: bool = False,
     flip: bool = False,
     device: str | torch.device = "cpu",
-    workers: int = 2,
+    workers: int | None = None,
     rank: int | None = None,
     json_file: str | Path | None = None,
     pictures: str | Path | None = None,
@@ -142,7 +143,7 @@ def evaluate_weights(
         recipe: its data set, split ``val``, scale and windows are used. Without a scale (the recipes "folder" and "scratch")
             pictures are resized to the short side that the checkpoint was trained on, if it says that.
         multi_scale, flip: look at every picture in six sizes, and mirrored.
-        workers: processes that read pictures.
+        workers: processes that read pictures; None for 2 with a GPU, and none on the CPU, all of which the model uses.
         json_file: gets the figures.
         pictures: folder that gets every picture, its truth and the prediction side by side.
 
@@ -162,6 +163,7 @@ def evaluate_weights(
         if recipe.scale is None and model.short_side:
             view = replace(view, scale=(sys.maxsize, model.short_side))
         look = None if pictures is None else _writer(Path(pictures), pairs.classes, pairs.palette)
+        workers = (2 if device.type == "cuda" else 0) if workers is None else workers
         scores = evaluate(
             inference_model(model, device), pairs, count, view, workers=workers, progress=distributed.rank() == 0, look=look
         )

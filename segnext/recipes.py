@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -90,6 +91,12 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and min(value if isinstance(value, tuple) else (value,)) <= 0:
                 raise RecipeError(f"{name} must be positive, got {value}")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not all(low <= one < high for one in (value if isinstance(value, tuple) else (value,))):
+                raise RecipeError(f"{name} must be at least {low} and below {high:g}, got {value}")
+        if self.ratio[0] > self.ratio[1]:
+            raise RecipeError(f"ratio must be a low and a high number, got {self.ratio}")
 
     @property
     def warmup_share(self) -> float:
@@ -112,9 +119,13 @@ _CHOICES = {
     "head": ("ham", "msca"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
 }
+_RANGES = {
+    "dropout": (0, 1), "drop_path": (0, 1), "betas": (0, 1), "warmup_start": (0, 1), "seed": (0, 2**63),
+    "weight_decay": (0, math.inf), "balance": (0, math.inf),
+}  # fmt: skip
 _POSITIVE = (
-    "batch", "iterations", "seconds", "crop", "scale", "ratio", "lr", "power", "log_every", "save_every", "evaluate_every",
-    "window", "stride", "multiple",
+    "batch", "iterations", "seconds", "crop", "scale", "ratio", "max_share", "lr", "head_lr", "power", "log_every",
+    "save_every", "evaluate_every", "window", "stride", "multiple",
 )  # fmt: skip
 
 _VOC = Recipe(dataset="pascal-voc", train="trainaug", iterations=80_000)

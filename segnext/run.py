@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import replacing
+from .checkpoint import replacing, write
 from .evaluate import Scores
+from .recipes import RecipeError
 from .trainer import Step, Trainer
 from .weights import WeightsError, about, save
 
@@ -32,12 +35,13 @@ class Run:
     """
 
     def __init__(self, folder: Path, done: int = 0) -> None:
+        import matplotlib.figure  # noqa: F401 - if it is not installed, say so now, not at the first evaluation
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob(".*.pth.*"):  # of a process that was killed while it wrote
+        self.folder, self.lock = folder, _locked(folder)
+        for unfinished in folder.glob(f".*.{'[0-9a-f]' * 32}"):  # of a process that was killed while it wrote
             unfinished.unlink()
-        self.folder = folder
         self.files = {name: _rewritten(folder / f"{name}.csv", columns, done) for name, columns in _COLUMNS.items()}
         self.board = SummaryWriter(str(folder), purge_step=done + 1)
 
@@ -45,6 +49,7 @@ class Run:
         for file in self.files.values():
             file.close()
         self.board.close()
+        os.close(self.lock)
 
     def log_step(self, step: Step, mean_loss: float) -> None:
         row = (step.number, f"{mean_loss:.6g}", f"{step.lr:.6g}", f"{step.seconds:.4f}", f"{step.waited:.4f}")
@@ -54,28 +59,27 @@ class Run:
         self._log("val", (number, *(f"{x:.6f}" for x in (scores.miou, scores.mean_accuracy, scores.pixel_accuracy))))
 
     def _log(self, name: str, row: tuple) -> None:
-        csv.writer(self.files[name]).writerow(row)
-        self.files[name].flush()
+        try:
+            csv.writer(self.files[name]).writerow(row)
+            self.files[name].flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{self.folder / name}.csv") from error
         for title, value in zip(_COLUMNS[name][1:], row[1:], strict=True):
             self.board.add_scalar(f"{name}/{title}", float(value), row[0])
 
     def save(self, trainer: Trainer, best: float, losses: Sequence[float] = ()) -> None:
-        """Writes ``last.pth``, with the best mIoU so far and the losses since the last line of train.csv; if that fails, the
-        one before stays.
+        """Writes ``last.pth``, with the best mIoU so far and the losses since the last line of train.csv.
 
         Raises:
-            WeightsError: it cannot be written.
-            FloatingPointError: the weights are not finite, which is not worth keeping.
+            WeightsError: it cannot be written; the one before stays.
         """
         path = self.folder / "last.pth"
-        if not all(parameter.isfinite().all() for parameter in trainer.model.parameters()):
-            raise FloatingPointError(f"the weights are no longer finite after step {trainer.done}; {_kept(path)}")
         state = {**trainer.state(), "best": best, "losses": list(losses), "meta": about(trainer.model)}
         try:
-            with replacing(path) as file:
-                torch.save(state, file)
-        except (OSError, RuntimeError) as error:  # torch tells of a full disk in its own way
-            raise WeightsError(f"cannot write {path}: {_cause(error)}; {_kept(path)}") from error
+            write(path, state)
+        except WeightsError as error:
+            before = f"{path} of before is whole" if path.exists() else "there is no earlier checkpoint"
+            raise WeightsError(f"{error}; {before}") from error
 
     def save_weights(self, trainer: Trainer, name: str) -> None:
         save(trainer.model, self.folder / name)
@@ -119,6 +123,23 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def _locked(folder: Path) -> int:
+    """A descriptor of the folder, which no other process has while this one keeps it.
+
+    Raises:
+        RecipeError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RecipeError(f"another process is training in {folder}") from None
+    except OSError:  # a network's file system may have no locks
+        pass
+    return descriptor
+
+
 def _rewritten(path: Path, columns: Sequence[str], done: int) -> io.TextIOBase:
     """The CSV file with its rows up to step ``done``, open for more; a last line that was cut off is dropped."""
     rows = read_csv(path) if path.exists() else []
@@ -139,13 +160,3 @@ def opened(folder: Path, done: int) -> Iterator[Run]:
         yield run
     finally:
         run.close()
-
-
-def _kept(path: Path) -> str:
-    return f"{path} of before is whole" if path.exists() else "there is no earlier checkpoint"
-
-
-def _cause(error: BaseException) -> str:
-    while not isinstance(error, OSError) and (error.__cause__ or error.__context__) is not None:
-        error = error.__cause__ or error.__context__
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from tqdm import tqdm
 from . import distributed, recipes
 from .data import open_dataset
 from .data.augment import augmentation
-from .data.loader import mixed_seed, one_by_one
+from .data.loader import deaths_told, mixed_seed, one_by_one
 from .data.pairs import DataError, Pairs
 from .evaluate import Scores, evaluate, inference_model, view_of
 from .model import SegNeXt, create
 from .recipes import Recipe, RecipeError
 from .run import Run, last, opened
 from .trainer import Step, Trainer, precision
-from .weights import WeightsError, load, load_encoder
+from .weights import WeightsError, described, load, load_encoder
 
 LARGEST = 512  # short side and crop of training on one's own pictures, which may be larger
 COUNTED = 500  # pictures whose labels are counted for class weights
@@ -75,8 +76,7 @@ def train(
             f"the recipe is {len(stages)} trainings: give one folder of data for each, or one for all, not {len(data)}"
         )
     with distributed.processes(machine.device) as device:
-        exists = distributed.from_first((out / "recipe.json").exists())
-        if exists:
+        if distributed.from_first(any(path for name in ("last.pth", "model.pth") for path in out.glob(f"**/{name}"))):
             raise RecipeError(f"{out} holds a training already; go on with it by --resume {out}, or choose another --out")
         pairs = [open_dataset(stage.dataset, root, stage.train) for stage, root in zip(stages, roots, strict=True)]
         stages = tuple(_resolved(stage, train, device) for stage, train in zip(stages, pairs, strict=True))
@@ -97,6 +97,8 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
     """
     out = Path(out)
     stages, beside = recipes.read(out / "recipe.json")
+    if not {"data", "machine"} <= beside.keys():
+        raise RecipeError(f"{out / 'recipe.json'} is a recipe, but not of a training that was begun")
     machine = Machine(**{**beside["machine"], **machine})
     with distributed.processes(machine.device) as device:
         return _stages(stages, [Path(root) for root in beside["data"]], out, device, machine)
@@ -125,9 +127,9 @@ def _stage(recipe: Recipe, root: Path, folder: Path, before: Path | None, device
     pairs = open_dataset(recipe.dataset, root, recipe.train)
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
     state = last(folder)
-    model = build(recipe, pairs, before, empty=state is not None).to(device)
+    model = build(recipe, pairs, before) if state is None else described(state["meta"])
     trainer = Trainer(
-        model,
+        model.to(device),
         pairs,
         recipe,
         augment=augmentation(recipe.crop, recipe.scale, recipe.ratio, recipe.max_share, recipe.distort),
@@ -140,11 +142,13 @@ def _stage(recipe: Recipe, root: Path, folder: Path, before: Path | None, device
         trainer.load(state)
         best, losses = state["best"], state["losses"]
         del state  # as large as the model and both its moments
-    if distributed.rank() == 0:
-        with opened(folder, trainer.done) as run:
+    if distributed.from_first(trainer.done) != trainer.done:
+        raise RecipeError(f"{folder} is not the same folder for all processes: all machines must share it")
+    try:
+        with deaths_told(), opened(folder, trainer.done) if distributed.rank() == 0 else nullcontext() as run:
             _loop(trainer, run, val, best, losses, machine)
-    else:
-        _loop(trainer, None, val, best, losses, machine)
+    except torch.OutOfMemoryError as error:
+        raise RecipeError(f"the memory of {device} is too small; try --accumulate {2 * machine.accumulate}") from error
 
 
 def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, losses: list[float], machine: Machine) -> None:
@@ -160,24 +164,26 @@ def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, los
     for step in with_bar(trainer, silent=run is None):
         losses.append(step.loss)
         ended = step.progress >= 1
+        save = step.number % recipe.save_every == 0 or ended
+        look = val is not None and (step.number % recipe.evaluate_every == 0 or ended)
+        if save or look:
+            trainer.require_finite()
         if run is not None and (step.number % recipe.log_every == 0 or ended):
             run.log_step(step, sum(losses) / len(losses))
             losses.clear()
-        if val is not None and (step.number % recipe.evaluate_every == 0 or ended):
+        if look:
             scores = _evaluated(trainer, val, machine.workers)
             if run is not None:
                 tqdm.write(f"step {step.number}: {scores} on {len(val)} pictures of {recipe.val}")
                 run.log_scores(step.number, scores)
-                run.draw()
                 if scores.miou > best:
                     best = scores.miou
                     run.save_weights(trainer, "best.pth")
-        if run is not None and (step.number % recipe.save_every == 0 or ended):
+        if run is not None and save:
             run.save(trainer, best, losses)
-            if val is None:
-                run.draw()
+        if run is not None and (look or ended):
+            run.draw()
     if run is not None:
-        run.draw()
         run.save_weights(trainer, "model.pth")
         print(f"wrote {run.folder / 'model.pth'}" + (f" and {run.folder / 'best.pth'} (mIoU {best:.3f})" if best >= 0 else ""))
 
@@ -185,6 +191,7 @@ def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, los
 def _evaluated(trainer: Trainer, val: Pairs, workers: int) -> Scores:
     distributed.share_buffers(trainer.model)
     model = inference_model(trainer.model.eval(), trainer.device)
+    workers = workers if trainer.device.type == "cuda" else 0
     return evaluate(model, val, len(val.classes), view_of(trainer.recipe), workers=workers, progress=distributed.rank() == 0)
 
 
@@ -219,25 +226,24 @@ def fit(
     return losses
 
 
-def build(recipe: Recipe, pairs: Pairs, before: Path | None = None, *, empty: bool = False) -> SegNeXt:
+def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:
     """The recipe's model for the classes of a data set, on the CPU.
 
     Args:
         before: a checkpoint of a whole model to begin with; its classifier is replaced where the classes are others.
-        empty: weights are about to be loaded: none are fetched.
 
     Raises:
         WeightsError: the weights to begin with cannot be had or do not fit.
     """
     torch.manual_seed(mixed_seed(recipe.seed))
     count, weights = len(pairs.classes), before or recipe.weights
-    begin = None if empty or weights is None else load(weights)
+    begin = None if weights is None else load(weights)
     rank = None if begin is None else begin.config.rank
     model = create(recipe.size, count, recipe.head, rank=rank, drop_path=recipe.drop_path, dropout=recipe.dropout)
     model.classes, model.palette, model.short_side = pairs.classes, pairs.palette, min(recipe.scale)
     if begin is not None:
         _take_over(model, begin, weights)
-    elif recipe.encoder is not None and not empty:
+    elif recipe.encoder is not None:
         try:
             load_encoder(model, f"imagenet-{recipe.size}" if recipe.encoder == "imagenet" else recipe.encoder)
         except WeightsError as error:
@@ -248,7 +254,10 @@ def build(recipe: Recipe, pairs: Pairs, before: Path | None = None, *, empty: bo
 def _take_over(model: SegNeXt, begin: SegNeXt, name: str | Path) -> None:
     """Gives the model the weights of another, but for the classifier if that one has other classes."""
     state = begin.state_dict()
-    if (begin.classes or []) != model.classes:
+    names = [None if classes is None else [one.strip() for one in classes] for classes in (begin.classes, model.classes)]
+    if begin.config.num_classes != model.config.num_classes or names[0] not in (None, names[1]):
+        if distributed.rank() == 0:
+            print(f"the classes of {name} are others: its classifier is replaced by a new one")
         classifier = {key: value for key, value in model.state_dict().items() if key.startswith("decode_head.conv_seg.")}
         state.update(classifier)
     try:
@@ -264,8 +273,9 @@ def class_weights(dataset: Dataset, classes: int, power: float, workers: int = 0
     The labels of up to 500 pictures, evenly spaced, are counted.
     """
     counts = torch.zeros(256, dtype=torch.int64)
-    for batch in one_by_one(dataset, range(0, len(dataset), math.ceil(len(dataset) / COUNTED)), workers):
-        counts += torch.bincount(batch.labels.flatten(), minlength=256)
+    with deaths_told():
+        for batch in one_by_one(dataset, range(0, len(dataset), math.ceil(len(dataset) / COUNTED)), workers):
+            counts += torch.bincount(batch.labels.flatten(), minlength=256)
     shares = counts[:classes] / counts[:classes].sum().clamp_min(1)
     weights = shares.clamp_min(1e-4) ** -power
     return weights / (shares * weights).sum().clamp_min(1e-4)

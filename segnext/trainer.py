@@ -91,8 +91,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.network: nn.Module = model
         if distributed.world() > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            on_gpu = self.device.type == "cuda"
+            self.network = DistributedDataParallel(
+                model,
+                device_ids=[self.device.index] if on_gpu else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # Otherwise the order of summation changes after the first step, and a resumed training has another first step.
+                find_unused_parameters=recipe.deterministic or not on_gpu,
+            )
         if recipe.compile:
             self.network = torch.compile(self.network)
 
@@ -120,6 +127,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.done, self.seconds = state["done"], state["seconds"]
+
+    def require_finite(self) -> None:
+        """Raises a FloatingPointError if a weight is not finite any more."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise FloatingPointError(f"the weights are no longer finite after step {self.done}; a smaller --lr may help")
 
     def steps(self) -> Iterator[Step]:
         """Trains to the end, and tells of every step; the model is in training mode during one, and the caller may change it
@@ -157,7 +169,7 @@ class Trainer:
         if not np.isfinite(value):
             raise FloatingPointError(
                 f"the loss became {value} in step {self.done} (learning rate {factor * self.recipe.lr:.3g}), on"
-                f" {self._names(indices)}; try a smaller --lr"
+                f" {self._names(indices)}; begin anew with a smaller --lr, or from a checkpoint with --weights"
             )
         seconds = time.perf_counter() - start
         if self.recipe.seconds is not None and distributed.world() > 1:  # all must agree on when it ends

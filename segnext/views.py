@@ -61,15 +61,20 @@ def label_map(model: nn.Module, image: Tensor, view: View) -> Tensor:
     image = image[None].to(next(model.parameters()).device)
     if len(view.ratios) == 1 and not view.flip:
         return upsample_argmax(_logits(model, image, view, view.ratios[0]), size)[0]
-    return sum(_probabilities(model, image, view)).argmax(1)[0]
+    total = None
+    for probabilities in _probabilities(model, image, view):
+        total = probabilities if total is None else total.add_(probabilities)
+    return total.argmax(1)[0]
 
 
 def _probabilities(model: nn.Module, image: Tensor, view: View) -> Iterator[Tensor]:
-    """Of the classes at the picture's size [1, C, H, W], for each ratio, and mirrored."""
+    """Of the classes at the picture's size [1, C, H, W], for each ratio, and mirrored; in place, for they are large."""
     for ratio in view.ratios:
         for flip in (False, True) if view.flip else (False,):
             logits = _logits(model, image.flip(3) if flip else image, view, ratio)
-            full = F.interpolate(logits.float(), image.shape[-2:], mode="bilinear").softmax(1)
+            full = F.interpolate(logits.float(), image.shape[-2:], mode="bilinear")
+            full.sub_(full.amax(1, keepdim=True)).exp_()
+            full.div_(full.sum(1, keepdim=True))
             yield full.flip(3) if flip else full
 
 

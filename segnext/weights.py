@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hosted
-from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, read, replacing, suffix
+from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, read, replacing, suffix, write
 from .heads import GROUPS
 from .model import SIZES, Config, SegNeXt
 from .mscan import MSCAN
@@ -89,15 +89,14 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    is_safetensors = suffix(path) == SAFETENSORS_SUFFIX
+    if suffix(path) != SAFETENSORS_SUFFIX:
+        write(path, {"state_dict": state, "meta": about(model)})
+        return
+    from safetensors.torch import save as to_bytes
+
     try:
         with replacing(path) as file:
-            if is_safetensors:
-                from safetensors.torch import save as to_bytes
-
-                file.write(to_bytes(state, {"format": "pt", "meta": json.dumps(about(model))}))
-            else:
-                torch.save({"state_dict": state, "meta": about(model)}, file)
+            file.write(to_bytes(state, {"format": "pt", "meta": json.dumps(about(model))}))
     except OSError as error:
         raise WeightsError(f"cannot write {path}: {error.strerror}") from error
 
@@ -105,6 +104,14 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
 def about(model: SegNeXt) -> dict[str, Any]:
     """What a checkpoint says of a model beside its tensors."""
     return {"segnext": asdict(model.config), **{name: getattr(model, name) for name in ("classes", "palette", "short_side")}}
+
+
+def described(meta: Mapping[str, Any]) -> SegNeXt:
+    """The model, with random weights, that :func:`about` described."""
+    model = SegNeXt(Config(**meta["segnext"]))
+    for name in ("classes", "palette", "short_side"):
+        setattr(model, name, meta[name])
+    return model
 
 
 def _locate(path_or_name: str | os.PathLike[str]) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
-from segnext.data.augment import FILL, RandomScaleCrop, augmentation, fit_factor, photometric_distortion
+from segnext.data.augment import FILL, FillUp, RandomScaleCrop, augmentation, fit_factor, photometric_distortion
 
 
 def coordinates(height: int, width: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -58,8 +59,12 @@ def test_the_seen_part_is_what_resizing_the_whole_picture_shows(ratio):
 
 
 def test_small_pictures_are_filled_up():
+    """With what is zero for the network, whatever happens to the colours."""
     image, labels = coordinates(20, 30)
-    part, seen = RandomScaleCrop((64, 80), (30, 20), (1.0, 1.0))(image, labels)
+    for _ in range(8):
+        part, seen = augmentation((64, 80), (30, 20), (1.0, 1.0))(image, labels)
+        assert part[:, 20:].flatten(1).unique(dim=1).flatten().tolist() == list(FILL) and (seen[:, 30:] == 255).all()
+    part, seen = v2.Compose([RandomScaleCrop((64, 80), (30, 20), (1.0, 1.0)), FillUp((64, 80))])(image, labels)
     assert torch.equal(part[:, :20, :30], image) and torch.equal(seen[:20, :30], labels)
     assert (seen[20:] == 255).all() and (seen[:, 30:] == 255).all()
     assert part[:, 20:].flatten(1).unique(dim=1).flatten().tolist() == list(FILL) == [124, 116, 104]

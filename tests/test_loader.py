@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms import v2
 
 from segnext.data import DataError
-from segnext.data.loader import Order, batches, mixed_seed, one_by_one
+from segnext.data.loader import Order, batches, deaths_told, mixed_seed, one_by_one
 from segnext.images import ImageError
 
 
@@ -99,7 +99,7 @@ def test_broken_pictures_are_named_as_they_are(workers):
 
 
 def test_the_death_of_a_worker_is_told():
-    with pytest.raises(DataError, match="a process that reads pictures died"):
+    with pytest.raises(DataError, match="a process that reads pictures died"), deaths_told():
         list(one_by_one(Numbers(9, deadly=4), range(9), 1))
 
 

@@ -88,6 +88,12 @@ def test_learning_rate_with_a_share_and_a_power(progress, expected):
         ({"precision": "int8"}, "precision must be one of"),
         ({"batch": 0}, "batch must be positive"),
         ({"crop": (32, 0)}, "crop must be positive"),
+        ({"max_share": 0.0}, "max_share must be positive"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"betas": (2.0, 0.9)}, "betas must be at least 0 and below 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"ratio": (2.0, 0.5)}, "ratio must be a low and a high number"),
     ],
 )
 def test_impossible_recipes(changes, message):

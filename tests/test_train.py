@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import resource
 import signal
@@ -18,9 +19,10 @@ import torch
 from PIL import Image
 
 import segnext
-from segnext import cli, recipes, run
+from segnext import cli, recipes, run, trainer
 from segnext.checkpoint import WeightsError
-from segnext.data import DataError, open_dataset
+from segnext.data import DataError, open_dataset, pairs
+from segnext.images import ImageError
 from segnext.recipes import RECIPES, RecipeError
 from segnext.train import Machine, build, class_weights, resume, train
 
@@ -190,44 +192,107 @@ def test_what_was_whole_is_told(tmp_path, trained, monkeypatch):
 
     (tmp_path / "last.pth").write_bytes(b"of before")
     monkeypatch.setattr(torch, "save", full)
-    loop = run.Trainer(segnext.load(trained / "model.pth"), [], SHORT)
+    loop = trainer.Trainer(segnext.load(trained / "model.pth"), [], SHORT)
     with run.opened(tmp_path, 0) as records, pytest.raises(WeightsError, match="last.pth: .*last.pth of before is whole"):
         records.save(loop, 0.0)
     assert (tmp_path / "last.pth").read_bytes() == b"of before"
 
 
-def test_weights_that_are_not_finite_are_not_kept(tmp_path, trained):
-    model = segnext.load(trained / "model.pth")
-    model.decode_head.conv_seg.bias.data[0] = torch.inf
-    (tmp_path / "last.pth").write_bytes(b"of before")
-    with run.opened(tmp_path, 0) as records, pytest.raises(FloatingPointError, match="no longer finite after step 0"):
-        records.save(run.Trainer(model, [], SHORT), 0.0)
-    assert (tmp_path / "last.pth").read_bytes() == b"of before"
+def test_weights_that_are_not_finite_are_not_kept(tmp_path, data, monkeypatch):
+    """A gradient can be infinite where the loss is not: then neither the best nor the last checkpoint is replaced."""
+    step = torch.optim.AdamW.step
+
+    def spoiling(self, *args):
+        step(self, *args)
+        if next(iter(self.state.values()))["step"] == 3:
+            self.param_groups[0]["params"][0].data[0] = torch.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
+    with pytest.raises(FloatingPointError, match="no longer finite after step 3"):
+        train([replace(SHORT, save_every=1, evaluate_every=1)], [data], tmp_path / "run", HERE)
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["done"] == 2
+    for name in ("last.pth", "best.pth"):
+        state = weights(tmp_path / "run" / name)
+        assert all(value.isfinite().all() for value in state.values())
 
 
-def test_a_loss_that_is_lost_stops_the_training(tmp_path, data):
-    out = tmp_path / "run"
-    with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf) in step \d .*scene_\d, scene_\d"):
-        train([replace(SHORT, lr=1e30, warmup=0, save_every=1)], [data], out, HERE)
-    assert all(value.isfinite().all() for value in weights(out / "last.pth").values()) if (out / "last.pth").exists() else True
+def test_a_loss_that_is_lost_stops_the_training(tmp_path, data, monkeypatch):
+    losses = iter([1.0, 1.0, float("nan")])
+    loss = trainer.pixel_loss
+    monkeypatch.setattr(trainer, "pixel_loss", lambda *args: loss(*args) * next(losses))
+    with pytest.raises(FloatingPointError, match=r"the loss became nan in step 3 .*scene_\d, scene_\d.*--lr"):
+        train([replace(SHORT, save_every=1)], [data], tmp_path / "run", HERE)
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["done"] == 2
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "last.pth").values())
 
 
-def test_a_vanished_file_is_named_and_costs_nothing(tmp_path, data, capsys):
-    out, file = tmp_path / "run", data / "train" / "images" / "scene_2.png"
-    arguments = ["train", "--data", str(data), "--out", str(out), *OPTIONS, "--iterations", "5"]
-    hidden = tmp_path / "hidden.png"
-    assert cli.main([*arguments]) == 0
-    (out / "model.pth").unlink()
-    state = torch.load(out / "last.pth", weights_only=True)
-    torch.save({**state, "done": 3}, out / "last.pth")
-    file.rename(hidden)
-    (data / "train" / "masks" / "scene_2.png").rename(tmp_path / "hidden_mask.png")
-    file.write_bytes(b"no picture")
-    Image.new("L", (56, 40)).save(data / "train" / "masks" / "scene_2.png")
-    capsys.readouterr()
-    assert cli.main(["train", "--resume", str(out)]) == 2
-    assert f"segnext: {file}: not an image" in capsys.readouterr().err
-    assert torch.load(out / "last.pth", weights_only=True)["done"] >= 3
+def test_a_vanished_file_is_named_and_costs_nothing(tmp_path, data, capsys, monkeypatch):
+    expected = train([SHORT], [data], tmp_path / "unbroken", HERE).state_dict()
+    out, file, read = tmp_path / "run", data / "train" / "images" / "scene_2.png", pairs.read_image
+    reads = []  # five for the class weights, then five in every round
+
+    def vanishing(path):
+        reads.append(path)
+        return read(file.with_name("gone.png") if path == str(file) and len(reads) > 10 else path)
+
+    monkeypatch.setattr(pairs, "read_image", vanishing)
+    with pytest.raises(ImageError, match="gone.png: no such file"):
+        train([SHORT], [data], out, HERE)
+    assert torch.load(out / "last.pth", weights_only=True)["done"] >= 2
+    monkeypatch.setattr(pairs, "read_image", read)
+    assert cli.main(["train", "--resume", str(out)]) == 0
+    assert same(expected, weights(out / "model.pth"))
+
+
+def test_a_worker_that_dies_during_a_step_is_told(tmp_path, data, monkeypatch):
+    """Torch tells of it by an error at any place of the main process."""
+    step, children = trainer.Trainer._step, multiprocessing.active_children
+
+    def deadly(self, *args):
+        if self.done == 2:
+            children()[0].kill()
+            time.sleep(1)
+        return step(self, *args)
+
+    monkeypatch.setattr(trainer.Trainer, "_step", deadly)
+    with pytest.raises(DataError, match="a process that reads pictures died"):
+        train([SHORT], [data], tmp_path / "run", Machine(workers=1))
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["done"] == 2
+
+
+def test_two_processes_in_one_folder(trained):
+    with run.opened(trained, 6), pytest.raises(RecipeError, match="another process is training in"), run.opened(trained, 6):
+        pass
+
+
+def test_a_failed_beginning_can_be_repeated(tmp_path, data):
+    with pytest.raises(WeightsError):
+        train([replace(SHORT, encoder="absent.pth")], [data], tmp_path / "run", HERE)
+    train([replace(SHORT, iterations=1)], [data], tmp_path / "run", HERE)
+
+
+def test_the_rank_of_weights_survives_a_resumption(tmp_path, data, trained):
+    """No tensor shows it."""
+    begin = segnext.create("t", 10, rank=5, drop_path=0.0)
+    begin.classes = folders.CLASSES
+    segnext.save(begin, tmp_path / "begin.pth")
+    recipe = replace(SHORT, weights=str(tmp_path / "begin.pth"), iterations=4)
+    expected = train([recipe], [data], tmp_path / "unbroken", HERE)
+    interrupt(tmp_path / "half", data, recipe)
+    resume(tmp_path / "half")
+    resumed = segnext.load(tmp_path / "half" / "model.pth")
+    assert resumed.config.rank == expected.config.rank == 5 and same(resumed.state_dict(), expected.state_dict())
+
+
+def interrupt(out: Path, data: Path, recipe: recipes.Recipe) -> None:
+    """A training that is stopped after its first evaluation."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Run, "draw", interrupted)
+        train([recipe], [data], out, HERE)
+
+
+def interrupted(self) -> None:
+    raise KeyboardInterrupt
 
 
 def test_two_trainings_carry_the_weights_over_and_swap_the_classifier(tmp_path, data):

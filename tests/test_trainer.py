@@ -174,6 +174,10 @@ def test_a_loss_that_is_not_finite_is_told_with_its_pictures():
     loop = Trainer(model, SCENES, RECIPE)
     with pytest.raises(FloatingPointError, match=r"the loss became nan in step 1 .* on picture \d, picture \d, .*--lr"):
         list(loop.steps())
+    loop = Trainer(model, SCENES, RECIPE)
+    with pytest.raises(FloatingPointError, match="no longer finite after step 0"):
+        loop.require_finite()
+    Trainer(small_model(), SCENES, RECIPE).require_finite()
 
 
 class Vanishing(Scenes):

@@ -48,9 +48,10 @@ def _parser() -> argparse.ArgumentParser:
 def _expected_errors() -> tuple[type[Exception], ...]:
     """What is the input's fault, not the program's."""
     from ..data.pairs import DataError
+    from ..distributed import PeerError
     from ..images import ImageError
     from ..predict import InputError
     from ..recipes import RecipeError
     from ..weights import WeightsError
 
-    return DataError, ImageError, InputError, WeightsError, RecipeError, FloatingPointError, OSError
+    return DataError, ImageError, InputError, PeerError, WeightsError, RecipeError, FloatingPointError, OSError

@@ -64,7 +64,7 @@ def add(commands) -> None:
         "--rank", type=options.positive, help="rank of the decomposition, where the checkpoint doesn't say it"
     )
     evaluate.add_argument(
-        "--workers", type=options.count, default=2, help="processes that read pictures (default: %(default)s)"
+        "--workers", type=options.count, help="processes that read pictures (default: 2 with a GPU, none on the CPU)"
     )
     options.add_best_device(evaluate)
 
@@ -103,7 +103,7 @@ def _train(
 def _evaluate(recipe: str, split: str | None, device: str | None, **given) -> int:
     from ..evaluate import evaluate_weights
 
-    chosen = recipes.recipes(recipe)[0]
+    chosen = recipes.recipes(recipe)[-1]
     evaluate_weights(recipe=replace(chosen, val=split or chosen.val or "val"), device=device or options.best_device(), **given)
     return 0
 

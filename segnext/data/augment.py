@@ -17,12 +17,12 @@ FILL = tuple(round(255 * value) for value in MEAN)  # zero once it is normalised
 
 
 class RandomScaleCrop(v2.Transform):
-    """A crop of the picture at a random scale; smaller pictures are filled up on the right and below, labels with 255.
+    """A crop of the picture at a random scale; of pictures that are smaller then, all that there is.
 
     Only the part of the picture that is seen is resized, which for large pictures costs a fraction of resizing them whole.
 
     Args:
-        crop: (height, width) of the result.
+        crop: (height, width) of the result, at most.
         scale: (long, short) sides that the picture, resized, just fits into.
         ratio: that size is multiplied by a random number between these.
         max_share: of the labelled pixels in a crop that may belong to one class, or another crop is tried.
@@ -61,10 +61,25 @@ class RandomScaleCrop(v2.Transform):
         part = part[None] if is_mask else part
         how = v2.InterpolationMode.NEAREST_EXACT if is_mask else v2.InterpolationMode.BILINEAR
         part = functional.resize(part, params["seen"], how, antialias=True)
-        below, beside = (whole - seen for whole, seen in zip(self.crop, params["seen"], strict=True))
-        if below or beside:
-            part = functional.pad(part, [0, 0, beside, below], fill=[IGNORED] if is_mask else list(FILL))
         return tv_tensors.wrap(part[0] if is_mask else part, like=inpt)
+
+
+class FillUp(v2.Transform):
+    """Makes pictures as large as ``size`` (height, width) on the right and below, labels with 255.
+
+    Source: mmsegmentation's ``SegDataPreProcessor``, which does it last, so that the filling is zero for the network.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        below, beside = (whole - seen for whole, seen in zip(self.size, inpt.shape[-2:], strict=True))
+        if not below and not beside:
+            return inpt
+        fill = IGNORED if isinstance(inpt, tv_tensors.Mask) else list(FILL)
+        return functional.pad(inpt, [0, 0, beside, below], fill=fill)
 
 
 def fit_factor(size: tuple[int, int], scale: tuple[int, int]) -> float:
@@ -94,6 +109,6 @@ def augmentation(
     max_share: float = 0.75,
     distort: bool = True,
 ) -> v2.Transform:
-    """The paper's augmentation: :class:`RandomScaleCrop`, flip, and :func:`photometric_distortion`."""
+    """The paper's: :class:`RandomScaleCrop`, flip, :func:`photometric_distortion`, and filled up to the size of the crop."""
     steps = [RandomScaleCrop(crop, scale, ratio, max_share), v2.RandomHorizontalFlip()]
-    return v2.Compose([*steps, photometric_distortion()] if distort else steps)
+    return v2.Compose([*steps, *([photometric_distortion()] if distort else []), FillUp(crop)])

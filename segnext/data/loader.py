@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -101,25 +102,25 @@ def collate(items: Sequence[tuple[Tensor, Tensor, int] | Exception]) -> Batch | 
 def batches(
     pairs: Dataset, order: Order, augment: Callable | None = None, *, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """The order's shares of batches, read and augmented by worker processes, without end.
+    """The order's shares of batches, read and augmented by worker processes, without end; to be used in :func:`deaths_told`.
 
     Raises:
-        DataError: a picture cannot be read, or a worker process died.
+        DataError, ImageError: a picture cannot be read.
     """
     yield from _checked(Augmented(pairs, augment, order.seed), order, workers, pin_memory)
 
 
 def one_by_one(pairs: Dataset, indices: Sequence[int], workers: int = 0) -> Iterator[Batch]:
-    """The pictures of these numbers as they are, in batches of one.
+    """The pictures of these numbers as they are, in batches of one; to be used in :func:`deaths_told`.
 
     Raises:
-        DataError, ImageError: a picture cannot be read, or a worker process died.
+        DataError, ImageError: a picture cannot be read.
     """
     yield from _checked(Augmented(pairs, None, 0), [[(index, 0)] for index in indices], workers)
 
 
 def _checked(items: Augmented, order: Iterable, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
-    """The batches; an error among them is raised, and the death of a worker told in one sentence."""
+    """The batches; an error among them is raised."""
     loader = DataLoader(
         items,
         batch_sampler=order,
@@ -128,16 +129,22 @@ def _checked(items: Augmented, order: Iterable, workers: int, pin_memory: bool =
         pin_memory=pin_memory,
         generator=torch.Generator(),  # of the workers' seeds; the global one is left alone
     )
-    iterator = iter(loader)
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(f"a process that reads pictures died (out of memory?): {str(error).splitlines()[0]}") from error
+    for batch in loader:
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+@contextlib.contextmanager
+def deaths_told() -> Iterator[None]:
+    """Turns the error by which torch tells of a dead worker into one sentence.
+
+    Torch raises it from a signal handler, wherever the main process is: so this has to be around all that is done meanwhile.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        error.with_traceback(None)  # which keeps the loader alive, and with it torch's watch: it would raise again and again
+        raise DataError(f"a process that reads pictures died (out of memory?): {str(error).splitlines()[0]}") from error
