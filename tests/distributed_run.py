@@ -1,10 +1,12 @@
 """What a process of a training on several machines does, or one process alone: run by tests/test_distributed.py.
 
-Writes the gradients of a step, the running statistics, and the scores of an evaluation.
+Writes what came out of it to a file.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,33 +36,47 @@ class Counted(Scenes):
         return image, labels
 
 
-def main(out: Path, accumulate: int, sync_norm: bool) -> None:
+def trainer(accumulate: int = 1, **changes) -> Trainer:
+    model = small.model(num_classes=10, dropout=0.0, drop_path=0.0)
+    bases = torch.rand(1, small.CONFIG.decoder_channels, small.CONFIG.rank, generator=torch.Generator().manual_seed(0))
+    forward = model.forward
+    model.forward = lambda images: forward(images, bases.expand(len(images), -1, -1))  # not drawn anew by each process
+    return Trainer(model, Counted(7, (32, 48)), replace(RECIPE, **changes), accumulate=accumulate)
+
+
+def compare(accumulate: int, sync_norm: bool) -> dict:
+    """What is to be the same for any number of processes."""
+    loop = trainer(accumulate, sync_norm=sync_norm)
+    loop.optimizer.zero_grad = lambda: None  # so that the last step's gradients are left to look at
+    losses = []
+    for step in loop.steps():
+        losses.append(step.loss)
+        gradients = {name: parameter.grad.clone() for name, parameter in loop.model.named_parameters()}
+        for parameter in loop.model.parameters():
+            parameter.grad.zero_()
+    distributed.share_buffers(loop.model)
+    seen: list[str] = []
+    scores = evaluate(loop.model, loop.dataset, 10, look=lambda name, *rest: seen.append(name))
+    state = loop.model.state_dict()
+    return {"losses": losses, "gradients": gradients, "state": state, "confusion": scores.confusion, "seen": seen}
+
+
+def resume() -> dict:
+    """The weights of an unbroken training, and of one that goes on after two steps."""
+    unbroken, first, second = (trainer(batch=3, iterations=4) for _ in range(3))
+    list(unbroken.steps())
+    for _ in itertools.islice(first.steps(), 2):
+        pass
+    second.load(copy.deepcopy(first.state()))
+    list(second.steps())
+    return {"unbroken": unbroken.model.state_dict(), "resumed": second.model.state_dict(), "done": second.done}
+
+
+def main(out: Path, what: str, *arguments: str) -> None:
     with distributed.processes("cpu"):
-        model = small.model(num_classes=10, dropout=0.0, drop_path=0.0)
-        bases = torch.rand(1, small.CONFIG.decoder_channels, small.CONFIG.rank, generator=torch.Generator().manual_seed(0))
-        forward = model.forward
-        model.forward = lambda images: forward(images, bases.expand(len(images), -1, -1))  # not drawn anew by each process
-        data = Counted(7, (32, 48))
-        trainer = Trainer(model, data, replace(RECIPE, sync_norm=sync_norm), accumulate=accumulate)
-        trainer.optimizer.zero_grad = lambda: None  # so that the last step's gradients are left to look at
-        losses = []
-        for step in trainer.steps():
-            losses.append(step.loss)
-            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-            for parameter in model.parameters():
-                parameter.grad.zero_()
-        distributed.share_buffers(model)
-        seen: list[str] = []
-        scores = evaluate(model, data, 10, look=lambda name, *rest: seen.append(name))
-        result = {
-            "losses": losses,
-            "gradients": gradients,
-            "state": model.state_dict(),
-            "confusion": scores.confusion,
-            "seen": seen,
-        }
+        result = resume() if what == "resume" else compare(int(arguments[0]), arguments[1] == "sync")
         torch.save(result, out / f"{distributed.rank()}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "sync")
+    main(Path(sys.argv[1]), *sys.argv[2:])

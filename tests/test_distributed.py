@@ -32,20 +32,20 @@ def start(processes: int, *program) -> None:
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 
-def run(out: Path, processes: int, accumulate: int, norms: str = "sync") -> list[dict]:
+def run(out: Path, processes: int, *what: str) -> list[dict]:
     out.mkdir()
-    start(processes, TESTS / "distributed_run.py", out, accumulate, norms)
+    start(processes, TESTS / "distributed_run.py", out, *what)
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> dict:
-    return run(tmp_path_factory.mktemp("runs") / "one", 1, 1)[0]
+    return run(tmp_path_factory.mktemp("runs") / "one", 1, "compare", "1", "sync")[0]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
-    return run(tmp_path_factory.mktemp("runs") / "two", 2, 1)
+    return run(tmp_path_factory.mktemp("runs") / "two", 2, "compare", "1", "sync")
 
 
 def test_losses_and_gradients_are_those_of_one_process(one, two):
@@ -72,7 +72,7 @@ def test_evaluation_counts_every_picture_once(one, two):
 
 def test_norms_that_are_not_synchronised_see_less(one, tmp_path):
     """The test above would notice it; and all processes evaluate the first one's statistics."""
-    first, second = run(tmp_path / "plain", 2, 1, "plain")
+    first, second = run(tmp_path / "plain", 2, "compare", "1", "plain")
     assert first["losses"] != pytest.approx(one["losses"], rel=1e-4)
     assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
 
@@ -93,6 +93,14 @@ def test_the_command_in_two_processes_computes_what_it_does_in_two_parts(tmp_pat
     for name in ("model.pth", "last.pth", "best.pth"):
         assert segnext.load(tmp_path / "two" / name).classes == folders.CLASSES
     start(2, "-m", "segnext", "train", "--resume", tmp_path / "two")  # it has ended: nothing happens, in neither process
+
+
+def test_three_processes_go_on_with_the_same_bits(tmp_path):
+    """Three numbers can be added in another order, two cannot."""
+    for result in run(tmp_path / "three", 3, "resume"):
+        assert result["done"] == 4
+        for name, value in result["unbroken"].items():
+            assert torch.equal(result["resumed"][name], value), name
 
 
 def test_synchronised_norm_alone_is_a_batch_norm():
