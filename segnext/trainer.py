@@ -168,7 +168,8 @@ class Trainer:
         self.done += 1
         if not np.isfinite(value):
             raise FloatingPointError(
-                f"the loss became {value} in step {self.done} (learning rate {factor * self.recipe.lr:.3g}), on"
+                f"the loss became {value} in step {self.done} of SegNeXt-{self.recipe.size.upper()} on {self.recipe.dataset}"
+                f" ({self.recipe.train}; {self.recipe.precision}, learning rate {factor * self.recipe.lr:.3g}), on"
                 f" {self._names(indices)}; begin anew with a smaller --lr, or from a checkpoint with --weights"
             )
         seconds = time.perf_counter() - start
