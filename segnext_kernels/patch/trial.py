@@ -1,0 +1,95 @@
+"""Tries whether a module's own method and the fused one compute the same."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from .kinds import HOOKS, Kind, fused_class
+
+
+def difference(kind: type[Kind], module: nn.Module) -> str | None:
+    """Tries the plain and the fused method on a twin of the module; in what they differ, None if they agree."""
+    with ExitStack() as stack:  # whatever is set when patch is called, and without drawing from the caller's random numbers
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        try:
+            torch.default_generator.manual_seed(0)
+            twin = _twin(module)
+            arguments = kind.arguments(twin)
+            for training in (False, True):
+                twin.train(training)
+                reason = _difference_in_mode(kind, twin, arguments)
+                if reason is not None:
+                    return f"{reason} in {'training' if training else 'evaluation'}"
+        except Exception as error:  # it is somebody else's code that runs here
+            return f"its {kind.method} could not be tried ({type(error).__name__}: {error})"
+    return None
+
+
+def _difference_in_mode(kind: type[Kind], twin: nn.Module, arguments: tuple) -> str | None:
+    plain = type(twin)
+    before = dict(vars(twin))
+    expected = _run(twin, kind.method, arguments)
+    kept = [name for name, value in vars(twin).items() if value is not before.get(name)]
+    if kept:
+        return f"its {kind.method} sets {', '.join(kept)}, which the fused one would not"
+    twin.__class__ = fused_class(kind, plain)
+    found = _run(twin, kind.method, arguments)
+    twin.__class__ = plain
+    for what, a, b in zip(("outputs", "gradients"), found, expected, strict=True):
+        if not _agree(a, b):
+            return f"its {kind.method} computes something else: the {what} differ"
+    return None
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """The module in float64 on the CPU, without hooks and with random parameters; it shares no tensor with the original."""
+    twin = copy.copy(module)
+    twin._parameters = {name: None if p is None else _random_parameter(p.shape) for name, p in module._parameters.items()}
+    twin._buffers = {name: None if b is None else _copied(b) for name, b in module._buffers.items()}
+    twin._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
+    for hooks in HOOKS:
+        setattr(twin, hooks, OrderedDict())
+    return twin
+
+
+def _random_parameter(shape: torch.Size) -> nn.Parameter:
+    fan_in = max(1, shape[1:].numel())
+    return nn.Parameter(torch.randn(shape, dtype=torch.float64) / fan_in**0.5)
+
+
+def _copied(buffer: Tensor) -> Tensor:
+    return buffer.detach().to("cpu", torch.float64 if buffer.is_floating_point() else buffer.dtype, copy=True)
+
+
+def _run(module: nn.Module, method: str, arguments: tuple) -> tuple[list, list[Tensor]]:
+    """The outputs (what isn't a tensor as it is) and the gradients; dropout draws the same at every run."""
+    torch.default_generator.manual_seed(1)
+    outputs, structure = tree_flatten(getattr(module, method)(*arguments))
+    total = sum(y.square().sum() for y in outputs if isinstance(y, Tensor) and y.requires_grad)
+    gradients = torch.autograd.grad(total, [arguments[0], *module.parameters()], materialize_grads=True)
+    return [structure, *outputs], list(gradients)
+
+
+def _agree(found: list, expected: list) -> bool:
+    """Equal structures and numbers, and tensors equal up to rounding."""
+    if len(found) != len(expected):
+        return False
+    for a, b in zip(found, expected, strict=True):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            same = a == b
+        else:
+            rounding = 1e-8 if b.dtype == torch.float64 else 1e-5
+            same = a.shape == b.shape and torch.allclose(a.double(), b.double(), rounding, rounding)
+        if not same:
+            return False
+    return True
