@@ -76,17 +76,15 @@ def patch(model: nn.Module) -> Patched:
     _check("patch", model)
     swapped, left = {}, {}
     for name, module in _modules(model):
-        reason = _compiled(module)
-        kind = next((kind for kind in KINDS if kind.resembles(module)), None) if reason is None else None
-        if kind is not None:
-            reason = _why_not(kind, module)
-            if reason is None:
-                # Not a function in the instance: pickle would lose it, and in a shallow copy of the module, such as those that
-                # DataParallel makes, it would use the parameters of the first.
-                module.__class__ = fused_class(kind, type(module))
-                swapped[name] = kind.operator
+        kind = next((kind for kind in KINDS if kind.resembles(module)), None)
+        reason = _compiled(module) or (None if kind is None else _why_not(kind, module))
         if reason is not None:
             left[name] = reason
+        elif kind is not None:
+            # Not a function in the instance: pickle would lose it, and in a shallow copy of the module, such as those that
+            # DataParallel makes, it would use the parameters of the first.
+            module.__class__ = fused_class(kind, type(module))
+            swapped[name] = kind.operator
     return Patched(swapped, left)
 
 

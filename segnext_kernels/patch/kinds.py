@@ -216,9 +216,10 @@ def unlike_depthwise(name: str, child: nn.Module, kernel: tuple[int, int], chann
         found = getattr(child, attribute)
         if found != value and (attribute, found) != ("padding", "same"):
             return f"{name} has {attribute} {found}, the fused operator {value}"
-    if any(type(tensor) not in (nn.Parameter, type(None)) for tensor in (child.weight, child.bias)):
+    reason = silent(name, child)
+    if reason is None and any(type(tensor) not in (nn.Parameter, type(None)) for tensor in (child.weight, child.bias)):
         return f"the weight or bias of {name} is not a plain Parameter"
-    return silent(name, child)
+    return reason
 
 
 def silent(name: str, child: nn.Module) -> str | None:

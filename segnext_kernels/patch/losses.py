@@ -80,7 +80,7 @@ def losses(head: nn.Module, logits: Tensor, labels: Tensor) -> dict[str, Tensor]
         name = criterion.loss_name
         result[name] = result[name] + loss if name in result else loss
     right = (upsample_argmax(logits, labels.shape[1:]) == labels) & known
-    result["acc_seg"] = (right.sum().view(1) + EPS) * (100 / (known.sum() + EPS))
+    result["acc_seg"] = (right.sum().view(1).float() + EPS) * (100 / (known.sum() + EPS))
     return result
 
 
