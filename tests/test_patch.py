@@ -26,6 +26,7 @@ from standins import (
     OfficialHead,
     OfficialNMF2D,
 )
+from test_model import ZERO_GRADIENTS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
@@ -111,7 +112,7 @@ def test_same_in_float64(code, double):
     images, truth = image(2, 3, 24, 27), labels()
     expected = step(network, images, truth)
     patch(network)
-    assert_close(step(network, images, truth), expected, 1e-8)
+    assert_close(step(network, images, truth), expected, 1e-9)
 
 
 def test_golden_model():
@@ -120,18 +121,19 @@ def test_golden_model():
     for block in network.backbone.modules():
         if hasattr(block, "mlp"):
             dim, hidden = block.mlp.fc1.weight.shape[1::-1]
-            plain = Attention(dim), Mlp(dim, hidden, code="official")
+            plain = Attention(dim).double(), Mlp(dim, hidden, code="official").double()
             plain[0].load_state_dict(block.attn.spatial_gating_unit.state_dict())
             plain[1].load_state_dict(block.mlp.state_dict())
             block.attn.spatial_gating_unit, block.mlp = plain
     images, bases = golden.inputs()
     network.decode_head.hamburger.ham = NMF2D(golden.CONFIG.rank)
     network.decode_head.hamburger.ham._build_bases = lambda B, S, D, R, device=None: bases
-    report = patch(network.double().train())
+    report = patch(network)
     assert list(report.swapped.values()) == 5 * ["msca_strips", "dwconv_gelu"] + ["nmf"]
     golden.loss(network(images)).backward()
-    for name, gradient in golden.gradients().items():
-        torch.testing.assert_close(network.get_parameter(name).grad, gradient, rtol=1e-8, atol=1e-12, msg=name)
+    expected = golden.gradients()
+    for name in set(expected) - set(ZERO_GRADIENTS):
+        assert error(network.get_parameter(name).grad, expected[name]) <= 1e-9, name
 
 
 def test_nothing_else_changes():
@@ -195,7 +197,7 @@ def test_report_is_readable():
         "  head: upsample_cross_entropy",
         "  head.ham: nmf",
         "left alone: 1",
-        "  blocks.1.mlp: act is a GELU by tanh, the fused operator has the erf form",
+        "  blocks.1.mlp: act is GELU by tanh, the fused operator has the erf form",
     ]
     assert str(patch(Attention(4))).splitlines() == ["swapped: 1", "  the model itself: msca_strips", "left alone: 0"]
 
@@ -540,7 +542,10 @@ LEFT = {
         r"conv0_1 has kernel_size \(7, 1\), the fused operator \(1, 7\)",
     ),
     "stride": (lambda: strips(stride=2), r"conv0_1 has stride \(2, 2\), the fused operator \(1, 1\)"),
-    "dilation": (lambda: strips(dilation=(1, 2), padding=(0, 6)), r"conv0_1 has padding \(0, 6\), the fused operator \(0, 3\)"),
+    "dilation": (
+        lambda: strips(dilation=(1, 2), padding=(0, 6)),
+        r"conv0_1 has dilation \(1, 2\), the fused operator \(1, 1\)",
+    ),
     "dilation, same": (lambda: strips(dilation=(1, 2), padding="same"), r"conv0_1 has dilation \(1, 2\)"),
     "padding": (lambda: strips(padding=(0, 2)), r"conv0_1 has padding \(0, 2\), the fused operator \(0, 3\)"),
     "padding mode": (lambda: strips(padding_mode="reflect"), "conv0_1 has padding_mode reflect, the fused operator zeros"),
@@ -551,7 +556,7 @@ LEFT = {
     ),
     "two more children": (
         lambda: with_child(with_child(Attention(8), "norm", nn.BatchNorm2d(8)), "last", nn.Identity()),
-        "conv3 has kernel_size|conv3 has groups",
+        "conv3 has groups 1, the fused operator 8",
     ),
     "missing child": (lambda: without("conv1_2"), "its children are conv0, conv0_1, conv0_2, conv1_1, conv2_1"),
     "forward hook": (lambda: hooked(m := Attention(8), m.conv2_1), f"conv2_1 {SILENT}"),
@@ -564,14 +569,17 @@ LEFT = {
     ),
     "spectral norm": (
         lambda: on_child(Attention(8), "conv0", parametrizations.spectral_norm),
-        "conv0 is a ParametrizedConv2d, not a Conv2d",
+        "conv0 is .*ParametrizedConv2d, not a plain Conv2d",
     ),
     "spectral norm by hook": (lambda: on_child(Attention(8), "conv0", nn.utils.spectral_norm), f"conv0 {SILENT}"),
     "quantised": (
         lambda: changed(Attention(8), conv0=torch.ao.nn.quantized.Conv2d(8, 8, 5, padding=2, groups=8)),
-        "conv0 is a Conv2d of torch.ao|conv0 is a .*Conv2d",
+        "conv0 is torch.ao.nn.quantized.modules.conv.Conv2d, not a plain Conv2d",
     ),
-    "lazy": (lambda: changed(Attention(8), conv0=nn.LazyConv2d(8, 5, padding=2, groups=8)), "conv0 is a LazyConv2d"),
+    "lazy": (
+        lambda: changed(Attention(8), conv0=nn.LazyConv2d(8, 5, padding=2, groups=8)),
+        "conv0 is torch.nn.modules.conv.LazyConv2d",
+    ),
     "replaced child's forward": (
         lambda: on_child(Attention(8), "conv0", lambda c: setattr(c, "forward", c.forward)),
         "the forward of conv0 was replaced in the instance",
@@ -579,13 +587,13 @@ LEFT = {
     "replaced forward": (lambda: changed(m := Attention(8), forward=m.forward), "its forward was replaced in the instance"),
     "other forward": (lambda: Squared(8), "its forward computes something else: the outputs differ in evaluation"),
     "order of strips": (lambda: ColumnsFirst(8), "its forward computes something else: the outputs differ in evaluation"),
-    "other gradient": (lambda: Detached(8), "its forward computes something else: the gradients differ in evaluation"),
+    "other gradient": (lambda: Detached(8), "its forward computes something else: the gradients differ in training"),
     "side effect": (lambda: Watched(8), "its forward sets seen, which the fused one would not"),
     "training": (lambda: NoisyInTraining(8, 16), "its forward computes something else: the outputs differ in training"),
     "other arguments": (lambda: Tokens(8, 16), r"its forward could not be tried \(TypeError: .*missing 2 required"),
-    "linear": (lambda: linear(Mlp(4, 8)), "fc1 is a Linear, not a Conv2d"),
-    "tanh": (lambda: changed(Mlp(4, 8), act=nn.GELU("tanh")), "act is a GELU by tanh, the fused operator has the erf form"),
-    "relu": (lambda: changed(Mlp(4, 8), act=nn.ReLU()), "act is a ReLU, not a GELU"),
+    "linear": (lambda: linear(Mlp(4, 8)), "fc1 is Linear, not Conv2d"),
+    "tanh": (lambda: changed(Mlp(4, 8), act=nn.GELU("tanh")), "act is GELU by tanh, the fused operator has the erf form"),
+    "relu": (lambda: changed(Mlp(4, 8), act=nn.ReLU()), "act is ReLU, not GELU"),
     "hook on act": (lambda: hooked(m := Mlp(4, 8), m.act), f"act {SILENT}"),
     "hook on wrapper": (lambda: hooked(m := Mlp(4, 8, code="official"), m.dwconv), f"dwconv {SILENT}"),
     "hook on dwconv": (lambda: hooked(m := Mlp(4, 8, code="official"), m.dwconv.dwconv), f"dwconv {SILENT}"),
@@ -605,18 +613,18 @@ LEFT = {
     "one-step gradient": (lambda: OneStep(4), "its forward computes something else: the gradients differ"),
     "epsilon": (lambda: OtherEpsilon(4), "its forward computes something else: the outputs differ"),
     "align_corners": (lambda: changed(head(), align_corners=True), "its align_corners is not False"),
-    "sampler": (lambda: changed(head(), sampler=nn.Identity()), "its sampler, a Identity, needs the upsampled logits"),
+    "sampler": (lambda: changed(head(), sampler=nn.Identity()), r"its sampler \(Identity\) needs the upsampled logits"),
     "sigmoid": (
         lambda: head(changed(CrossEntropyLoss(), use_sigmoid=True)),
-        "its loss, a CrossEntropyLoss, has use_sigmoid True, the fused operator False",
+        r"its loss \(CrossEntropyLoss\) has use_sigmoid True, the fused operator False",
     ),
     "sum": (
         lambda: head(changed(CrossEntropyLoss(), reduction="sum")),
-        "its loss, a CrossEntropyLoss, has reduction sum, the fused operator mean",
+        r"its loss \(CrossEntropyLoss\) has reduction sum, the fused operator mean",
     ),
-    "no cross-entropy": (lambda: head(nn.Identity()), "its loss, a Identity, has use_sigmoid None, the fused operator False"),
+    "no cross-entropy": (lambda: head(nn.Identity()), r"its loss \(Identity\) has use_sigmoid None, the fused operator False"),
     "dice": (lambda: head(Dice()), "its loss_by_feat computes something else: the outputs differ"),
-    "hook on the loss": (lambda: hooked(h := head(), h.loss_decode), f"its loss, a CrossEntropyLoss, {SILENT}"),
+    "hook on the loss": (lambda: hooked(h := head(), h.loss_decode), rf"its loss \(CrossEntropyLoss\) {SILENT}"),
     "more losses": (lambda: head(kind=TwoLosses), "its loss_by_feat computes something else: the outputs differ"),
     "replaced loss": (
         lambda: changed(h := head(kind=OfficialHead), losses=h.losses),

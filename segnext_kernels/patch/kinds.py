@@ -108,7 +108,7 @@ class Attention(Kind):
     @staticmethod
     def arguments(twin: nn.Module) -> tuple:
         first = next(twin.children())
-        return (normal(2, first.in_channels, 5, 4),)
+        return (normal(2, first.in_channels, 3, 4),)
 
     @staticmethod
     def fused(self: nn.Module, x: Tensor) -> Tensor:
@@ -132,11 +132,11 @@ class MLP(Kind):
         if sorted(names) != sorted(MLP_PARTS):
             return f"its children are {', '.join(names)}, not {', '.join(MLP_PARTS)}"
         if not isinstance(module.fc1, nn.Conv2d):
-            return f"fc1 is a {type(module.fc1).__name__}, not a Conv2d"
+            return f"fc1 is {type(module.fc1).__name__}, not Conv2d"
         if type(module.act) is not nn.GELU:
-            return f"act is a {type(module.act).__name__}, not a GELU"
+            return f"act is {type(module.act).__name__}, not GELU"
         if module.act.approximate != "none":
-            return f"act is a GELU by {module.act.approximate}, the fused operator has the erf form"
+            return f"act is GELU by {module.act.approximate}, the fused operator has the erf form"
         convolution = inner(module.dwconv)
         return (
             silent("act", module.act)
@@ -146,7 +146,7 @@ class MLP(Kind):
 
     @staticmethod
     def arguments(twin: nn.Module) -> tuple:
-        return (normal(2, twin.fc1.in_channels, 5, 4),)
+        return (normal(2, twin.fc1.in_channels, 3, 4),)
 
     @staticmethod
     def fused(self: nn.Module, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class NMF(Kind):
         # Both methods start from the same bases, and on the CPU, where the official forward never draws them.
         bases = torch.rand(2, 6, twin.R, dtype=torch.float64)
         twin._build_bases = lambda *shape, **place: bases
-        return (normal(2, 6, 5, 4).detach().abs().requires_grad_(),)
+        return (normal(2, 6, 3, 4).detach().abs().requires_grad_(),)
 
     @staticmethod
     def fused(self: nn.Module, x: Tensor, return_bases: bool = False) -> Tensor:
@@ -199,14 +199,14 @@ class OfficialNMF(NMF):
 def unlike_depthwise(name: str, child: nn.Module, kernel: tuple[int, int], channels: int | None) -> str | None:
     """What distinguishes a child from the depthwise convolution that a fused operator computes from its weight and bias."""
     if type(child) is not nn.Conv2d:
-        return f"{name} is a {type(child).__name__}, not a Conv2d"
+        return f"{name} is {type(child).__module__}.{type(child).__name__}, not a plain Conv2d"
     if max(kernel) % 2 == 0:
         return f"{name} has the even kernel size {max(kernel)}"
     expected = {
         "kernel_size": kernel,
         "stride": (1, 1),
-        "padding": (kernel[0] // 2, kernel[1] // 2),
         "dilation": (1, 1),
+        "padding": (kernel[0] // 2, kernel[1] // 2),
         "padding_mode": "zeros",
         "in_channels": channels,
         "out_channels": channels,

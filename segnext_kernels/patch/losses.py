@@ -30,9 +30,9 @@ class LossByFeat(Kind):
         if getattr(module, "align_corners", None) is not False:
             return "its align_corners is not False"
         if getattr(module, "sampler", None) is not None:
-            return f"its sampler, a {type(module.sampler).__name__}, needs the upsampled logits"
+            return f"its sampler ({type(module.sampler).__name__}) needs the upsampled logits"
         for criterion in criteria(module):
-            name = f"its loss, a {type(criterion).__name__},"
+            name = f"its loss ({type(criterion).__name__})"
             for attribute, value in (("use_sigmoid", False), ("use_mask", False), ("reduction", "mean")):
                 found = getattr(criterion, attribute, None)
                 if found != value:

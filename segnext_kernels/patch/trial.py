@@ -14,30 +14,27 @@ from .kinds import HOOKS, Kind, fused_class
 
 
 def difference(kind: type[Kind], module: nn.Module) -> str | None:
-    """Tries the plain and the fused method on a twin of the module; in what they differ, None if they agree."""
-    with ExitStack() as stack:  # whatever is set when patch is called, and without drawing from the caller's random numbers
+    """In what the plain and the fused method differ when a twin of the module runs them, None if they agree."""
+    with ExitStack() as stack:  # whatever surrounds the call of patch, and with random numbers of its own
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # there is so little to do that threads would mostly wait for each other
         try:
             torch.default_generator.manual_seed(0)
             twin = _twin(module)
             arguments = kind.arguments(twin)
-            for training in (False, True):
-                twin.train(training)
-                reason = _difference_in_mode(kind, twin, arguments)
-                if reason is not None:
-                    return f"{reason} in {'training' if training else 'evaluation'}"
+            return _difference(kind, twin.eval(), arguments) or _difference(kind, twin.train(), arguments)
         except Exception as error:  # it is somebody else's code that runs here
             return f"its {kind.method} could not be tried ({type(error).__name__}: {error})"
-    return None
 
 
-def _difference_in_mode(kind: type[Kind], twin: nn.Module, arguments: tuple) -> str | None:
-    plain = type(twin)
-    before = dict(vars(twin))
+def _difference(kind: type[Kind], twin: nn.Module, arguments: tuple) -> str | None:
+    """The same in the mode that the twin is in."""
+    plain, before = type(twin), dict(vars(twin))
     expected = _run(twin, kind.method, arguments)
     kept = [name for name, value in vars(twin).items() if value is not before.get(name)]
     if kept:
@@ -47,7 +44,8 @@ def _difference_in_mode(kind: type[Kind], twin: nn.Module, arguments: tuple) -> 
     twin.__class__ = plain
     for what, a, b in zip(("outputs", "gradients"), found, expected, strict=True):
         if not _agree(a, b):
-            return f"its {kind.method} computes something else: the {what} differ"
+            mode = "training" if twin.training else "evaluation"
+            return f"its {kind.method} computes something else: the {what} differ in {mode}"
     return None
 
 
@@ -72,11 +70,13 @@ def _copied(buffer: Tensor) -> Tensor:
 
 
 def _run(module: nn.Module, method: str, arguments: tuple) -> tuple[list, list[Tensor]]:
-    """The outputs (what isn't a tensor as it is) and the gradients; dropout draws the same at every run."""
+    """The outputs and, in training, the gradients; dropout draws the same at every run."""
     torch.default_generator.manual_seed(1)
     outputs, structure = tree_flatten(getattr(module, method)(*arguments))
-    total = sum(y.square().sum() for y in outputs if isinstance(y, Tensor) and y.requires_grad)
-    gradients = torch.autograd.grad(total, [arguments[0], *module.parameters()], materialize_grads=True)
+    gradients: tuple[Tensor, ...] = ()
+    if module.training:
+        total = sum(y.square().sum() for y in outputs if isinstance(y, Tensor) and y.requires_grad)
+        gradients = torch.autograd.grad(total, [arguments[0], *module.parameters()], materialize_grads=True)
     return [structure, *outputs], list(gradients)
 
 
