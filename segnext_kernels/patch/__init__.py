@@ -58,7 +58,8 @@ def patch(model: nn.Module) -> Patched:
     don't, where it holds hooks that would no longer run, and where it is compiled.
 
     The convolutions in a swapped module are no longer called: before hooking, pruning or quantising them, and before scripting
-    the model, call :func:`unpatch`. The compiled kernels have no second derivative.
+    the model, call :func:`unpatch`; also before pickling it whole for somewhere without this package (the state_dict needs
+    none). The compiled kernels have no second derivative.
 
     Args:
         model: it is changed. Patch it before ``torch.compile``.

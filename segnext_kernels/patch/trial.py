@@ -33,7 +33,7 @@ def difference(kind: type[Kind], module: nn.Module) -> str | None:
 
 
 def _difference(kind: type[Kind], twin: nn.Module, arguments: tuple) -> str | None:
-    """The same in the mode that the twin is in."""
+    """The same for the mode that the twin is in."""
     plain, before = type(twin), dict(vars(twin))
     expected = _run(twin, kind.method, arguments)
     kept = [name for name, value in vars(twin).items() if value is not before.get(name)]
@@ -81,15 +81,12 @@ def _run(module: nn.Module, method: str, arguments: tuple) -> tuple[list, list[T
 
 
 def _agree(found: list, expected: list) -> bool:
-    """Equal structures and numbers, and tensors equal up to rounding."""
-    if len(found) != len(expected):
-        return False
-    for a, b in zip(found, expected, strict=True):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            same = a == b
-        else:
-            rounding = 1e-8 if b.dtype == torch.float64 else 1e-5
-            same = a.shape == b.shape and torch.allclose(a.double(), b.double(), rounding, rounding)
-        if not same:
-            return False
-    return True
+    return len(found) == len(expected) and all(map(_same, found, expected))
+
+
+def _same(found: object, expected: object) -> bool:
+    """Equal, tensors up to rounding."""
+    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
+        return found == expected
+    rounding = 1e-8 if expected.dtype == torch.float64 else 1e-5
+    return found.shape == expected.shape and torch.allclose(found.double(), expected.double(), rounding, rounding)
