@@ -17,9 +17,7 @@ def difference(kind: type[Kind], module: nn.Module) -> str | None:
     """In what the plain and the fused method differ when a twin of the module runs them, None if they agree."""
     with ExitStack() as stack:  # whatever surrounds the call of patch, and with random numbers of its own
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.inference_mode(False))  # which turns gradients on too; autocast leaves float64 alone
         stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # there is so little to do that threads would mostly wait for each other
