@@ -364,7 +364,8 @@ def test_shallow_copies_have_parameters_of_their_own():
 def test_moved_and_cast():
     network = Network()
     patch(network)
-    assert network.to("meta").to_empty(device="cpu").double().blocks[0].attn.conv0.weight.dtype == torch.float64
+    assert network.double()(image(2, 3, 24, 27).double()).dtype == torch.float64  # where the original mixes dtypes and fails
+    assert network.to("meta")(torch.empty(2, 3, 24, 27, dtype=torch.float64, device="meta")).shape == (2, 5, 12, 14)
     network = Network(drop=0.0)
     patch(network)
     x = image()
