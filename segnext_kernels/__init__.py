@@ -16,6 +16,7 @@ from .group_norm_relu import group_norm_relu
 from .mlp import mlp
 from .msca_strips import msca_strips
 from .nmf import nmf
+from .patch import patch, unpatch
 from .resize_concat_conv import resize_concat_conv
 from .scale_add import scale_add
 from .spatial_attention import spatial_attention
@@ -33,9 +34,11 @@ __all__ = [
     "msca_strips",
     "nmf",
     "pack",
+    "patch",
     "resize_concat_conv",
     "scale_add",
     "spatial_attention",
+    "unpatch",
     "upsample_argmax",
     "upsample_cross_entropy",
 ]

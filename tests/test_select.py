@@ -46,7 +46,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_public_names():
-    assert set(segnext_kernels.__all__) == {"build_info", "explain", "pack", *_select.OPERATORS}
+    assert set(segnext_kernels.__all__) == {"build_info", "explain", "pack", "patch", "unpatch", *_select.OPERATORS}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

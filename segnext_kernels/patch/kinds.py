@@ -1,0 +1,259 @@
+"""Modules that can run a fused method instead of their own: what they look like, what may speak against it, the method."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .._validate import accumulator
+from ..dwconv_gelu import dwconv_gelu
+from ..msca_strips import msca_strips
+from ..nmf import nmf
+
+MLP_PARTS = ("fc1", "dwconv", "act", "fc2", "drop")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+KIND = "_segnext_kernels_kind"
+
+
+class Kind:
+    """One kind of module that can run a fused method instead of its own.
+
+    Attributes:
+        operator: what the fused method runs on.
+        method: the name of the method that it replaces.
+    """
+
+    operator: str
+    method = "forward"
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        """Whether the module looks as if it were of this kind, so that it's worth a sentence if it isn't."""
+        raise NotImplementedError
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        """What in the module's structure the fused method does not have, None if it has all."""
+        raise NotImplementedError
+
+    @staticmethod
+    def arguments(twin: nn.Module) -> tuple:
+        """Readies a float64 twin of the module and returns arguments to try both methods on, a tensor with gradient first."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fused(self: nn.Module, *args):
+        """The fused method; ``self`` is the module."""
+        raise NotImplementedError
+
+
+@functools.cache
+def fused_class(kind: type[Kind], plain: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a module's class that runs the fused method; everything else stays the module's own."""
+    members = {kind.method: kind.fused, KIND: kind, "__reduce_ex__": _reduce, "__module__": plain.__module__}
+    return type(f"Fused{plain.__name__}", (plain,), members)
+
+
+def kind_of(cls: type) -> type[Kind] | None:
+    """The kind whose fused method the class was made for, None for classes that were not made here."""
+    return vars(cls).get(KIND)
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple:
+    # For pickle, copy and deepcopy: a class that was made at run time cannot be found by its name, so it is made again.
+    cls = type(self)
+    return _new, (kind_of(cls), cls.__base__), cls.__base__.__reduce_ex__(self, 2)[2]
+
+
+def _new(kind: type[Kind], plain: type[nn.Module]) -> nn.Module:
+    cls = fused_class(kind, plain)
+    return cls.__new__(cls)
+
+
+class Attention(Kind):
+    """``AttentionModule`` of the official code, ``MSCAAttention`` of mmsegmentation, and others with their structure.
+
+    The children are, in this order, a depthwise 5x5 convolution, pairs of depthwise strips 1xk and kx1, and a 1x1 convolution,
+    which goes on being called, so that it may be anything.
+    """
+
+    operator = "msca_strips"
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        kernels = [child.kernel_size for child in module.children() if hasattr(child, "groups")]
+        kernels = [kernel for kernel in kernels if isinstance(kernel, tuple) and len(kernel) == 2]
+        return any(h == 1 < w for h, w in kernels) and any(w == 1 < h for h, w in kernels)
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        first, *strips, _ = module.named_children()
+        if not strips or len(strips) % 2:
+            names = ", ".join(name for name, _ in module.named_children())
+            return f"its children are {names}, not a 5x5 convolution, pairs of strips 1xk and kx1, and a 1x1 convolution"
+        kernels = [(5, 5)]
+        for _, row in strips[::2]:
+            size = max(row.kernel_size) if isinstance(row, nn.Conv2d) else 1
+            kernels += [(1, size), (size, 1)]
+        for (name, child), kernel in zip([first, *strips], kernels, strict=True):
+            reason = unlike_depthwise(name, child, kernel, getattr(first[1], "in_channels", None))
+            if reason is not None:
+                return reason
+        return None
+
+    @staticmethod
+    def arguments(twin: nn.Module) -> tuple:
+        first = next(twin.children())
+        return (normal(2, first.in_channels, 3, 4),)
+
+    @staticmethod
+    def fused(self: nn.Module, x: Tensor) -> Tensor:
+        *convolutions, mixing = self.children()
+        weights = [tensor for convolution in convolutions for tensor in (convolution.weight, bias(convolution))]
+        return mixing(msca_strips(x, weights)) * x
+
+
+class MLP(Kind):
+    """``Mlp`` of the official code, whose ``dwconv`` holds its convolution as ``dwconv.dwconv``, and of mmsegmentation."""
+
+    operator = "dwconv_gelu"
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        return {"fc1", "dwconv", "act", "fc2"} <= {name for name, _ in module.named_children()}
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        names = [name for name, _ in module.named_children()]
+        if sorted(names) != sorted(MLP_PARTS):
+            return f"its children are {', '.join(names)}, not {', '.join(MLP_PARTS)}"
+        if not isinstance(module.fc1, nn.Conv2d):
+            return f"fc1 is {type(module.fc1).__name__}, not Conv2d"
+        if type(module.act) is not nn.GELU:
+            return f"act is {type(module.act).__name__}, not GELU"
+        if module.act.approximate != "none":
+            return f"act is GELU by {module.act.approximate}, the fused operator has the erf form"
+        convolution = inner(module.dwconv)
+        return (
+            silent("act", module.act)
+            or silent("dwconv", module.dwconv)
+            or unlike_depthwise("dwconv", convolution, (3, 3), module.fc1.out_channels)
+        )
+
+    @staticmethod
+    def arguments(twin: nn.Module) -> tuple:
+        return (normal(2, twin.fc1.in_channels, 3, 4),)
+
+    @staticmethod
+    def fused(self: nn.Module, x: Tensor) -> Tensor:
+        convolution = inner(self.dwconv)
+        x = dwconv_gelu(self.fc1(x), convolution.weight, bias(convolution))
+        return self.drop(self.fc2(self.drop(x)))
+
+
+class NMF(Kind):
+    """``NMF2D`` of mmsegmentation. Its own ``_build_bases`` goes on drawing the bases, from the same random numbers."""
+
+    operator = "nmf"
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        return decomposes(module) and "cuda" not in arguments_of(module._build_bases)
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        for name, value in (("S", 1), ("spatial", True), ("inv_t", 1), ("rand_init", True)):
+            found = getattr(module, name, value)
+            if found != value:
+                return f"{name} is {found}, the fused operator has {value}"
+        return None
+
+    @staticmethod
+    def arguments(twin: nn.Module) -> tuple:
+        # Both methods start from the same bases, and on the CPU, where the official forward never draws them.
+        bases = torch.rand(2, 6, twin.R, dtype=torch.float64)
+        twin._build_bases = lambda *shape, **place: bases
+        return (normal(2, 6, 3, 4).detach().abs().requires_grad_(),)
+
+    @staticmethod
+    def fused(self: nn.Module, x: Tensor, return_bases: bool = False) -> Tensor:
+        return decompose(self, x, self._build_bases(x.shape[0], 1, x.shape[1], self.R, device=x.device))
+
+
+class OfficialNMF(NMF):
+    """``NMF2D`` of the official code: its ``_build_bases`` is told whether the bases should be on a GPU instead of where."""
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        return decomposes(module) and "cuda" in arguments_of(module._build_bases)
+
+    @staticmethod
+    def fused(self: nn.Module, x: Tensor, return_bases: bool = False) -> Tensor:
+        return decompose(self, x, self._build_bases(x.shape[0], 1, x.shape[1], self.R, cuda=x.is_cuda))
+
+
+def unlike_depthwise(name: str, child: nn.Module, kernel: tuple[int, int], channels: int | None) -> str | None:
+    """What distinguishes a child from the depthwise convolution that a fused operator computes from its weight and bias."""
+    if type(child) is not nn.Conv2d:
+        return f"{name} is {type(child).__module__}.{type(child).__name__}, not a plain Conv2d"
+    if max(kernel) % 2 == 0:
+        return f"{name} has the even kernel size {max(kernel)}"
+    expected = {
+        "kernel_size": kernel,
+        "stride": (1, 1),
+        "dilation": (1, 1),
+        "padding": (kernel[0] // 2, kernel[1] // 2),
+        "padding_mode": "zeros",
+        "in_channels": channels,
+        "out_channels": channels,
+        "groups": channels,
+    }
+    for attribute, value in expected.items():
+        found = getattr(child, attribute)
+        if found != value and (attribute, found) != ("padding", "same"):
+            return f"{name} has {attribute} {found}, the fused operator {value}"
+    reason = silent(name, child)
+    if reason is None and any(type(tensor) not in (nn.Parameter, type(None)) for tensor in (child.weight, child.bias)):
+        return f"the weight or bias of {name} is not a plain Parameter"
+    return reason
+
+
+def silent(name: str, child: nn.Module) -> str | None:
+    """Why a child must go on being called, None if nobody would miss it."""
+    if any(getattr(child, hooks) for hooks in HOOKS):
+        return f"{name} has hooks, which would no longer run"
+    if "forward" in vars(child):
+        return f"the forward of {name} was replaced in the instance"
+    return None
+
+
+def inner(dwconv: nn.Module) -> nn.Module:
+    """The convolution of either layout."""
+    return getattr(dwconv, "dwconv", dwconv)
+
+
+def bias(convolution: nn.Conv2d) -> Tensor:
+    return convolution.weight.new_zeros(convolution.out_channels) if convolution.bias is None else convolution.bias
+
+
+def arguments_of(function: Callable) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def decomposes(module: nn.Module) -> bool:
+    """Whether the module looks like one of the Hamburger's matrix decompositions."""
+    return all(hasattr(module, name) for name in ("R", "train_steps", "eval_steps", "local_step", "_build_bases"))
+
+
+def decompose(module: nn.Module, x: Tensor, bases: Tensor) -> Tensor:
+    """The low-rank approximation of x [N, C, H, W] that starts from bases [N, C, R]."""
+    steps = module.train_steps if module.training else module.eval_steps
+    return nmf(x.flatten(2), bases.to(accumulator(x.dtype)), steps).view(x.shape)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).requires_grad_()
