@@ -12,8 +12,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.models
 	$(VENV)/bin/segnext demo
 
+# Threads that wait sleep, so that processes (of loaders, of torchrun) and threads can share few processors.
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --durations=25
 
 # On a machine with an NVIDIA GPU: what cannot be seen without one, and the operators against PyTorch there.
 gpu-test: $(VENV)/.test
