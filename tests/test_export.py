@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 import segnext
 from segnext import cli, export
 from segnext.export import ExportError, decomposed, fixed_bases, trace
-from segnext.model import MEAN, STD, SegNeXt
+from segnext.model import MEAN, SIZES, STD, SegNeXt
 
 MAIN = Path(__file__).parents[1] / "examples" / "aoti" / "main.cpp"
 CLASSES = [f"class {i}" for i in range(7)]
@@ -79,9 +77,8 @@ def test_onnx(tmp_path, capsys, head, dynamic, labels):
     model, out = network(head=head), tmp_path / "out.onnx"
     segnext.save(model, tmp_path / "small.pth")
     options = ["--dynamic"] * dynamic + ["--labels"] * labels
-    assert (
-        run("export", "--weights", tmp_path / "small.pth", "--format", "onnx", "--size", "64x96", "--out", out, *options) == 0
-    )
+    options += ["--weights", tmp_path / "small.pth", "--size", "64x96", "--out", out]
+    assert run("export", "--format", "onnx", *options) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"wrote {out}, which needs a runtime for ONNX opset 20")
     assert [line.partition(":")[0] for line in printed[1:]] == (
@@ -128,17 +125,14 @@ def our_operators(program: torch.export.ExportedProgram) -> set[str]:
     return {target._opname for target in targets if getattr(target, "namespace", "") == "segnext_kernels"}
 
 
-@pytest.mark.parametrize("size", ["t", "s", "b", "l"])
+@pytest.mark.parametrize("size", SIZES)
 def test_every_size_decomposes_to_plain_operators(size):
-    """Without weights: only the graph is looked at."""
-    head = {"t": "ham", "s": "msca", "b": "ham", "l": "msca"}[size]
-    with torch.device("meta"):
-        model = segnext.create(size, head=head).eval()
-    model = model.to_empty(device="cpu")
+    """One block a stage, because more of them are more of the same."""
+    model = SegNeXt(replace(SIZES[size], depths=(1, 1, 1, 1))).eval()
     program = decomposed(trace(model, (1, 3, 64, 64), labels=True))
-    assert our_operators(program) == set()
-    counted = Counter(node.target for node in program.graph.nodes)
-    assert counted[torch.ops.aten.conv2d.default] > 8 * sum(model.config.depths)
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    assert {target.namespace for target in targets} == {"aten"}
+    assert_agrees(program.module()(images(1, 3, 64, 64)), model, images(1, 3, 64, 64), labels=True)
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +141,8 @@ def cpp_main(tmp_path_factory) -> Path:
     folder = Path(torch.__path__[0])
     out = tmp_path_factory.mktemp("cpp") / "main"
     (command,) = (line for line in MAIN.read_text().splitlines() if "g++" in line)
-    words = (
-        command.removeprefix("//").replace("$torch", str(folder)).replace("main.cpp", str(MAIN)).replace("-O2", "-O0").split()
-    )
-    words[words.index("-o") + 1] = str(out)
+    command = command.removeprefix("//").replace("$torch", str(folder)).replace("-O2", "-O0")
+    words = [{"main.cpp": str(MAIN), "main": str(out)}.get(word, word) for word in command.split()]
     subprocess.run(words, check=True)
     return out
 
@@ -163,12 +155,13 @@ def run_main(main: Path, package: Path, shown: Tensor, dtype: type, *library: Pa
 
 @pytest.mark.parametrize(
     "operators, head, dynamic, labels",
-    [(False, "ham", False, False), (True, "ham", True, True), (True, "msca", False, False)],
-    ids=["decomposed", "operators", "operators-msca"],
+    [(False, "msca", False, False), (True, "ham", True, True)],
+    ids=["decomposed", "operators"],
 )
 def test_aoti_from_python_and_cpp(tmp_path, cpp_main, operators, head, dynamic, labels):
     model, out = network(head=head), tmp_path / "out.pt2"
-    report = export.export(model, out, "aoti", SIZE, dynamic=dynamic, labels=labels, operators=operators)
+    with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):  # not optimised, in half the time
+        report = export.export(model, out, "aoti", SIZE, dynamic=dynamic, labels=labels, operators=operators)
     library = (export.kernels(),) if operators else ()
     assert (str(library[0]) if operators else "libtorch") in str(report)
     package = torch._inductor.aoti_load_package(str(out))
@@ -214,28 +207,24 @@ def test_metadata_without_legend_and_of_other_channels():
     assert said["output"] == "logits: float32 [batch, 7, height / 8, width / 8], rounded up"
 
 
-def broken(monkeypatch, load: Callable) -> None:
-    monkeypatch.setitem(export.FORMATS, "torch-export", replace(export.FORMATS["torch-export"], load=load))
-
-
 @pytest.mark.parametrize("labels", [False, True], ids=["logits", "labels"])
 @pytest.mark.parametrize("damage", ["values", "nan", "shape"])
 def test_failed_check_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypatch, labels, damage):
+    change = {
+        "values": lambda found: 6 - found if labels else found * 1.001,
+        "nan": lambda found: found * float("nan"),
+        "shape": lambda found: found[:, :, 1:],
+    }[damage]
+
     def load(path):
         right = torch.export.load(path).module()
-        if damage == "shape":
-            return lambda shown: right(shown)[:, :, 1:]
-        if labels:
-            return (
-                (lambda shown: 6 - right(shown)) if damage == "values" else (lambda shown: right(shown).float() * float("nan"))
-            )
-        return lambda shown: right(shown) * (1.001 if damage == "values" else float("nan"))
+        return lambda shown: change(right(shown))
 
-    broken(monkeypatch, load)
+    monkeypatch.setitem(export.FORMATS, "torch-export", replace(export.FORMATS["torch-export"], load=load))
     out = tmp_path / "out.pt2"
     out.write_text("before")
     with pytest.raises(ExportError, match="fails its check and was not kept"):
-        export.export(network(depths=(1, 1, 1, 1), head="msca"), out, "torch-export", SIZE, labels=labels)
+        export.export(network(head="msca"), out, "torch-export", SIZE, labels=labels)
     assert out.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["out.pt2"]
 
 
@@ -290,13 +279,11 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
-def test_missing_extra_is_named_in_one_line(tmp_path, missing):
-    """Run by itself, because it takes a fresh import of everything."""
+def test_missing_extra_is_named_in_one_line(tmp_path, monkeypatch, capsys, missing):
     segnext.save(small.model(), tmp_path / "small.pth")
-    arguments = ["export", "--weights", "small.pth", "--format", "onnx"]
-    code = f"import sys; sys.modules[{missing!r}] = None; from segnext.cli import main; sys.exit(main({arguments}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, f"segnext: this needs {missing}: pip install 'segnext-kernels[export]'\n")
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert run("export", "--weights", tmp_path / "small.pth", "--format", "onnx", "--out", tmp_path / "a.onnx") == 2
+    assert capsys.readouterr().err == f"segnext: this needs {missing}: pip install 'segnext-kernels[export]'\n"
     assert [path.name for path in tmp_path.iterdir()] == ["small.pth"]
 
 
