@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 import segnext_kernels
+from segnext.export import ONNX_RUNTIME
 
 from .case import Case, device
-from .exported import ONNX_RUNTIME, OPENVINO
+from .exported import OPENVINO
 
 
 def environment() -> dict[str, object]:

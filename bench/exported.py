@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Hashable
 from functools import cache
 from pathlib import Path
@@ -12,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-EXPORT = ("onnx", "onnxscript")
-ONNX_RUNTIME = (*EXPORT, "onnxruntime")
-OPENVINO = (*EXPORT, "openvino")
+from segnext.export import ONNX_EXPORT, onnx_program
+
+OPENVINO = (*ONNX_EXPORT, "openvino")
 
 _files: dict[Hashable, str] = {}
 
@@ -35,28 +33,9 @@ def onnx_file(key: Hashable, model: Callable[[], nn.Module], shape: tuple[int, .
 
 
 def export(model: nn.Module, shape: tuple[int, ...], path: str) -> None:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model.eval(),
-            (torch.zeros(shape),),
-            path,
-            input_names=["images"],
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-
-
-def onnx_runtime(path: str) -> Callable[[Tensor], Tensor]:
-    """The file in ONNX Runtime, with PyTorch's number of threads."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    with torch.no_grad():
+        program = torch.export.export(model.eval(), (torch.zeros(shape),))
+    onnx_program(program).save(path, external_data=False)
 
 
 def openvino(path: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import segnext
 from segnext.complexity import count_model
+from segnext.export import ONNX_RUNTIME, onnx_runtime
 from segnext.model import Config, SegNeXt
 
 from . import exported, plain
@@ -89,13 +90,13 @@ def _contenders(config: Config, shape: tuple[int, ...], dtype: torch.dtype, labe
     def file() -> str:
         return exported.onnx_file((config, shape, labels), lambda: PlainModel(config, torch.float32, labels), shape)
 
-    onnx_runtime = Contender("ONNX Runtime", None, lambda: exported.onnx_runtime(file()), packages=exported.ONNX_RUNTIME)
+    onnx = Contender("ONNX Runtime", None, lambda: onnx_runtime(file()), packages=ONNX_RUNTIME)
     return (
         Contender("fused", None, fused, ours=True),
         Contender("PyTorch", "contiguous", partial(pytorch, "contiguous")),
         Contender("PyTorch", "channels_last", partial(pytorch, "channels_last")),
         Contender("torch.compile", "channels_last", compiled),
-        *((onnx_runtime,) if dtype == torch.float32 else ()),
+        *((onnx,) if dtype == torch.float32 else ()),
         Contender("OpenVINO", None, lambda: exported.openvino(file(), dtype), packages=exported.OPENVINO),
     )
 

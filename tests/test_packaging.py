@@ -19,7 +19,7 @@ from segnext_kernels import _load
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
     *("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
-    *("csrc", "segnext", "segnext_kernels", "tests", "bench"),
+    *("csrc", "examples", "segnext", "segnext_kernels", "tests", "bench"),
 )
 VARIABLE = "SEGNEXT_KERNELS_COMPILE"
 LEFT_OUT = ("CXX", VARIABLE, "PYTHONPATH", "CUDA_HOME", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")  # of the environment

@@ -6,9 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import data, models, training
+from . import data, export, models, training
 
-TRAIN_EXTRA = ("matplotlib", "pycocotools", "scipy", "tensorboard")  # what the extra "train" has more than "models"
+EXTRAS = {  # what they have more than "models"
+    "train": ("matplotlib", "pycocotools", "scipy", "tensorboard"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         missing = error.name.partition(".")[0]
-        extra = "train" if missing in TRAIN_EXTRA else "models"
+        extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), "models")
         print(f"segnext: this needs {missing}: pip install 'segnext-kernels[{extra}]'", file=sys.stderr)
         return 2
     except Exception as error:
@@ -40,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("segnext", description="Semantic segmentation with SegNeXt.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for group in (models, training, data):
+    for group in (models, training, export, data):
         group.add(commands)
     return parser
 
@@ -49,9 +52,11 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     """What is the input's fault, not the program's."""
     from ..data.pairs import DataError
     from ..distributed import PeerError
+    from ..export import ExportError
     from ..images import ImageError
     from ..predict import InputError
     from ..recipes import RecipeError
     from ..weights import WeightsError
 
-    return DataError, ImageError, InputError, PeerError, WeightsError, RecipeError, FloatingPointError, OSError
+    known = (DataError, ExportError, ImageError, InputError, PeerError, RecipeError, WeightsError)
+    return *known, FloatingPointError, OSError

@@ -83,6 +83,10 @@ def demo_size(text: str) -> tuple[int, int]:
     return image_size(text, least=32)
 
 
+def export_size(text: str) -> tuple[int, int]:
+    return image_size(text, least=33)  # segnext.export.LEAST
+
+
 def device(text: str) -> str:
     import torch
 

@@ -6,7 +6,7 @@ from .._register import register_inference
 
 
 def _fake(x, weight, bias, kernel_size, stride, activation):
-    height, width = (-(-n // stride) for n in x.shape[2:])
+    height, width = ((n - 1) // stride + 1 for n in x.shape[2:])  # of no negative number, which ONNX would round up
     return x.new_empty(x.shape[0], height, width, bias.shape[0]).permute(0, 3, 1, 2)
 
 
