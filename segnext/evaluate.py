@@ -21,8 +21,8 @@ from .data import open_dataset
 from .data.loader import one_by_one
 from .fuse import fuse
 from .images import write_png
-from .palette import IGNORED, mask_image, photo_image, side_by_side
 from .palette import legend as drawn_legend
+from .palette import mask_image, photo_image, side_by_side
 from .recipes import Recipe
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
