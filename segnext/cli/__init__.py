@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import data, models, training
+from . import data, look, models, training
 
 TRAIN_EXTRA = ("matplotlib", "pycocotools", "scipy", "tensorboard")  # what the extra "train" has more than "models"
+LOOK_EXTRA = ("cv2", "huggingface_hub", "pytorch_grad_cam", "transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         missing = error.name.partition(".")[0]
-        extra = "train" if missing in TRAIN_EXTRA else "models"
+        extra = "train" if missing in TRAIN_EXTRA else "look" if missing in LOOK_EXTRA else "models"
         print(f"segnext: this needs {missing}: pip install 'segnext-kernels[{extra}]'", file=sys.stderr)
         return 2
     except Exception as error:
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("segnext", description="Semantic segmentation with SegNeXt.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for group in (models, training, data):
+    for group in (models, training, look, data):
         group.add(commands)
     return parser
 

@@ -79,6 +79,13 @@ def image_size(text: str, least: int = 1) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def region(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) not in (2, 4) or not all(map(str.isdecimal, parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither X,Y nor LEFT,TOP,RIGHT,BOTTOM in pixels")
+    return tuple(map(int, parts))
+
+
 def demo_size(text: str) -> tuple[int, int]:
     return image_size(text, least=32)
 
