@@ -14,6 +14,9 @@ class Classifier(nn.Module):
     Args:
         config: its encoder's part and ``num_classes`` are used.
 
+    Attributes:
+        classes: the classes' names, or None where nobody gave them.
+
     Shape: [B, in_channels, H, W] -> [B, num_classes].
     Source: the official VAN-Classification, with which the encoders are trained on ImageNet.
     """
@@ -21,6 +24,7 @@ class Classifier(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.classes: list[str] | None = None
         self.backbone = MSCAN(config.channels, config.depths, config.mlp_ratios, config.in_channels, config.drop_path)
         self.head = nn.Linear(config.channels[-1], config.num_classes)
 

@@ -107,7 +107,7 @@ def heat_map(
     region: Region | None = None,
     short_side: int | None = None,
 ) -> Tensor:
-    """Where a model finds a class: relu(sum_k mean_xy(dS / dA_k) * A_k), upsampled and scaled to 0..1.
+    """Where a model finds a class: relu(sum_k mean_xy(dS / dA_k) * A_k), upsampled and stretched to 0..1.
 
     A are the layer's activations. S is a classifier's logit of the class. Of a whole model it is the sum of the upsampled
     logits over the region's pixels, by default over those labelled as the class, or where there are none over all.
@@ -123,7 +123,7 @@ def heat_map(
             that, and 224 for classifiers.
 
     Returns:
-        float32 [H, W] on the CPU, its largest value 1; all 0 where nothing speaks for the class.
+        float32 [H, W] on the CPU, 0 where least and 1 where most speaks for the class; all 0 where nothing does.
 
     Raises:
         InputError: a region outside of the picture, or a region or the layer "head" for a classifier.
