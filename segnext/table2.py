@@ -22,6 +22,7 @@ def table2(
     data: str | Path | None = None,
     recipe: str = "ade20k",
     device: str = "cpu",
+    workers: int = 2,
 ) -> str:
     """Parameters and GFLOPs of the eight models, the paper's beside them, and what else is asked for.
 
@@ -30,6 +31,7 @@ def table2(
         weights: checkpoints of some of the models; adds their mIoU in per cent, in one size, and in six sizes and mirrored.
         data: the data set's folder, for these.
         recipe: whose data format and test mode are used.
+        workers: processes that read pictures.
 
     Raises:
         WeightsError: a checkpoint cannot be had, or is of another model.
@@ -39,7 +41,7 @@ def table2(
     if weights:
         if data is None:
             raise recipes.RecipeError("give --data ROOT, on which the weights are evaluated")
-        columns |= miou_columns(weights, data, recipe, device)
+        columns |= miou_columns(weights, data, recipe, device, workers)
     return complexity.table2(columns)
 
 
@@ -52,7 +54,9 @@ def speed_columns(device: str = "cpu") -> Columns:
     }
 
 
-def miou_columns(weights: Mapping[Model, str | Path], data: str | Path, recipe: str, device: str = "cpu") -> Columns:
+def miou_columns(
+    weights: Mapping[Model, str | Path], data: str | Path, recipe: str, device: str = "cpu", workers: int = 2
+) -> Columns:
     """The mIoU of those models that there are weights of."""
     from .evaluate import evaluate, inference_model, opened, view_of
 
@@ -66,7 +70,7 @@ def miou_columns(weights: Mapping[Model, str | Path], data: str | Path, recipe: 
         model = inference_model(model, torch.device(device))
         for column, several in zip(columns.values(), (False, True), strict=True):
             view = view_of(scaled, multi_scale=several, flip=several)
-            scores = evaluate(model, pairs, len(pairs.classes), view, workers=2, progress=True)
+            scores = evaluate(model, pairs, len(pairs.classes), view, workers=workers, progress=True)
             column[size, head] = f"{100 * scores.miou:.1f}"
     return columns
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import folders
 import numpy as np
 import pytest
@@ -113,7 +111,7 @@ def test_the_legend_has_only_the_classes_that_occur(files, tmp_path):
     assert cli.main(list(map(str, ["compare", *arguments, "--width", 0, "--out", tmp_path / "out.png"]))) == 0
     sheet = Image.open(tmp_path / "out.png")
     legend = sheet.crop((0, GAP + HEIGHT + GAP + LINE, *sheet.size))
-    colours = {colour for _, colour in legend.getcolors(1 << 16)}
+    colours = {colour for pixels, colour in legend.getcolors(1 << 16) if pixels > 200}  # text and outlines have fewer
     assert [PALETTE[i] in colours for i in range(COUNT)] == [i in (1, 2, 3) for i in range(COUNT)]
 
 
@@ -152,7 +150,7 @@ def test_differences_are_a_column(files):
     assert (cell(sheet, 0, 3) == shown).all(-1).mean() > 0.99
 
 
-def test_masks_of_ade20k(monkeypatch):
+def test_masks_of_ade20k():
     table = compare._table("ade20k", 150)
     assert (table[0], table[1], table[150]) == (IGNORED, 0, 149)
     with pytest.raises(InputError, match="masks of cityscapes have 19 classes, the models 150"):
@@ -160,26 +158,55 @@ def test_masks_of_ade20k(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, arguments, message",
     [
-        ({"masks": (0, 1)}, "--truth takes a mask for each of the 1 photographs, not 2"),
-        ({"photos": (5,)}, "scene_5.png: no such file"),
-        ({"other": "segformer_3"}, "they cannot be compared"),
-        ({"other": "absent"}, "absent' is not the path"),
+        ({"masks": (0, 1)}, [], "--truth takes a mask for each of the 1 photographs, not 2"),
+        ({"photos": (5,)}, [], "scene_5.png: no such file"),
+        ({"other": "segformer_3"}, [], f"small.pth tells {COUNT} classes apart, "),
+        ({"other": "no/where"}, ["--with", "segformer-b9"], "there is no model 'segformer-b9'"),
+        ({}, ["--short-side", "16"], "scene_0.png: a SegFormer cannot be shown less than 32 pixels"),
+        ({}, ["--dataset", "ade20k"], f"masks of ade20k have 150 classes, the models {COUNT}"),
+        ({}, ["--weights", "absent.pth"], "there is no file absent.pth"),
     ],
-    ids=["masks", "photo", "classes", "folder"],
+    ids=["masks", "photo", "classes", "model", "small", "dataset", "weights"],
 )
-def test_errors_are_one_line(files, capsys, options, message, monkeypatch):
-    if options.get("other") == "absent":
-        monkeypatch.setattr(compare, "SEGFORMERS", {})
-        message = "there is no model"
-        options = {}
-        code = cli.main(
-            ["compare", str(photo(files)), "--truth", str(mask(files)), "--with", "segformer-b9"]
-            + ["--weights", str(files / "small.pth"), "--out", str(files / "error.png")]
-        )
-    else:
-        code = run(files, "--out", files / "error.png", **options)
+def test_errors_are_one_line(files, capsys, options, arguments, message):
+    assert run(files, "--out", files / "error.png", *arguments, **options) == 2
     error = capsys.readouterr().err
-    assert code == 2 and error.startswith("segnext: ") and message in error and error.count("\n") == 1
+    assert error.startswith("segnext: ") and message in error and error.count("\n") == 1
     assert not (files / "error.png").exists()
+
+
+def test_a_mask_of_another_size(files, tmp_path, capsys):
+    Image.new("L", (WIDTH, HEIGHT - 1)).save(tmp_path / "mask.png")
+    assert run(files, "--truth", tmp_path / "mask.png", "--out", tmp_path / "out.png") == 2
+    assert "mask.png: the mask is 39x56 pixels, its image 40x56" in capsys.readouterr().err
+
+
+def test_the_figure_overwrites_no_mask(files, capsys):
+    before = mask(files).read_bytes()
+    assert run(files, "--out", mask(files)) == 2
+    assert "would be overwritten" in capsys.readouterr().err and mask(files).read_bytes() == before
+
+
+def test_a_folder_that_is_no_whole_segformer(files, tmp_path):
+    with pytest.raises(WeightsError, match=f"{tmp_path} cannot be loaded as a SegFormer: "):
+        compare.load_segformer(str(tmp_path))
+    whole = SegformerForSemanticSegmentation.from_pretrained(files / "segformer")
+    state = {key: value for key, value in whole.state_dict().items() if key != "decode_head.classifier.bias"}
+    whole.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(WeightsError, match=r"no whole SegFormer: decode_head\.classifier\.bias is missing"):
+        compare.load_segformer(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(WeightsError, match="cannot be loaded as a SegFormer: "):
+        compare.load_segformer(str(tmp_path))
+
+
+def test_offline_is_one_sentence(monkeypatch):
+    def unreachable(*args, **options):
+        raise OSError("no connection\nsee the documentation")
+
+    monkeypatch.setattr(SegformerForSemanticSegmentation, "from_pretrained", unreachable)
+    message = r"nvidia/segformer-b2-finetuned-ade-512-512 cannot be loaded .*takes a local folder too\): no connection$"
+    with pytest.raises(WeightsError, match=message):
+        compare.load_segformer("segformer-b2")

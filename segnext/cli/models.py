@@ -96,6 +96,7 @@ def add(commands) -> None:
     table2.add_argument(
         "--recipe", default="ade20k", metavar="NAME", help="whose data format and test mode are used (default: %(default)s)"
     )
+    table2.add_argument("--workers", type=options.count, default=2, help="processes that read pictures (default: %(default)s)")
     add_device(table2)
 
 
