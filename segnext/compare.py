@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoint import WeightsError
-from .data import legend
 from .data.ade20k import TABLE as ADE20K
 from .data.cityscapes import TABLE as CITYSCAPES
 from .data.coco_stuff import TABLE as COCO_STUFF
@@ -85,7 +84,7 @@ def compare(
     if len(photos) != len(truth):
         raise InputError(f"--truth takes a mask for each of the {len(photos)} photographs, not {len(truth)}")
     ours, theirs = load(weights, rank=rank), load_segformer(other)
-    classes = class_names(ours, *([legend(dataset)[0]] if dataset in ("ade20k", "coco-stuff") else []))
+    classes = class_names(ours, list(theirs.model.config.id2label.values()))
     if theirs.model.config.num_labels != len(classes):
         raise WeightsError(
             f"{weights} tells {len(classes)} classes apart, {other} {theirs.model.config.num_labels}; they cannot be compared"
@@ -141,7 +140,7 @@ def load_segformer(name: str) -> Segformer:
         raise WeightsError(f"{SEGFORMERS.get(name, name)} cannot be loaded as a SegFormer{hint}: {reason}") from error
     if found["missing_keys"]:
         raise WeightsError(f"{name} is no whole SegFormer: {sorted(found['missing_keys'])[0]} is missing in it")
-    return Segformer(model).eval()
+    return Segformer(model).float().eval()
 
 
 def difference_image(image: Tensor, theirs: Tensor, ours: Tensor, truth: Tensor) -> Image.Image:

@@ -13,6 +13,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 import segnext
 from segnext import WeightsError, cli, compare
+from segnext.cli import look
 from segnext.figure import GAP, LINE, fitting_legend
 from segnext.images import normalise, read_image, read_labels
 from segnext.palette import IGNORED, generated_palette, overlay
@@ -150,7 +151,8 @@ def test_differences_are_a_column(files):
     assert (cell(sheet, 0, 3) == shown).all(-1).mean() > 0.99
 
 
-def test_masks_of_ade20k():
+def test_masks_of_data_sets():
+    assert ("folder", *compare.MASKS) == look.MASKS
     table = compare._table("ade20k", 150)
     assert (table[0], table[1], table[150]) == (IGNORED, 0, 149)
     with pytest.raises(InputError, match="masks of cityscapes have 19 classes, the models 150"):

@@ -12,6 +12,7 @@ from torchvision.models import convnext_tiny
 
 import segnext
 from segnext import Classifier, WeightsError, cli, gradcam
+from segnext.cli import look
 from segnext.figure import GAP, LINE, figure
 from segnext.gradcam import find_class, heat_map, imagenet_classes
 from segnext.images import normalise
@@ -189,6 +190,10 @@ def test_models_and_layers_that_do_not_fit():
         heat_map(classifier(), image, 0, region=(1, 1))
     with pytest.raises(InputError, match="'stage5'; there are stage1"):
         heat_map(segmenter(), image, 0, "stage5")
+
+
+def test_the_command_line_knows_the_choices():
+    assert look.LAYERS == gradcam.LAYERS and tuple(gradcam.CONVNEXTS) == look.CONVNEXTS
 
 
 def test_find_class():

@@ -40,7 +40,13 @@ def add(commands) -> None:
         help="explain only the connected pixels of one label around this one, or of a box LEFT,TOP,RIGHT,BOTTOM; give it again"
         " for each photograph",
     )
-    gradcam.add_argument("--layer", choices=LAYERS, default="stage4", help="whose activations are shown (default: %(default)s)")
+    gradcam.add_argument(
+        "--layer",
+        choices=LAYERS,
+        default="stage4",
+        help="whose activations are shown; head: what a whole model's last convolution sees, beside ConvNeXt's stage4"
+        " (default: %(default)s)",
+    )
     gradcam.add_argument("--compare", choices=CONVNEXTS, help="an ImageNet classifier of torchvision, drawn beside ours")
     gradcam.add_argument(
         "--compare-class",

@@ -81,7 +81,7 @@ def add(commands) -> None:
         "--measure",
         action="store_true",
         dest="measured",
-        help="adds latency and peak memory on this machine: one 512x512 image, float32, fused on the CPU",
+        help="adds latency and peak memory with the weights on this machine: one 512x512 image, float32, fused on the CPU",
     )
     table2.add_argument(
         "--weights",
