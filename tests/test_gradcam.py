@@ -174,10 +174,18 @@ def test_masks_move_to_the_logits_as_gradients_do():
 def test_convnext_map():
     torch.manual_seed(0)
     model, image = convnext_tiny(num_classes=3).eval(), picture(64, 64)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_scale"):  # or the blocks change nothing
+            torch.nn.init.normal_(parameter)
     found = heat_map(model, image, 1, "stage3")
     outputs = record(model.features[5])
     score = model(normalise(image[None]))[0, 1]
     torch.testing.assert_close(found, scaled(by_hand(outputs[0], score), (64, 64)), rtol=1e-3, atol=1e-3)
+
+
+def test_heat_is_blue_then_red():
+    shown = np.asarray(gradcam.heat_image(torch.full((3, 1, 2), 128, dtype=torch.uint8), torch.tensor([[0.0, 1.0]])))
+    assert shown[0, 0].argmax() == 2 and shown[0, 1].argmax() == 0
 
 
 def test_models_and_layers_that_do_not_fit():
