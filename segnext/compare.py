@@ -17,7 +17,7 @@ from .data.coco_stuff import TABLE as COCO_STUFF
 from .data.masks import identity_table, read_by_table
 from .data.pairs import require_same_size
 from .evaluate import inference_model
-from .figure import class_names, figure, fitting_legend, model_title, require_new_png
+from .figure import class_names, figure, fitting_legend, model_title, require_new_png, require_photographs
 from .images import read_image, write_png
 from .palette import IGNORED, generated_palette, overlay, photo_image
 from .predict import SHORT_SIDE, InputError, segment
@@ -27,7 +27,11 @@ SEGFORMERS = {
     f"segformer-b{i}": f"nvidia/segformer-b{i}-finetuned-ade-{size}-{size}" for i, size in enumerate([512] * 5 + [640])
 }
 MASKS = {"ade20k": ADE20K, "cityscapes": CITYSCAPES, "coco-stuff": COCO_STUFF}  # value in a mask file -> label
-DIFFERENCES = {"only {1} is right": (0, 158, 115), "only {0} is right": (213, 94, 0), "neither is right": (240, 228, 66)}
+DIFFERENCES = {
+    "only {1} is right": (0, 158, 115),
+    "only {0} is right": (213, 94, 0),
+    "neither is right, or unlabelled": (240, 228, 66),
+}
 LEAST = 32  # pixels of a side that a SegFormer can be shown
 
 
@@ -83,7 +87,9 @@ def compare(
     require_new_png(out, [*photos, *truth])
     if len(photos) != len(truth):
         raise InputError(f"--truth takes a mask for each of the {len(photos)} photographs, not {len(truth)}")
-    ours, theirs = load(weights, rank=rank), load_segformer(other)
+    ours = load(weights, rank=rank)
+    require_photographs(ours.config, weights)
+    theirs = load_segformer(other)
     classes = class_names(ours, list(theirs.model.config.id2label.values()))
     if theirs.model.config.num_labels != len(classes):
         raise WeightsError(
@@ -110,6 +116,7 @@ def compare(
     if differences:
         names, colours = (*names, *(text.format(*titles) for text in DIFFERENCES)), (*colours, *DIFFERENCES.values())
     across = len(captions) * (width or max(row[0].width for row in rows))
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_png(figure(rows, captions, width, below=fitting_legend(names, colours, across)), out)
 
 
@@ -159,6 +166,8 @@ def difference_image(image: Tensor, theirs: Tensor, ours: Tensor, truth: Tensor)
 
 def _table(dataset: str, classes: int) -> np.ndarray:
     """The labels of a mask's values."""
+    if classes > IGNORED:
+        raise InputError(f"the models tell {classes} classes apart; masks hold at most {IGNORED}")
     if dataset == "folder":
         return identity_table(classes)
     if dataset not in MASKS:

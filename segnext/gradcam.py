@@ -22,7 +22,7 @@ from torchvision.models import ConvNeXt, get_model, get_model_weights
 
 from .checkpoint import WeightsError, read
 from .classifier import Classifier
-from .figure import class_names, figure, for_each, model_title, require_new_png
+from .figure import class_names, figure, for_each, model_title, require_new_png, require_photographs
 from .images import read_image, write_png
 from .model import SegNeXt
 from .palette import photo_image
@@ -96,6 +96,7 @@ def gradcam(
         titles.append(names[category])
     ours = model_title(model.config, "SegNeXt" if isinstance(model, SegNeXt) else "MSCAN")
     captions = ["Image", *([] if compare is None else [CONVNEXTS[compare]]), ours]
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_png(figure(rows, captions, width, titles=titles), out)
 
 
@@ -214,8 +215,7 @@ def _load(weights: str | Path, rank: int | None) -> SegNeXt | Classifier:
     path = locate(weights)
     state, _ = read(path)
     model = load(path, rank=rank) if any(key.startswith("decode_head.") for key in state) else load_classifier(path)
-    if model.config.in_channels != 3:
-        raise InputError(f"{weights} takes {model.config.in_channels} channels; photographs have 3")
+    require_photographs(model.config, weights)
     return model
 
 

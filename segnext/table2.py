@@ -37,12 +37,10 @@ def table2(
         WeightsError: a checkpoint cannot be had, or is of another model.
         RecipeError, DataError, ImageError: no such recipe, data missing or broken.
     """
-    columns: Columns = speed_columns(device) if measured else {}
-    if weights:
-        if data is None:
-            raise recipes.RecipeError("give --data ROOT, on which the weights are evaluated")
-        columns |= miou_columns(weights, data, recipe, device, workers)
-    return complexity.table2(columns)
+    if (data is None) == bool(weights):
+        raise recipes.RecipeError("give both --weights and --data, on which they are evaluated, or neither")
+    miou = miou_columns(weights, data, recipe, device, workers) if weights else {}
+    return complexity.table2({**(speed_columns(device) if measured else {}), **miou})
 
 
 def speed_columns(device: str = "cpu") -> Columns:

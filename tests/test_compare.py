@@ -142,8 +142,9 @@ def test_differences():
 
 
 def test_differences_are_a_column(files):
-    assert run(files, "--differences", "--out", files / "differences.png") == 0
-    sheet = Image.open(files / "differences.png")
+    out = files / "new" / "differences.png"
+    assert run(files, "--differences", "--out", out) == 0
+    sheet = Image.open(out)
     image, truth = read_image(photo(files)), read_labels(mask(files)).long()
     maps = [segment(compare.load_segformer(str(files / "segformer")), image, 512)]
     maps.append(segment(segnext.load(files / "small.pth"), image, 512))
@@ -155,6 +156,8 @@ def test_masks_of_data_sets():
     assert ("folder", *compare.MASKS) == look.MASKS
     table = compare._table("ade20k", 150)
     assert (table[0], table[1], table[150]) == (IGNORED, 0, 149)
+    with pytest.raises(InputError, match="300 classes apart; masks hold at most 255"):
+        compare._table("folder", 300)
     with pytest.raises(InputError, match="masks of cityscapes have 19 classes, the models 150"):
         compare._table("cityscapes", 150)
 

@@ -132,8 +132,9 @@ def test_table2_errors(labelled):
     data, weights = labelled / "data", labelled / "weights"
     with pytest.raises(WeightsError, match=r"t-ham\.pth is no SegNeXt-T with the msca head"):
         table2.table2(weights={("t", "msca"): weights / "t-ham.pth"}, data=data, recipe="folder")
-    with pytest.raises(RecipeError, match="--data ROOT"):
-        table2.table2(weights={("t", "ham"): weights / "t-ham.pth"})
+    for given in ({"weights": {("t", "ham"): weights / "t-ham.pth"}}, {"data": data}):
+        with pytest.raises(RecipeError, match="give both --weights and --data"):
+            table2.table2(**given)
     with pytest.raises(WeightsError, match=r"no checkpoint with a name as t-ham\.pth"):
         table2.in_folder(data)
     (weights / "t-ham.safetensors").touch()

@@ -325,6 +325,12 @@ def test_errors_are_one_line(files, capsys, arguments, message):
     assert not (files / "error.png").exists()
 
 
+def test_a_model_of_four_channels(files, tmp_path):
+    segnext.save(segmenter(in_channels=4), tmp_path / "w.pth")
+    with pytest.raises(InputError, match="takes 4 channels; photographs have 3"):
+        gradcam.gradcam([files / "a.png"], tmp_path / "w.pth", tmp_path / "out.png", ["car"])
+
+
 def test_the_figure_overwrites_no_photo(files, capsys):
     before = (files / "a.png").read_bytes()
     assert run(files, "a.png", "--class", "car", "--weights", "whole.pth", "--out", "a.png") == 2
