@@ -91,8 +91,8 @@ def require_new_png(out: Path, inputs: Sequence[Path]) -> None:
         raise InputError(f"{out} would be overwritten by the figure; choose another name")
 
 
-def for_each(values: Sequence, photos: Sequence[Path], what: str) -> list:
-    """A value for every photo: one for all, or as many as there are, or None where there is none."""
-    if len(values) not in (0, 1, len(photos)):
-        raise InputError(f"give one {what} for all photographs, or one for each of the {len(photos)}, not {len(values)}")
-    return list(values) if len(values) == len(photos) else list(values or [None]) * len(photos)
+def for_each(values: Sequence, rows: int, what: str) -> list:
+    """A value for every row of a figure: one for all, or as many as there are rows, or None where there is none."""
+    if len(values) not in (0, 1, rows):
+        raise InputError(f"the figure has {rows} rows: give one {what} for all of them or {rows}, not {len(values)}")
+    return list(values) if len(values) == rows else list(values or [None]) * rows

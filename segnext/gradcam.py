@@ -52,13 +52,14 @@ def gradcam(
     width: int = 320,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Draws a figure: a row for every photo, with the photo, the map of a ConvNeXt where one is given, and ours.
+    """Draws a figure: a row for every photo, or for every class or region of one photo, with the photo, the map of a ConvNeXt
+    where one is given, and ours.
 
     Args:
         inputs: files, and folders of which every image directly inside is taken in order of its name.
         weights: a checkpoint of a whole model, or of an ImageNet encoder with its classifier.
         out: the figure, a PNG file.
-        classes: one for all photos or one for each, by name or number. A photo with a pixel as its region may go without: the
+        classes: one for all rows or one for each, by name or number. A photo with a pixel as its region may go without: the
             class is then the one that the model sees there.
         layer: see :func:`heat_map`.
         regions: likewise, for a whole model: parts of the photo whose classification is explained, see :func:`heat_map`.
@@ -76,15 +77,16 @@ def gradcam(
     """
     photos, out = find_images(inputs), Path(out)
     require_new_png(out, photos)
-    classes, regions = for_each(classes, photos, "class"), for_each(regions, photos, "region")
-    compare_classes = for_each(compare_classes, photos, "class to compare")
+    given = {"photograph": photos, "class": classes, "region": regions, "class to compare": compare_classes}
+    count = max(map(len, given.values()))
+    each = [for_each(values, count, what) for what, values in given.items()]
     model = _load(weights, rank).to(device, memory_format=torch.channels_last)
     other = None
     if compare is not None:
         other = load_convnext(compare, compare_weights).to(device, memory_format=torch.channels_last)
     names = class_names(model, imagenet_classes())
     rows, titles = [], []
-    for photo, name, region, other_name in zip(photos, classes, regions, compare_classes, strict=True):
+    for photo, name, region, other_name in zip(*each, strict=True):
         image = read_image(photo)
         category = _category(model, names, image, photo, name, region, short_side)
         row = [photo_image(image)]

@@ -281,6 +281,11 @@ def test_figure_shows_the_map_of_the_class_in_its_row(files):
     np.testing.assert_array_equal(np.asarray(sheet.crop((left, GAP + LINE, left + WIDTH, GAP + LINE + 27))), np.asarray(shown))
 
 
+def test_a_row_for_every_class_of_one_photo(files):
+    assert run(files, "a.png", "--class", "sky", "--class", "car", "--weights", "whole.pth", "--out", "classes.png") == 0
+    assert Image.open(files / "classes.png").height == GAP + 2 * (LINE + 27 + GAP) + LINE
+
+
 def test_encoder_as_classifier(files):
     options = ("--weights", "encoder.pth", *CONVNEXT, "convnext.pth")
     assert run(files, "a.png", "--class", "tabby", *options, "--out", "encoder.png") == 0
@@ -309,7 +314,10 @@ def test_an_absent_class_is_said(files, capsys):
         (["a.png", "--region", "1,1", "--weights", "encoder.pth"], "give a class"),
         (["a.png", "--class", "tabby", "--region", "1,1", "--weights", "encoder.pth"], "a region needs a model that segments"),
         (["a.png", "--class", "car", "--region", "96,1", "--weights", "whole.pth"], "a.png: the region 96,1 is not inside"),
-        (["a.png", "--class", "1", "--class", "2", "--weights", "whole.pth"], "give one class for all"),
+        (
+            ["a.png", "b.png", *["--class", "1"] * 3, "--weights", "whole.pth"],
+            "one photograph for all of them or 3, not 2",
+        ),
         (["absent.png", "--class", "car", "--weights", "whole.pth"], "absent.png: no such file"),
         (["a.png", "--class", "car", "--weights", "absent.pth"], "absent.pth"),
         (["a.png", "--class", "car", "--weights", "convnext.pth"], "convnext.pth holds no classifier head.weight"),

@@ -15,7 +15,8 @@ MASKS = ("folder", "ade20k", "cityscapes", "coco-stuff")
 def add(commands) -> None:
     gradcam = command(commands, "gradcam", _gradcam, "heat maps: where in photographs a model finds a class")
     gradcam.description = (
-        "Draws Grad-CAM's heat maps: a row for every photograph, with the photograph, a ConvNeXt's map (--compare) and ours."
+        "Draws Grad-CAM's heat maps: a row for every photograph, or for every class or region of one, with the photograph, a"
+        " ConvNeXt's map (--compare) and ours."
         " The checkpoint is a whole model's, whose maps explain the labels of the class or a region, or an ImageNet encoder's"
         " with its classifier."
     )
@@ -28,7 +29,7 @@ def add(commands) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="name or number; give it again for each photograph (default: that of the region's pixel)",
+        help="name or number; give it again for each row (default: that of the region's pixel)",
     )
     gradcam.add_argument(
         "--region",
@@ -38,7 +39,7 @@ def add(commands) -> None:
         type=options.region,
         metavar="X,Y",
         help="explain only the connected pixels of one label around this one, or of a box LEFT,TOP,RIGHT,BOTTOM; give it again"
-        " for each photograph",
+        " for each row",
     )
     gradcam.add_argument(
         "--layer",
@@ -54,7 +55,7 @@ def add(commands) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="the class among ImageNet's, where ours is called otherwise; give it again for each photograph",
+        help="the class among ImageNet's, where ours is called otherwise; give it again for each row",
     )
     gradcam.add_argument("--compare-weights", type=Path, metavar="FILE", help="its weights (default: torchvision's, fetched)")
     _add_shared(gradcam)
