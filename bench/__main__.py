@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 import segnext_kernels
+from segnext import speed
 
 from . import cases, ceilings, cuda_static, loop, memory, output, report, scaling, triton_static
 from .case import DIRECTIONS, Case
@@ -99,8 +100,8 @@ def _scaling(arguments: argparse.Namespace) -> None:
 
 
 def _memory(arguments: argparse.Namespace) -> None:
-    if not memory.CLEAR_REFS.exists():
-        raise ValueError(f"peak memory is taken from {memory.CLEAR_REFS}, which this system does not have")
+    if not speed.CLEAR_REFS.exists():
+        raise ValueError(f"peak memory is taken from {speed.CLEAR_REFS}, which this system does not have")
     if arguments.contender:
         print(memory.peak(memory.select(arguments.case), arguments.contender))
         return

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
-import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from segnext import speed
 from segnext.model import SIZES, Config
 
 from . import output
@@ -23,7 +20,6 @@ from .operators import msca_strips_case, upsample_cross_entropy_case
 from .training import training_case
 
 ROOT = Path(__file__).parents[1]
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -84,10 +80,6 @@ def select(name: str) -> Problem:
     return found[0]
 
 
-def _resident(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
-
-
 def peak(problem: Problem, label: str) -> int:
     """Bytes that one contender needs beyond its inputs, its weights and the given gradient of the output.
 
@@ -100,14 +92,14 @@ def peak(problem: Problem, label: str) -> int:
     contender = case.contender(label)
     contender.build()  # the shared weights and the exported file stay
     gc.collect()
-    before = _resident("VmRSS")
+    before = speed.resident("VmRSS")
     runner = Runner(case, contender)
     if direction != "forward" and case.gradients:
         runner.grad_out = case.grad_out(runner.inputs[0] if y.dim() else y)  # an image becomes an image, or one number
     held = sum(tensor.nbytes for tensor in (*runner.inputs, runner.grad_out) if tensor is not None) + weights
-    CLEAR_REFS.write_text("5")  # the peak starts again at what is resident now
+    speed.reset_peak()
     results = runner.prepare(direction)()
-    after = _resident("VmHWM")
+    after = speed.resident("VmHWM")
     del results
     return after - before - held
 
@@ -119,10 +111,8 @@ def peak_apart(problem: Problem, label: str, threads: int) -> int:
 
 
 def in_new_process(arguments: list[str]) -> int:
-    """The number that Python with these arguments prints, its malloc giving every freed block of some size back at once."""
-    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, cwd=ROOT, env=environ)
-    return int(result.stdout.split()[-1])
+    """The number that Python with these arguments prints, see :func:`segnext.speed.in_new_process`."""
+    return int(speed.in_new_process(arguments, returning=True, cwd=ROOT))
 
 
 def run(problems: list[Problem], threads: int) -> dict[str, object]:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from .classifier import Classifier
 from .fuse import fuse
 from .model import Config, SegNeXt, create, encoder
-from .weights import WeightsError, load, load_encoder, save
+from .weights import WeightsError, load, load_classifier, load_encoder, save
 
-__all__ = ["Config", "SegNeXt", "WeightsError", "create", "encoder", "fuse", "load", "load_encoder", "save"]
+__all__ = [
+    "Classifier",
+    "Config",
+    "SegNeXt",
+    "WeightsError",
+    "create",
+    "encoder",
+    "fuse",
+    "load",
+    "load_classifier",
+    "load_encoder",
+    "save",
+]

@@ -61,13 +61,13 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state under the official names of a whole model.
 
     mmsegmentation's depthwise convolutions sit one level higher; an encoder's checkpoint may lack the prefix and carry a
-    classifier ``head.*``, which is left out.
+    classifier ``head.*``, which stays beside the encoder.
     """
     state = {re.sub(r"\.mlp\.dwconv\.(weight|bias)$", r".mlp.dwconv.dwconv.\1", key): value for key, value in state.items()}
     if any(key.startswith("decode_head.") for key in state):
         return state
     encoder = {key.removeprefix("backbone."): value for key, value in state.items()}
-    return {f"backbone.{key}": value for key, value in encoder.items() if not key.startswith("head.")}
+    return {key if key.startswith("head.") else f"backbone.{key}": value for key, value in encoder.items()}
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +67,19 @@ def info(size: str, head: str, num_classes: int = 150, image_size: tuple[int, in
     )
 
 
-def table2() -> str:
-    """The paper's table 2: parameters and GFLOPs of the eight models with 150 classes at 512x512, ours and the paper's."""
-    lines = ["size  head   parameters (M)  paper   GFLOPs  paper"]
+def table2(further: Mapping[str, Mapping[tuple[str, str], str]] | None = None) -> str:
+    """The paper's table 2: parameters and GFLOPs of the eight models with 150 classes at 512x512, ours and the paper's.
+
+    Args:
+        further: columns to add, by their titles: the text for (size, head), where there is one.
+    """
+    further = further or {}
+    lines = ["size  head   parameters (M)  paper   GFLOPs  paper" + "".join(f"  {title:>8}" for title in further)]
     for (size, head), (parameters, gflops) in PAPER.items():
         found = count(size, head)
         millions, giga = found.parameters / 1e6, found.macs / 1e9
         lines.append(f"{size.upper():4}  {head:4}   {millions:14.1f}  {parameters:5.1f}   {giga:6.1f}  {gflops:5.1f}")
+        lines[-1] += "".join(f"  {column.get((size, head), '-'):>8}" for column in further.values())
     return "\n".join(lines)
 
 

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from . import distributed
 from .checkpoint import WeightsError, replacing
-from .data import open_dataset
+from .data import Pairs, open_dataset
 from .data.loader import deaths_told, one_by_one
 from .fuse import fuse
 from .images import write_png
+from .model import SegNeXt
 from .palette import legend as drawn_legend
 from .palette import mask_image, photo_image, side_by_side
 from .recipes import Recipe
@@ -152,16 +153,8 @@ def evaluate_weights(
         DataError, ImageError: the data cannot be read.
     """
     with distributed.processes(device) as device:
-        pairs = open_dataset(recipe.dataset, Path(data), recipe.val or "val")
-        model = load(weights, rank=rank)
-        count = len(pairs.classes)
-        if model.config.num_classes != count:
-            raise WeightsError(
-                f"{weights} tells {model.config.num_classes} classes apart, {recipe.dataset} in {data} has {count}"
-            )
-        view = view_of(recipe, multi_scale, flip)
-        if recipe.scale is None and model.short_side:
-            view = replace(view, scale=(sys.maxsize, model.short_side))
+        model, pairs, recipe = opened(weights, data, recipe, rank)
+        count, view = len(pairs.classes), view_of(recipe, multi_scale, flip)
         look = None if pictures is None else _writer(Path(pictures), pairs.classes, pairs.palette)
         workers = (2 if device.type == "cuda" else 0) if workers is None else workers
         scores = evaluate(
@@ -174,6 +167,18 @@ def evaluate_weights(
                 with replacing(Path(json_file)) as file:
                     file.write(json.dumps({"pictures": len(pairs), **as_dict(pairs.classes, scores)}, indent=1).encode())
         return scores
+
+
+def opened(weights: str | Path, data: str | Path, recipe: Recipe, rank: int | None = None) -> tuple[SegNeXt, Pairs, Recipe]:
+    """A checkpoint, what it is evaluated on, and the recipe with the scale for this; see :func:`evaluate_weights`."""
+    pairs = open_dataset(recipe.dataset, Path(data), recipe.val or "val")
+    model = load(weights, rank=rank)
+    count = len(pairs.classes)
+    if model.config.num_classes != count:
+        raise WeightsError(f"{weights} tells {model.config.num_classes} classes apart, {recipe.dataset} in {data} has {count}")
+    if recipe.scale is None and model.short_side:
+        recipe = replace(recipe, scale=(sys.maxsize, model.short_side))
+    return model, pairs, recipe
 
 
 def inference_model(model: nn.Module, device: torch.device) -> nn.Module:

@@ -98,12 +98,17 @@ def segment(model: nn.Module, image: Tensor, short_side: int) -> Tensor:
     Returns:
         Labels int64 [H, W], at the full size of the picture.
     """
-    size = image.shape[-2:]
-    seen = image[None].to(next(model.parameters()).device)
-    if 0 < short_side < min(size):
-        seen = functional.resize(seen, [max(1, round(n * short_side / min(size))) for n in size], antialias=True)
     with torch.inference_mode():
-        return upsample_argmax(model(normalise(seen).contiguous(memory_format=torch.channels_last)), size)[0]
+        return upsample_argmax(model(seen(model, image, short_side)), image.shape[-2:])[0]
+
+
+def seen(model: nn.Module, image: Tensor, short_side: int) -> Tensor:
+    """What the model is given of a picture uint8 [3, H, W], see :func:`segment`: float32 [1, 3, h, w], on its device."""
+    size = image.shape[-2:]
+    images = image[None].to(next(model.parameters()).device)
+    if 0 < short_side < min(size):
+        images = functional.resize(images, [max(1, round(n * short_side / min(size))) for n in size], antialias=True)
+    return normalise(images).contiguous(memory_format=torch.channels_last)
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from . import hosted
 from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, read, replacing, suffix, write
+from .classifier import Classifier
 from .heads import GROUPS
 from .model import SIZES, Config, SegNeXt
 from .mscan import MSCAN
 
-__all__ = ["WeightsError", "load", "load_encoder", "save"]
+__all__ = ["WeightsError", "load", "load_classifier", "load_encoder", "save"]
 
 NOT_IN_TENSORS = ("rank", "drop_path", "dropout", "bases", "gradient")  # the part of a Config that no tensor shows
 
@@ -41,7 +43,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
         ValueError: ``rank`` is below 1.
         ImportError: safetensors is not installed, and the file is one of its kind.
     """
-    path = _locate(path_or_name)
+    path = locate(path_or_name)
     state, meta = read(path)
     if not any(key.startswith("decode_head.") for key in state):
         raise WeightsError(f"{path} holds no decode_head, only an encoder, which segnext.load_encoder takes")
@@ -50,7 +52,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
         config = replace(config, rank=rank)
     with torch.device("meta"):
         model = SegNeXt(config)
-    _check(state, model, path)
+    check(state, model, path)
     model.to_empty(device="cpu").load_state_dict(state)
     model.classes, model.palette = _legend(meta, config.num_classes)
     short_side = meta.get("short_side")
@@ -69,13 +71,34 @@ def load_encoder(model: SegNeXt | MSCAN, path_or_name: str | os.PathLike[str]) -
     Raises:
         WeightsError: as for :func:`load`; the model is then unchanged.
     """
-    path = _locate(path_or_name)
+    path = locate(path_or_name)
     state, _ = read(path)
     prefix = "backbone."
     state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     encoder = model.backbone if isinstance(model, SegNeXt) else model
-    _check(state, encoder, path)
+    check(state, encoder, path)
     encoder.load_state_dict(state)
+
+
+def load_classifier(path_or_name: str | os.PathLike[str]) -> Classifier:
+    """Builds an encoder with its classifier from a checkpoint alone, on the CPU, in float32 and in evaluation mode.
+
+    Args:
+        path_or_name: as for :func:`load`, or "imagenet-t" and so on.
+
+    Raises:
+        WeightsError: as for :func:`load`, or the checkpoint holds no classifier ``head.weight``, ``head.bias``.
+    """
+    path = locate(path_or_name)
+    state, _ = read(path)
+    if "head.weight" not in state:
+        raise WeightsError(f"{path} holds no classifier head.weight, so it tells no classes apart")
+    config = replace(_encoder_config(state, path), num_classes=_size(state, path, "head.weight"))
+    with torch.device("meta"):
+        model = Classifier(config)
+    check(state, model, path)
+    model.to_empty(device="cpu").load_state_dict(state)
+    return model.eval()
 
 
 def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
@@ -114,7 +137,8 @@ def described(meta: Mapping[str, Any]) -> SegNeXt:
     return model
 
 
-def _locate(path_or_name: str | os.PathLike[str]) -> Path:
+def locate(path_or_name: str | os.PathLike[str]) -> Path:
+    """A checkpoint's file; of a hosted one it is fetched where it is not there."""
     if path_or_name in hosted.HOSTED:
         return hosted.fetch(path_or_name)
     path = Path(path_or_name)
@@ -123,30 +147,39 @@ def _locate(path_or_name: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _config(state: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> Config:
-    """The configuration that the shapes show; rank and stochastic depth are described by the checkpoint, or the paper's."""
+def _size(state: Mapping[str, Tensor], path: Path, key: str, dim: int = 0, multiple_of: int = 1) -> int:
+    """A tensor's length in one dimension."""
+    shape = state[key].shape if key in state else ()
+    if len(shape) <= dim or shape[dim] == 0 or shape[dim] % multiple_of:
+        raise WeightsError(f"{path} does not fit: {key}, which tells the model's size, is missing or misshapen")
+    return shape[dim]
 
-    def size(key: str, dim: int = 0, multiple_of: int = 1) -> int:
-        shape = state[key].shape if key in state else ()
-        if len(shape) <= dim or shape[dim] == 0 or shape[dim] % multiple_of:
-            raise WeightsError(f"{path} does not fit: {key}, which tells the model's size, is missing or misshapen")
-        return shape[dim]
 
+def _encoder_config(state: Mapping[str, Tensor], path: Path) -> Config:
+    """The configuration that the encoder's shapes show, and the paper's of that encoder for the rest."""
+    size = partial(_size, state, path)
     stages = range(1, 5)
     channels = tuple(size(f"backbone.norm{i}.weight", multiple_of=2 if i == 1 else 1) for i in stages)
     blocks = {match[0] for match in (re.match(r"backbone\.block\d\.\d+\.", key) for key in state) if match}
     depths = tuple(sum(block.startswith(f"backbone.block{i}.") for block in blocks) for i in stages)
     hidden = tuple(size(f"backbone.block{i}.0.mlp.fc1.weight", multiple_of=c) for i, c in zip(stages, channels, strict=True))
-    decoder_channels = size("decode_head.squeeze.conv.weight", multiple_of=GROUPS)
     known = (config for config in SIZES.values() if (config.channels, config.depths) == (channels, depths))
-    shown = replace(
+    return replace(
         next(known, Config(channels, depths)),
         mlp_ratios=tuple(h // c for h, c in zip(hidden, channels, strict=True)),
+        in_channels=size("backbone.patch_embed1.proj.0.weight", 1),
+    )
+
+
+def _config(state: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> Config:
+    """The configuration that the shapes show; rank and stochastic depth are described by the checkpoint, or the paper's."""
+    decoder_channels = _size(state, path, "decode_head.squeeze.conv.weight", multiple_of=GROUPS)
+    shown = replace(
+        _encoder_config(state, path),
         decoder_channels=decoder_channels,
         rank=64 if decoder_channels >= 512 else 16,
         head="ham" if any(key.startswith("decode_head.hamburger.") for key in state) else "msca",
-        num_classes=size("decode_head.conv_seg.weight"),
-        in_channels=size("backbone.patch_embed1.proj.0.weight", 1),
+        num_classes=_size(state, path, "decode_head.conv_seg.weight"),
     )
     try:
         return replace(shown, **_described(meta))
@@ -177,7 +210,7 @@ def _legend(meta: Mapping[str, Any], count: int) -> tuple[list[str] | None, list
     return find("classes", str), palette and [tuple(colour) for colour in palette]
 
 
-def _check(state: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
+def check(state: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
     """Raises one WeightsError that names what is missing, too much or of another shape."""
     expected = module.state_dict()
     shapes = {key: (list(state[key].shape), list(value.shape)) for key, value in expected.items() if key in state}

@@ -13,6 +13,7 @@ from bench import cases, ceilings, loop, memory, operators
 from bench.__main__ import main
 from bench.measure import Runner, error, exact, measure
 from bench.report import as_json, markdown, rows
+from segnext import speed
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_unknown_case_is_an_error(capsys):
     assert "no benchmark case fits 'nothing'" in capsys.readouterr().err
 
 
-needs_peak = pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason=f"peak memory is taken from {memory.CLEAR_REFS}")
+needs_peak = pytest.mark.skipif(not speed.CLEAR_REFS.exists(), reason=f"peak memory is taken from {speed.CLEAR_REFS}")
 
 
 @needs_peak

@@ -23,7 +23,11 @@ def run(*arguments) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["demo"], ["data"], ["data", "check"], ["info"], ["table2"]], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [[], ["predict"], ["demo"], ["data"], ["data", "check"], ["info"], ["table2"], ["gradcam"], ["compare"]],
+    ids=str,
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         run(*command, "--help")
@@ -108,15 +112,29 @@ def test_wrong_arguments(arguments, message, capsys):
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command, missing", [("predict", "torchvision"), ("predict", "safetensors"), ("demo", "tqdm")])
-def test_missing_extras_are_named_in_one_line(tmp_path, command, missing):
+@pytest.mark.parametrize(
+    "command, missing, extra",
+    [
+        ("predict", "torchvision", "models"),
+        ("predict", "safetensors", "models"),
+        ("demo", "tqdm", "models"),
+        ("gradcam", "pytorch_grad_cam", "look"),
+        ("compare", "transformers", "look"),
+    ],
+)
+def test_missing_extras_are_named_in_one_line(tmp_path, command, missing, extra):
     """Run by itself, because it takes a fresh import of everything."""
-    arguments = {"predict": ["predict", "a.png", "--weights", "w.safetensors", "--out", "out"], "demo": ["demo"]}[command]
+    arguments = {
+        "predict": ["predict", "a.png", "--weights", "w.safetensors", "--out", "out"],
+        "demo": ["demo"],
+        "gradcam": ["gradcam", "a.png", "--weights", "w.safetensors", "--out", "out.png"],
+        "compare": ["compare", "a.png", "--truth", "a.png", "--weights", "w.safetensors", "--out", "out.png"],
+    }[command]
     (tmp_path / "a.png").touch()
     segnext.save(small.model(), tmp_path / "w.safetensors")
     code = f"import sys; sys.modules[{missing!r}] = None; from segnext.cli import main; sys.exit(main({arguments}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    message = f"segnext: this needs {missing}: pip install 'segnext-kernels[models]'\n"
+    message = f"segnext: this needs {missing}: pip install 'segnext-kernels[{extra}]'\n"
     assert (done.returncode, done.stderr) == (2, message)
 
 

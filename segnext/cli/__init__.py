@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import data, export, models, training
+from . import data, export, look, models, training
 
 EXTRAS = {  # what they have more than "models"
     "train": ("matplotlib", "pycocotools", "scipy", "tensorboard"),
+    "look": ("cv2", "huggingface_hub", "pytorch_grad_cam", "transformers"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("segnext", description="Semantic segmentation with SegNeXt.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for group in (models, training, export, data):
+    for group in (models, training, export, look, data):
         group.add(commands)
     return parser
 

@@ -76,7 +76,28 @@ def add(commands) -> None:
         "--image-size", type=options.image_size, default=(512, 512), metavar="HxW", help="size of the image (default: 512x512)"
     )
 
-    command(commands, "table2", _table2, "parameters and GFLOPs of all models, with the paper's figures beside them")
+    table2 = command(commands, "table2", _table2, "parameters and GFLOPs of all models, with the paper's figures beside them")
+    table2.add_argument(
+        "--measure",
+        action="store_true",
+        dest="measured",
+        help="adds latency and peak memory with the weights on this machine: one 512x512 image, float32, fused on the CPU",
+    )
+    table2.add_argument(
+        "--weights",
+        nargs="+",
+        type=options.model_weights,
+        default=[],
+        metavar="MODEL=FILE",
+        help="checkpoints, as T-HAM=FILE B-MSCA=FILE; adds their mIoU in one size, and in six sizes and mirrored",
+    )
+    table2.add_argument("--weights-dir", type=Path, metavar="DIR", help="folder with checkpoints called t-ham.pth and so on")
+    table2.add_argument("--data", type=Path, metavar="ROOT", help="folder of the data set that they are evaluated on")
+    table2.add_argument(
+        "--recipe", default="ade20k", metavar="NAME", help="whose data format and test mode are used (default: %(default)s)"
+    )
+    table2.add_argument("--workers", type=options.count, default=2, help="processes that read pictures (default: %(default)s)")
+    add_device(table2)
 
 
 def _predict(inputs: list[Path], **given) -> int:
@@ -102,8 +123,8 @@ def _info(size: str, head: str, classes: int, image_size: tuple[int, int]) -> in
     return 0
 
 
-def _table2() -> int:
-    from ..complexity import table2
+def _table2(weights: list, weights_dir: Path | None, **given) -> int:
+    from ..table2 import in_folder, table2
 
-    print(table2())
+    print(table2(weights={**(in_folder(weights_dir) if weights_dir else {}), **dict(weights)}, **given))
     return 0

@@ -79,6 +79,21 @@ def image_size(text: str, least: int = 1) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def model_weights(text: str) -> tuple[tuple[str, str], str]:
+    model, equals, file = text.partition("=")
+    size, _, head = model.lower().partition("-")
+    if not (equals and file) or size not in SIZES or head not in HEADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL=FILE, as T-HAM=FILE or B-MSCA=FILE")
+    return (size, head), file
+
+
+def region(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) not in (2, 4) or not all(map(str.isdecimal, parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither X,Y nor LEFT,TOP,RIGHT,BOTTOM in pixels")
+    return tuple(map(int, parts))
+
+
 def demo_size(text: str) -> tuple[int, int]:
     return image_size(text, least=32)
 

@@ -1,0 +1,98 @@
+"""Figures of pictures in rows and columns, with a caption under every column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .model import SIZES, Config
+from .palette import Colour, legend
+from .predict import InputError
+
+GAP, LINE = 8, 26  # pixels between pictures, and of a line of text
+FONT = ImageFont.load_default(16)
+
+
+def figure(
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    width: int,
+    *,
+    titles: Sequence[str] = (),
+    below: Image.Image | None = None,
+) -> Image.Image:
+    """Rows of pictures, each row's of one size.
+
+    Args:
+        captions: one under each column.
+        width: of a column in pixels; pictures are resized to it in their shape. 0 for that of the widest picture.
+        titles: one above each row, if any.
+        below: a picture, such as a legend, under it all.
+    """
+    width = width or max(row[0].width for row in rows)
+    heights = [max(1, round(row[0].height * width / row[0].width)) for row in rows]
+    top = LINE if titles else 0
+    across = len(captions) * (width + GAP) + GAP
+    bottom = 0 if below is None else below.height + GAP
+    size = (max(across, 0 if below is None else below.width), GAP + sum(heights) + len(rows) * (top + GAP) + LINE + bottom)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    y = GAP
+    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        if titles:
+            draw.text((GAP, y + top // 2), titles[i], fill="black", font=FONT, anchor="lm")
+        for column, picture in enumerate(row):
+            sheet.paste(picture.resize((width, height), Image.Resampling.BOX), (GAP + column * (width + GAP), y + top))
+        y += top + height + GAP
+    for column, caption in enumerate(captions):
+        middle = GAP + column * (width + GAP) + width // 2
+        draw.text((middle, y + LINE // 2 - GAP // 2), caption, fill="black", font=FONT, anchor="mm")
+    if below is not None:
+        sheet.paste(below, (0, y + LINE))
+    return sheet
+
+
+def fitting_legend(classes: Sequence[str], palette: Sequence[Colour], width: int) -> Image.Image:
+    """A legend in as many columns as fit into a width, at least one."""
+    columns = len(classes)
+    drawn = legend(classes, palette, columns)
+    while drawn.width > width and columns > 1:
+        columns -= 1
+        drawn = legend(classes, palette, columns)
+    return drawn
+
+
+def model_title(config: Config, name: str = "SegNeXt") -> str:
+    """The name with the paper's letter for the size, as SegNeXt-T, if it is one of the paper's."""
+    shape = (config.channels, config.depths)
+    letters = (size.upper() for size, known in SIZES.items() if (known.channels, known.depths) == shape)
+    return "-".join([name, *letters])
+
+
+def class_names(model, names: Sequence[str] = ()) -> list[str]:
+    """The model's names of its classes, or else those given where they are as many, or else numbers."""
+    count = model.config.num_classes
+    return model.classes or (list(names) if len(names) == count else [f"class {i}" for i in range(count)])
+
+
+def require_photographs(config: Config, weights: str | Path) -> None:
+    """Raises an InputError where a model takes something else."""
+    if config.in_channels != 3:
+        raise InputError(f"{weights} takes {config.in_channels} channels; photographs have 3")
+
+
+def require_new_png(out: Path, inputs: Sequence[Path]) -> None:
+    """Raises an InputError where a figure would have another ending, or overwrite what it is made from."""
+    if out.suffix.lower() != ".png":
+        raise InputError(f"{out} must end in .png")
+    if out.resolve() in {path.resolve() for path in inputs}:
+        raise InputError(f"{out} would be overwritten by the figure; choose another name")
+
+
+def for_each(values: Sequence, rows: int, what: str) -> list:
+    """A value for every row of a figure: one for all, or as many as there are rows, or None where there is none."""
+    if len(values) not in (0, 1, rows):
+        raise InputError(f"the figure has {rows} rows: give one {what} for all of them or {rows}, not {len(values)}")
+    return list(values) if len(values) == rows else list(values or [None]) * rows
