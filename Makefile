@@ -12,9 +12,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.models
 	$(VENV)/bin/segnext demo
 
-# Threads that wait sleep, so that processes (of loaders, of torchrun) and threads can share few processors.
+# Two files of tests at a time (make test JOBS=4: four). Threads that wait sleep, so that processes can share few processors.
+JOBS ?= 2
 test: $(VENV)/.test
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --durations=25
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations=25
 
 # On a machine with an NVIDIA GPU: what cannot be seen without one, and the operators against PyTorch there.
 gpu-test: $(VENV)/.test

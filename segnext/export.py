@@ -4,7 +4,7 @@ What is exported is the fused model (:func:`segnext.fuse`), with the decompositi
 keeps our operators. For ONNX every operator is replaced by its reference, so that the graph has standard operators only, batch
 norms and layer scales folded. So it is for AOTInductor, whose package then needs nothing but libtorch: our operators' schemas
 are defined in Python. A program that defines them itself and loads the kernels' library, as examples/aoti/main.cpp does, can
-also run a package that keeps the operators, which takes about half the time.
+also run a package that keeps the operators, which takes less time.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from torch import nn
 import segnext
 from segnext.data import Scenes
 from segnext.images import normalise
-from segnext.train import Recipe, fit
+from segnext.recipes import Recipe
+from segnext.train import fit
 
 HEADS = ("ham", "msca")
 SCENE = (64, 96)
@@ -61,7 +62,7 @@ def test_golden_logits():
 def trained(request):
     """A small model after a hundred steps on drawn scenes, and scenes that it has not seen."""
     model, held_out = small.model(head=request.param, num_classes=10, drop_path=0.0), Scenes(16, SCENE, seed=1)
-    fit(model, Scenes(64, SCENE), Recipe(steps=100, lr=5e-3, batch=8))
+    fit(model, Scenes(64, SCENE), Recipe(iterations=100, lr=5e-3, head_lr=1.0, batch=8, warmup=0.05))
     return model, normalise(torch.stack([image for image, _ in held_out]))
 
 

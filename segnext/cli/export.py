@@ -39,7 +39,7 @@ def add(commands) -> None:
     export.add_argument(
         "--operators",
         action="store_true",
-        help="aoti: keeps the operators of segnext_kernels, which takes half the time, but needs their library",
+        help="aoti: keeps the operators of segnext_kernels, which takes less time, but needs their library",
     )
     export.add_argument("--out", type=Path, metavar="FILE", help="default: the weights' name with the format's ending, here")
     export.add_argument("--rank", type=options.positive, help="rank of the decomposition, where the checkpoint doesn't say it")
