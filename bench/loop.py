@@ -17,7 +17,8 @@ from torch import Tensor
 
 from segnext.data import Memory, Pairs, Scenes, open_dataset
 from segnext.data.augment import augmentation
-from segnext.evaluate import evaluate, inference_model, view_of
+from segnext.evaluate import evaluate, view_of
+from segnext.fuse import inference_model
 from segnext.model import create
 from segnext.palette import photo_image
 from segnext.recipes import RECIPES, Recipe

@@ -84,15 +84,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file of torch's format; if that fails, what was there stays.
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """As :func:`replacing`, for a checkpoint.
 
     Raises:
         WeightsError: it cannot be written.
     """
     try:
         with replacing(path) as file:
-            torch.save(content, file)
+            yield file
     except (OSError, RuntimeError) as error:  # torch tells of a full disk in its own way
         raise WeightsError(f"cannot write {path}: {_cause(error)}") from error
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
@@ -23,7 +22,7 @@ from .data.augment import augmentation
 from .evaluate import Scores, evaluate, table
 from .images import write_png
 from .model import create
-from .palette import Colour, legend, mask_image, photo_image, side_by_side
+from .palette import Colour, comparison, legend, photo_image
 from .predict import segment
 from .recipes import RECIPES
 from .train import class_weights, fit
@@ -170,9 +169,8 @@ def _write_pictures(model: nn.Module, task: Task, folder: Path) -> None:
         old.unlink()
     for i in _shown(task.held_out):
         image, truth = task.held_out[i]
-        masks = (mask_image(labels, task.palette).convert("RGB") for labels in (truth, segment(model, image, 0)))
-        pictures = [ImageOps.scale(picture, 2, Image.Resampling.NEAREST) for picture in (photo_image(image), *masks)]
-        write_png(side_by_side(pictures, ("picture", "truth", "prediction"), key), folder / f"{task.names[i]}.png")
+        sheet = comparison(image, truth, segment(model, image, 0), task.palette, key, scale=2)
+        write_png(sheet, folder / f"{task.names[i]}.png")
 
 
 def _shown(held_out: Dataset) -> range:

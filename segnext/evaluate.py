@@ -19,11 +19,11 @@ from . import distributed
 from .checkpoint import WeightsError, replacing
 from .data import Pairs, open_dataset
 from .data.loader import deaths_told, one_by_one
-from .fuse import fuse
+from .fuse import inference_model
 from .images import write_png
 from .model import SegNeXt
+from .palette import comparison
 from .palette import legend as drawn_legend
-from .palette import mask_image, photo_image, side_by_side
 from .recipes import Recipe
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
@@ -82,7 +82,7 @@ def evaluate(
     classes: int,
     view: View = PLAIN,
     *,
-    workers: int = 0,
+    workers: int | None = None,
     progress: bool = False,
     look: Callable[[str, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Scores:
@@ -93,7 +93,8 @@ def evaluate(
     Args:
         model: for images [1, 3, H, W]; it is in the mode afterwards in which it was.
         view: how the model is shown a picture.
-        workers: processes that read pictures; 0 reads in this one.
+        workers: processes that read pictures; 0 reads in this one. None for 2 with a GPU, and none on the CPU, all of which the
+            model uses.
         progress: shows a bar.
         look: called with every picture's name, image, labels and predicted labels.
 
@@ -106,7 +107,7 @@ def evaluate(
     model.eval()
     mine = range(distributed.rank(), len(dataset), distributed.world())
     names = None if look is None else dataset.names
-    stream = one_by_one(dataset, mine, workers)
+    stream = one_by_one(dataset, mine, (2 if device.type == "cuda" else 0) if workers is None else workers)
     with deaths_told():
         for batch in tqdm(stream, total=len(mine), disable=None if progress else True, unit="photo", leave=False):
             prediction, truth = label_map(model, batch.images[0], view), batch.labels[0]
@@ -144,7 +145,7 @@ def evaluate_weights(
         recipe: its data set, split ``val``, scale and windows are used. Without a scale (the recipes "folder" and "scratch")
             pictures are resized to the short side that the checkpoint was trained on, if it says that.
         multi_scale, flip: look at every picture in six sizes, and mirrored.
-        workers: processes that read pictures; None for 2 with a GPU, and none on the CPU, all of which the model uses.
+        workers: as for :func:`evaluate`.
         json_file: gets the figures.
         pictures: folder that gets every picture, its truth and the prediction side by side.
 
@@ -156,7 +157,6 @@ def evaluate_weights(
         model, pairs, recipe = opened(weights, data, recipe, rank)
         count, view = len(pairs.classes), view_of(recipe, multi_scale, flip)
         look = None if pictures is None else _writer(Path(pictures), pairs.classes, pairs.palette)
-        workers = (2 if device.type == "cuda" else 0) if workers is None else workers
         scores = evaluate(
             inference_model(model, device), pairs, count, view, workers=workers, progress=distributed.rank() == 0, look=look
         )
@@ -179,11 +179,6 @@ def opened(weights: str | Path, data: str | Path, recipe: Recipe, rank: int | No
     if recipe.scale is None and model.short_side:
         recipe = replace(recipe, scale=(sys.maxsize, model.short_side))
     return model, pairs, recipe
-
-
-def inference_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """The fastest form of a model in float32 there: fused on the CPU."""
-    return fuse(model) if device.type == "cpu" else model.to(device, memory_format=torch.channels_last).eval()
 
 
 def as_dict(classes: Sequence[str], scores: Scores) -> dict[str, Any]:
@@ -215,8 +210,6 @@ def _writer(folder: Path, classes: list[str], palette: list) -> Callable[[str, T
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, image: Tensor, truth: Tensor, prediction: Tensor) -> None:
-        masks = (mask_image(labels, palette).convert("RGB") for labels in (truth, prediction))
-        sheet = side_by_side([photo_image(image), *masks], ("picture", "truth", "prediction"), key)
-        write_png(sheet, folder / f"{name.replace('/', '_')}.png")
+        write_png(comparison(image, truth, prediction, palette, key), folder / f"{name.replace('/', '_')}.png")
 
     return write

@@ -222,3 +222,8 @@ class FusedSegNeXt(nn.Module):
         if mode:
             raise RuntimeError("a fused model serves inference; train the model that was fused")
         return super().train(False)
+
+
+def inference_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """The fastest form of a model in float32 there: fused on the CPU."""
+    return fuse(model) if device.type == "cpu" else model.to(device, memory_format=torch.channels_last).eval()

@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +17,19 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, SemanticSegmentationTarget
 from scipy import ndimage
 from torch import Tensor, nn
-from torchvision.models import ConvNeXt, get_model, get_model_weights
+from torchvision.models import ConvNeXt
 
 from .checkpoint import WeightsError, read
 from .classifier import Classifier
+from .convnext import CONVNEXTS, imagenet_classes, load_convnext
 from .figure import class_names, figure, for_each, model_title, require_new_png, require_photographs
 from .images import read_image, write_png
 from .model import SegNeXt
 from .palette import photo_image
 from .predict import SHORT_SIDE, InputError, find_images, seen, segment
-from .weights import check, load, load_classifier, locate
+from .weights import load, load_classifier, locate
 
 LAYERS = ("stage1", "stage2", "stage3", "stage4", "head")
-CONVNEXTS = {f"convnext_{size}": f"ConvNeXt-{size[0].upper()}" for size in ("tiny", "small", "base", "large")}
 CLASSIFIER_SIDE = 224  # pixels on the shorter side of what ImageNet's classifiers are trained on
 
 Region = tuple[int, ...]  # x, y of a pixel, or left, top, right, bottom of a box, right and bottom not in it
@@ -177,40 +176,6 @@ def find_class(wanted: str, names: Sequence[str]) -> int:
     listed = [names[folded.index(name)] for name in dict.fromkeys(near)][:8]
     hint = f"near it: {', '.join(listed)}" if listed else f"there are {len(names)}, as {', '.join(names[:5])}"
     raise InputError(f"there is no class {wanted!r}; {hint}")
-
-
-def imagenet_classes() -> list[str]:
-    """ImageNet's 1000, in the order of the labels."""
-    return list(get_model_weights("convnext_tiny").DEFAULT.meta["categories"])
-
-
-def load_convnext(name: str, weights: str | Path | None = None) -> ConvNeXt:
-    """A ConvNeXt of torchvision in evaluation mode.
-
-    Args:
-        name: one of ``CONVNEXTS``.
-        weights: file with its state; None for torchvision's own, fetched once and kept in torch.hub's folder.
-
-    Raises:
-        WeightsError: they cannot be fetched or read, or do not fit.
-    """
-    if weights is None:
-        official = get_model_weights(name).DEFAULT
-        try:
-            state = official.get_state_dict(progress=True, check_hash=True)
-        except (OSError, HTTPException, RuntimeError) as error:
-            reason = getattr(error, "reason", error)
-            hint = "--compare-weights takes a file that you have"
-            raise WeightsError(f"cannot fetch {official.url}: {reason}; {hint}") from error
-    else:
-        path = Path(weights)
-        state = {key.removeprefix("backbone."): value for key, value in read(locate(path))[0].items()}
-        if state.get("classifier.2.weight", torch.empty(0)).dim() != 2:
-            raise WeightsError(f"{path} holds no ConvNeXt of torchvision: classifier.2.weight is missing or misshapen")
-    model = get_model(name, weights=None, num_classes=len(state["classifier.2.weight"]))
-    check(state, model, weights or name)
-    model.load_state_dict(state)
-    return model.eval()
 
 
 def _load(weights: str | Path, rank: int | None) -> SegNeXt | Classifier:

@@ -48,6 +48,19 @@ def stored_image(path: str | Path) -> Image.Image:
     return _open(path, lambda opened: opened.copy())
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width, without reading the pixels.
+
+    Raises:
+        ImageError: no such file, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # what a decoder raises on a broken file depends on where it breaks
+        raise ImageError(f"{path}: cannot be read as an image: {error}") from error
+
+
 def visible_files(folder: Path) -> list[Path]:
     """The files directly inside a folder, by name, but for those whose name begins with a dot, as macOS's ``._a.jpg``."""
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 Colour = tuple[int, int, int]
@@ -56,6 +56,15 @@ def legend(classes: Sequence[str], palette: Sequence[Colour], columns: int = 0) 
         draw.rectangle((x, y + 3, x + 16, y + 18), fill=colour, outline="grey")
         draw.text((x + line, y + 3), name, fill="black", font=font)
     return image
+
+
+def comparison(
+    image: Tensor, truth: Tensor, prediction: Tensor, palette: Sequence[Colour], key: Image.Image, scale: int = 1
+) -> Image.Image:
+    """A picture uint8 [3, H, W], its labels [H, W] and predicted ones, each ``scale`` times its size, above a legend."""
+    masks = (mask_image(labels, palette).convert("RGB") for labels in (truth, prediction))
+    pictures = [ImageOps.scale(picture, scale, Image.Resampling.NEAREST) for picture in (photo_image(image), *masks)]
+    return side_by_side(pictures, ("picture", "truth", "prediction"), key)
 
 
 def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str], below: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +142,13 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
         ),
     ),
     "coco-stuff": (Recipe(dataset="coco-stuff", iterations=80_000),),
-    "pascal-voc": (_VOC, Recipe(dataset="pascal-voc", train="trainval", val=None, iterations=80_000)),
+    "pascal-voc": (_VOC, replace(_VOC, train="trainval", val=None)),
     "pascal-voc-coco": (
         Recipe(dataset="coco-voc", iterations=600_000),
-        Recipe(dataset="pascal-voc", train="trainval", val=None, iterations=40_000),
+        replace(_VOC, train="trainval", val=None, iterations=40_000),
     ),
     "pascal-context": (_CONTEXT,),
-    "pascal-context-60": (Recipe(**{**asdict(_CONTEXT), "dataset": "pascal-context-60"}),),
+    "pascal-context-60": (replace(_CONTEXT, dataset="pascal-context-60"),),
     "isaid": (
         Recipe(dataset="isaid", crop=(896, 896), scale=(896, 896), window=(896, 896), stride=(512, 512)),
     ),
@@ -178,6 +178,16 @@ def recipes(name: str) -> tuple[Recipe, ...]:
     if Path(name).suffix != ".json":
         raise RecipeError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, or a .json file that a run wrote")
     return read(Path(name))[0]
+
+
+def tested(name: str) -> Recipe:
+    """The training of a recipe whose data and test mode its model is evaluated with: the last, on "val" if it names no split.
+
+    Raises:
+        RecipeError: as :func:`recipes`.
+    """
+    last = recipes(name)[-1]
+    return replace(last, val=last.val or "val")
 
 
 def table() -> str:

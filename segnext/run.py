@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import replacing, write
+from .checkpoint import replacing, writing
 from .evaluate import Scores
 from .recipes import RecipeError
 from .trainer import Step, Trainer
@@ -76,7 +76,8 @@ class Run:
         path = self.folder / "last.pth"
         state = {**trainer.state(), "best": best, "losses": list(losses), "meta": about(trainer.model)}
         try:
-            write(path, state)
+            with writing(path) as file:
+                torch.save(state, file)
         except WeightsError as error:
             before = f"{path} of before is whole" if path.exists() else "there is no earlier checkpoint"
             raise WeightsError(f"{error}; {before}") from error

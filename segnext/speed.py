@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from .fuse import fuse
+from .fuse import inference_model
 from .model import create
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -99,8 +99,7 @@ def memory(model: nn.Module, images: torch.Tensor) -> int:
 
 def _main(size: str, head: str, height: str, width: str, device: str, what: str) -> None:
     torch.manual_seed(0)
-    model = create(size, head=head).eval()
-    model = fuse(model) if device == "cpu" else model.to(device, memory_format=torch.channels_last)
+    model = inference_model(create(size, head=head).eval(), torch.device(device))
     images = torch.randn(1, 3, int(height), int(width)).to(device, memory_format=torch.channels_last)
     print({"latency": latency, "memory": memory}[what](model, images))
 

@@ -22,7 +22,7 @@ def table2(
     data: str | Path | None = None,
     recipe: str = "ade20k",
     device: str = "cpu",
-    workers: int = 2,
+    workers: int | None = None,
 ) -> str:
     """Parameters and GFLOPs of the eight models, the paper's beside them, and what else is asked for.
 
@@ -31,7 +31,7 @@ def table2(
         weights: checkpoints of some of the models; adds their mIoU in per cent, in one size, and in six sizes and mirrored.
         data: the data set's folder, for these.
         recipe: whose data format and test mode are used.
-        workers: processes that read pictures.
+        workers: as for :func:`segnext.evaluate.evaluate`.
 
     Raises:
         WeightsError: a checkpoint cannot be had, or is of another model.
@@ -53,13 +53,14 @@ def speed_columns(device: str = "cpu") -> Columns:
 
 
 def miou_columns(
-    weights: Mapping[Model, str | Path], data: str | Path, recipe: str, device: str = "cpu", workers: int = 2
+    weights: Mapping[Model, str | Path], data: str | Path, recipe: str, device: str = "cpu", workers: int | None = None
 ) -> Columns:
     """The mIoU of those models that there are weights of."""
-    from .evaluate import evaluate, inference_model, opened, view_of
+    from .evaluate import evaluate, opened, view_of
+    from .fuse import inference_model
 
     columns: Columns = {"mIoU SS": {}, "mIoU MS": {}}
-    chosen = recipes.recipes(recipe)[0]
+    chosen = recipes.tested(recipe)
     for (size, head), file in weights.items():
         model, pairs, scaled = opened(file, data, chosen)
         expected = SIZES[size]

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -19,8 +18,10 @@ from . import distributed, recipes
 from .data import open_dataset
 from .data.augment import augmentation
 from .data.loader import deaths_told, mixed_seed, one_by_one
-from .data.pairs import DataError, Pairs
-from .evaluate import Scores, evaluate, inference_model, view_of
+from .data.pairs import Pairs
+from .evaluate import Scores, evaluate, view_of
+from .fuse import inference_model
+from .images import image_size
 from .model import SegNeXt, create
 from .recipes import Recipe, RecipeError
 from .run import Run, last, opened
@@ -83,7 +84,7 @@ def train(
         if distributed.rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
             recipes.write(out / "recipe.json", stages, data=list(map(str, roots)), machine=vars(machine))
-        return _stages(stages, roots, out, device, machine)
+        return _stages(stages, roots, out, device, machine, pairs)
 
 
 def resume(out: str | Path, **machine) -> SegNeXt | None:
@@ -105,14 +106,21 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
 
 
 def _stages(
-    stages: Sequence[Recipe], roots: Sequence[Path], out: Path, device: torch.device, machine: Machine
+    stages: Sequence[Recipe],
+    roots: Sequence[Path],
+    out: Path,
+    device: torch.device,
+    machine: Machine,
+    pairs: Sequence[Pairs] = (),
 ) -> SegNeXt | None:
+    """``pairs``: what is trained on, if it is open already."""
     before = None
     for i, (recipe, root) in enumerate(zip(stages, roots, strict=True)):
         folder = out if len(stages) == 1 else out / f"{i + 1}-{recipe.dataset}-{recipe.train}"
         finished = folder / "model.pth"
         if not distributed.from_first(finished.exists()):
-            _stage(recipe, root, folder, before, device, machine)
+            data = pairs[i] if pairs else open_dataset(recipe.dataset, root, recipe.train)
+            _stage(recipe, data, root, folder, before, device, machine)
         elif distributed.rank() == 0:
             print(f"{folder} is trained to its end")
         distributed.barrier()
@@ -120,11 +128,12 @@ def _stages(
     return load(before) if distributed.rank() == 0 else None
 
 
-def _stage(recipe: Recipe, root: Path, folder: Path, before: Path | None, device: torch.device, machine: Machine) -> None:
+def _stage(
+    recipe: Recipe, pairs: Pairs, root: Path, folder: Path, before: Path | None, device: torch.device, machine: Machine
+) -> None:
     """One training from its beginning or its last checkpoint to its end."""
     torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not recipe.deterministic  # of GPUs: convolutions and our Triton kernels are tuned
-    pairs = open_dataset(recipe.dataset, root, recipe.train)
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
     state = last(folder)
     model = build(recipe, pairs, before) if state is None else described(state["meta"])
@@ -284,21 +293,13 @@ def class_weights(dataset: Dataset, classes: int, power: float, workers: int = 0
 def _resolved(recipe: Recipe, pairs: Pairs, device: torch.device) -> Recipe:
     """The recipe with what it leaves to the data and the device."""
     if recipe.scale is None:
-        sides = sorted(min(_size(image)) for image, _ in pairs.files[:: math.ceil(len(pairs) / COUNTED)])
+        sides = sorted(min(image_size(image)) for image, _ in pairs.files[:: math.ceil(len(pairs) / COUNTED)])
         short = min(LARGEST, sides[len(sides) // 2])
         recipe = replace(recipe, scale=(4 * short, short))
     if recipe.crop is None:
         side = min(LARGEST, max(32, min(recipe.scale) // 32 * 32))
         recipe = replace(recipe, crop=(side, side))
     return replace(recipe, precision=precision(recipe.precision, device))
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _headline(trainer: Trainer, val: Pairs | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "done": self.done,
             "seconds": self.seconds,
-            "seed": self.recipe.seed,
+            "recipe": asdict(self.recipe),  # which the folder has too; here it is for people
         }
 
     def load(self, state: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hosted
-from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, read, replacing, suffix, write
+from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, read, suffix, writing
 from .classifier import Classifier
 from .heads import GROUPS
 from .model import SIZES, Config, SegNeXt
@@ -112,16 +112,14 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    if suffix(path) != SAFETENSORS_SUFFIX:
-        write(path, {"state_dict": state, "meta": about(model)})
-        return
-    from safetensors.torch import save as to_bytes
+    is_safetensors = suffix(path) == SAFETENSORS_SUFFIX
+    with writing(path) as file:
+        if is_safetensors:
+            from safetensors.torch import save as to_bytes
 
-    try:
-        with replacing(path) as file:
             file.write(to_bytes(state, {"format": "pt", "meta": json.dumps(about(model))}))
-    except OSError as error:
-        raise WeightsError(f"cannot write {path}: {error.strerror}") from error
+        else:
+            torch.save({"state_dict": state, "meta": about(model)}, file)
 
 
 def about(model: SegNeXt) -> dict[str, Any]:

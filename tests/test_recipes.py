@@ -52,6 +52,12 @@ def test_second_trainings_use_the_validation_pictures_and_so_are_not_evaluated_o
     assert RECIPES["pascal-voc"][0].train == "trainaug"
 
 
+def test_evaluation_is_that_of_the_last_training():
+    last = recipes.tested("pascal-voc-coco")
+    assert (last.dataset, last.val, last.scale) == ("pascal-voc", "val", (2048, 512))
+    assert recipes.tested("ade20k") == RECIPES["ade20k"][0]
+
+
 @pytest.mark.parametrize(
     "step, expected",
     [

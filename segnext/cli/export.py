@@ -17,7 +17,7 @@ def add(commands) -> None:
         " the spot and compared with the model in PyTorch; if they differ it is not kept. Its metadata says how images are"
         " normalised, and the classes and colours where the checkpoint has them."
     )
-    export.add_argument("--weights", required=True, help="checkpoint file, or the name of a hosted one, as ade20k-t")
+    options.add_weights(export)
     export.add_argument(
         "--format",
         required=True,
@@ -42,7 +42,7 @@ def add(commands) -> None:
         help="aoti: keeps the operators of segnext_kernels, which takes less time, but needs their library",
     )
     export.add_argument("--out", type=Path, metavar="FILE", help="default: the weights' name with the format's ending, here")
-    export.add_argument("--rank", type=options.positive, help="rank of the decomposition, where the checkpoint doesn't say it")
+    options.add_rank(export)
 
 
 def _export(weights: str, format: str, out: Path | None, rank: int | None, **given) -> int:

@@ -21,7 +21,7 @@ def add(commands) -> None:
         " with its classifier."
     )
     gradcam.add_argument("inputs", nargs="+", type=Path, metavar="PHOTO", help="image file, or folder with image files inside")
-    gradcam.add_argument("--weights", required=True, help="checkpoint file, or the name of a hosted one, as ade20k-t")
+    options.add_weights(gradcam)
     gradcam.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="the figure")
     gradcam.add_argument(
         "--class",
@@ -75,7 +75,7 @@ def add(commands) -> None:
         help="segformer-b0 to segformer-b5 (trained on ADE20K, fetched), an id on the Hugging Face hub, or a folder that"
         " save_pretrained wrote (default: %(default)s)",
     )
-    compare.add_argument("--weights", required=True, help="checkpoint file, or the name of a hosted one, as ade20k-t")
+    options.add_weights(compare)
     compare.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="the figure")
     compare.add_argument(
         "--dataset",
@@ -100,7 +100,7 @@ def _add_shared(parser) -> None:
         metavar="PIXELS",
         help="photographs are shown shrunk to this on the shorter side, 0 for never (default: what our model was trained on)",
     )
-    parser.add_argument("--rank", type=options.positive, help="of the decomposition, where the checkpoint doesn't say it")
+    options.add_rank(parser)
     options.add_device(parser)
 
 

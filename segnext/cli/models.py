@@ -19,11 +19,9 @@ def add(commands) -> None:
     predict.add_argument(
         "inputs", nargs="+", type=Path, metavar="PHOTO", help="image file, or folder with image files directly inside"
     )
-    predict.add_argument(
-        "--weights", required=True, help="checkpoint file (.pth, .safetensors) or the name of a hosted one, as ade20k-t"
-    )
+    options.add_weights(predict)
     predict.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    predict.add_argument("--rank", type=options.positive, help="rank of the decomposition, where the checkpoint doesn't say it")
+    options.add_rank(predict)
     predict.add_argument(
         "--alpha", type=options.share, default=0.5, help="weight of the colours in the overlay, 0 to 1 (default: %(default)s)"
     )
@@ -96,7 +94,7 @@ def add(commands) -> None:
     table2.add_argument(
         "--recipe", default="ade20k", metavar="NAME", help="whose data format and test mode are used (default: %(default)s)"
     )
-    table2.add_argument("--workers", type=options.count, default=2, help="processes that read pictures (default: %(default)s)")
+    options.add_workers(table2)
     add_device(table2)
 
 

@@ -19,6 +19,20 @@ def command(commands, name: str, run: Callable[..., int], summary: str) -> argpa
     return parser
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", required=True, help="checkpoint file (.pth, .safetensors) or the name of a hosted one, as ade20k-t"
+    )
+
+
+def add_rank(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=positive, help="rank of the decomposition, where the checkpoint doesn't say it")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=count, help="processes that read pictures (default: 2 with a GPU, none on the CPU)")
+
+
 def add_best_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", type=device, help="as PyTorch names it: cpu, cuda (default: cuda where there is one, or cpu)"

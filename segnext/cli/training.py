@@ -42,7 +42,7 @@ def add(commands) -> None:
     options.add_recipe(train)
 
     evaluate = command(commands, "evaluate", _evaluate, "IoU and accuracy of a checkpoint on a labelled data set")
-    evaluate.add_argument("--weights", required=True, help="checkpoint file, or the name of a hosted one, as ade20k-t")
+    options.add_weights(evaluate)
     evaluate.add_argument("--data", required=True, type=Path, metavar="ROOT", help="the data set's folder")
     evaluate.add_argument(
         "--recipe", default="folder", metavar="NAME", help="whose data format and test mode are used (default: %(default)s)"
@@ -60,12 +60,8 @@ def add(commands) -> None:
         dest="pictures",
         help="writes every picture, its truth and the prediction side by side",
     )
-    evaluate.add_argument(
-        "--rank", type=options.positive, help="rank of the decomposition, where the checkpoint doesn't say it"
-    )
-    evaluate.add_argument(
-        "--workers", type=options.count, help="processes that read pictures (default: 2 with a GPU, none on the CPU)"
-    )
+    options.add_rank(evaluate)
+    options.add_workers(evaluate)
     options.add_best_device(evaluate)
 
     command(commands, "recipes", _recipes, "the recipes that train and evaluate know")
@@ -103,8 +99,8 @@ def _train(
 def _evaluate(recipe: str, split: str | None, device: str | None, **given) -> int:
     from ..evaluate import evaluate_weights
 
-    chosen = recipes.recipes(recipe)[-1]
-    evaluate_weights(recipe=replace(chosen, val=split or chosen.val or "val"), device=device or options.best_device(), **given)
+    chosen = recipes.tested(recipe)
+    evaluate_weights(recipe=replace(chosen, val=split or chosen.val), device=device or options.best_device(), **given)
     return 0
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from ..images import ImageError, read_image, stored_image, write_png
+from ..images import ImageError, image_size, read_image, stored_image, write_png
 from ..palette import IGNORED, mask_image, photo_image
 from .find import by_name, find_root, first_of, match
 from .legend import legend
@@ -114,9 +113,9 @@ class _Pictures(Dataset):
             return 0, str(error)
 
     def _cut(self, image_file: Path, mask_file: Path) -> int:
-        height, width = _size(image_file)
-        windows = list(product(_starts(height, self.size, self.stride), _starts(width, self.size, self.stride)))
-        paths = [self._paths(image_file.stem, top, left) for top, left in windows]
+        height, width = image_size(image_file)
+        corners = list(product(_starts(height, self.size, self.stride), _starts(width, self.size, self.stride)))
+        paths = [self._paths(image_file.stem, top, left) for top, left in corners]
         if all(path.exists() for both in paths for path in both):
             return 0
         image, labels = read_image(image_file), read_mask(mask_file)
@@ -124,7 +123,7 @@ class _Pictures(Dataset):
         lacking = (0, max(0, self.size - width), 0, max(0, self.size - height))
         image, labels = functional.pad(image, lacking), functional.pad(labels, lacking, value=IGNORED)
         palette, written = legend("isaid")[1], 0
-        for (top, left), (image_path, mask_path) in zip(windows, paths, strict=True):
+        for (top, left), (image_path, mask_path) in zip(corners, paths, strict=True):
             if image_path.exists() and mask_path.exists():
                 continue
             window = np.s_[..., top : top + self.size, left : left + self.size]
@@ -136,15 +135,6 @@ class _Pictures(Dataset):
     def _paths(self, name: str, top: int, left: int) -> tuple[Path, Path]:
         patch = f"{name}_{top}_{top + self.size}_{left}_{left + self.size}"
         return self.out[0] / f"{patch}.png", self.out[1] / f"{patch}{ENDING}"
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Height and width, without reading the pixels."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:
-        raise ImageError(f"{path}: cannot be read as an image: {error}") from error
 
 
 def _starts(length: int, size: int, stride: int) -> list[int]:
