@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,20 @@ def read_image(path: str | Path) -> Tensor:
     Raises:
         ImageError: no such file, no image, a truncated one, or more pixels than PIL's limit against decompression bombs.
     """
-    return torch.from_numpy(np.array(_open(path, _shown))).permute(2, 0, 1).contiguous()
+    return _tensor(_open(path, _shown))
+
+
+def decode_image(data: bytes, name: str, formats: Sequence[str], most_pixels: int) -> Tensor:
+    """As :func:`read_image`, of a file's content that a stranger may have sent.
+
+    Args:
+        name: what errors call it.
+        formats: those that are tried, by PIL's names; one that this PIL lacks is no error.
+        most_pixels: a picture with more is refused before its pixels are decoded.
+    """
+    Image.init()
+    known = [kind for kind in formats if kind in Image.OPEN]
+    return _tensor(_open(name, _shown, BytesIO(data), known, most_pixels))
 
 
 def read_labels(path: str | Path) -> Tensor:
@@ -66,11 +81,18 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
-def _open(path, convert) -> Image.Image:
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _open(path, convert, file=None, formats=None, most_pixels=None) -> Image.Image:
+    """What ``convert`` makes of the image in a file, by default the one at the path, which errors name."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of large pictures and odd metadata, which do no harm
-            with Image.open(path) as image:
+            with Image.open(path if file is None else file, formats=formats) as image:
+                if most_pixels is not None and image.width * image.height > most_pixels:
+                    raise ValueError(f"it has {image.width}x{image.height} pixels, more than {most_pixels / 10**6:g} million")
                 image.load()
                 return convert(image)
     except Image.DecompressionBombError:

@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from segnext_kernels import upsample_argmax
 
+from .fuse import inference_model
 from .images import ImageError, normalise, read_image, visible_files, write_png
+from .model import SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
 from .weights import load
 
@@ -58,14 +60,9 @@ def predict(
     for photo in photos:
         if photo.name in results and photo.resolve().parent == out.resolve():
             raise InputError(f"{photo} would be overwritten by a result; choose another folder than {out}")
-    model = load(weights, rank=rank).to(device, memory_format=torch.channels_last)
-    if model.config.in_channels != 3 or model.config.num_classes > 256:
-        raise InputError(
-            f"{weights} takes {model.config.in_channels} channels and tells {model.config.num_classes} classes apart;"
-            " photographs have 3, and an index-colour PNG holds at most 256"
-        )
-    classes = model.classes or [f"class {i}" for i in range(model.config.num_classes)]
-    palette = model.palette or generated_palette(len(classes))
+    model = load_for_photographs(weights, rank)
+    classes, palette = model.classes, model.palette
+    model = inference_model(model, torch.device(device))
     if short_side is None:
         short_side = model.short_side or SHORT_SIDE
     out.mkdir(parents=True, exist_ok=True)
@@ -84,6 +81,24 @@ def predict(
                 write_png(mask_image(labels, palette), out / f"{name}_mask.png")
             bar.update()
     return broken
+
+
+def load_for_photographs(weights: str | Path, rank: int | None = None) -> SegNeXt:
+    """As :func:`segnext.load`; where the checkpoint has no names and colours of the classes, they are made up.
+
+    Raises:
+        InputError: a model whose labels of photographs an index-colour PNG cannot hold.
+        WeightsError: from :func:`segnext.load`.
+    """
+    model = load(weights, rank=rank)
+    if model.config.in_channels != 3 or model.config.num_classes > 256:
+        raise InputError(
+            f"{weights} takes {model.config.in_channels} channels and tells {model.config.num_classes} classes apart;"
+            " photographs have 3, and an index-colour PNG holds at most 256"
+        )
+    model.classes = model.classes or [f"class {i}" for i in range(model.config.num_classes)]
+    model.palette = model.palette or generated_palette(len(model.classes))
+    return model
 
 
 def segment(model: nn.Module, image: Tensor, short_side: int) -> Tensor:

@@ -10,7 +10,7 @@ from . import data, export, look, models, training
 
 EXTRAS = {  # what they have more than "models"
     "train": ("matplotlib", "pycocotools", "scipy", "tensorboard"),
-    "look": ("cv2", "huggingface_hub", "pytorch_grad_cam", "transformers"),
+    "look": ("cv2", "fastapi", "huggingface_hub", "pytorch_grad_cam", "starlette", "transformers", "uvicorn"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 

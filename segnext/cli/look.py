@@ -1,4 +1,4 @@
-"""``segnext gradcam`` and ``segnext compare``."""
+"""``segnext gradcam``, ``segnext compare`` and ``segnext serve``."""
 
 from __future__ import annotations
 
@@ -89,11 +89,25 @@ def add(commands) -> None:
     )
     _add_shared(compare)
 
+    serve = command(commands, "serve", _serve, "a page in the browser to try a model with")
+    serve.description = (
+        "Serves a page to this machine alone: drop a photograph, see its classes, click a pixel for its scores and for"
+        " Grad-CAM's map of what is there."
+    )
+    options.add_weights(serve)
+    serve.add_argument("--port", type=options.count, default=8000, help="0: any that is free (default: %(default)s)")
+    serve.add_argument("--megabytes", type=options.positive, default=20, help="larger files are refused (default: %(default)s)")
+    _add_seen(serve)
+
 
 def _add_shared(parser) -> None:
     parser.add_argument(
         "--width", type=options.count, default=320, help="of a column in pixels; 0: the photograph's (default: %(default)s)"
     )
+    _add_seen(parser)
+
+
+def _add_seen(parser) -> None:
     parser.add_argument(
         "--short-side",
         type=options.count,
@@ -115,4 +129,11 @@ def _compare(**given) -> int:
     from ..compare import compare
 
     compare(**given)
+    return 0
+
+
+def _serve(**given) -> int:
+    from ..serve import serve
+
+    serve(**given)
     return 0

@@ -1,0 +1,55 @@
+"""A page on this machine to try a model with: the ``segnext serve`` command."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from ..predict import InputError
+from .app import create_app
+from .session import Session
+
+HOST = "127.0.0.1"
+
+
+def serve(
+    weights: str | Path,
+    port: int = 8000,
+    *,
+    rank: int | None = None,
+    short_side: int | None = None,
+    device: str = "cpu",
+    megabytes: int = 20,
+) -> None:
+    """Serves the page to this machine alone, until it is interrupted.
+
+    Args:
+        weights: what :func:`segnext.load` takes, of a model for photographs with at most 256 classes.
+        port: 0 for any that is free. The address is printed.
+        rank: of the decomposition, where the checkpoint doesn't say it.
+        short_side: see :func:`segnext.predict.segment`; None for what the checkpoint was trained on, or 512.
+        megabytes: larger files are refused.
+
+    Raises:
+        InputError: the port cannot be had, or the model is not for photographs.
+        WeightsError: from :func:`segnext.load`.
+    """
+    with _listen(port) as listener:
+        app = create_app(Session(weights, rank=rank, short_side=short_side, device=device), megabytes * 10**6)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+        print(f"http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:  # what uvicorn raises again once it has shut down
+            print("ended")
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        return socket.create_server((HOST, port))
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) else "ports end at 65535"
+        raise InputError(f"port {port} cannot be used: {reason}; --port names another, 0 any that is free") from error
