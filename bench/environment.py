@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import segnext_kernels
-from segnext.export import ONNX_RUNTIME
+from segnext.export.formats import ONNX_RUNTIME
 
 from .case import Case, device
 from .exported import OPENVINO

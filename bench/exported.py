@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from segnext.export import ONNX_EXPORT, onnx_program
+from segnext.export.formats import ONNX_EXPORT, onnx_program
 
 OPENVINO = (*ONNX_EXPORT, "openvino")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import segnext
 from segnext.complexity import count_model
-from segnext.export import ONNX_RUNTIME, onnx_runtime
+from segnext.export.formats import ONNX_RUNTIME, onnx_runtime
 from segnext.model import Config, SegNeXt
 
 from . import exported, plain

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import segnext
-from segnext import cli, export
-from segnext.export import ExportError, decomposed, fixed_bases, trace
+from segnext import cli
+from segnext.export import export, formats
+from segnext.export.program import ExportError, decomposed, fixed_bases, metadata, trace
 from segnext.model import MEAN, SIZES, STD, SegNeXt
 
 MAIN = Path(__file__).parents[1] / "examples" / "aoti" / "main.cpp"
@@ -97,7 +98,7 @@ def test_onnx(tmp_path, capsys, head, dynamic, labels):
     assert [value.name for value in file.graph.output] == ["labels" if labels else "logits"]
     assert_metadata({entry.key: entry.value for entry in file.metadata_props}, labels)
 
-    session = export.onnx_runtime(str(out))
+    session = formats.onnx_runtime(str(out))
     for shape in [(1, 3, *SIZE)] + dynamic * [(3, 3, 75, 50), (1, 3, 33, 130)]:
         assert_agrees(session(images(*shape)), model, images(*shape), labels)
 
@@ -105,7 +106,7 @@ def test_onnx(tmp_path, capsys, head, dynamic, labels):
 @pytest.mark.parametrize("head, dynamic, labels", [("ham", True, True), ("msca", False, False)])
 def test_torch_export(tmp_path, head, dynamic, labels):
     model, out = network(head=head), tmp_path / "out.pt2"
-    report = export.export(model, out, "torch-export", SIZE, dynamic=dynamic, labels=labels)
+    report = export(model, out, "torch-export", SIZE, dynamic=dynamic, labels=labels)
     assert "import segnext_kernels" in str(report) and len(report.checks) == 1 + dynamic
     said = {"segnext.json": ""}
     program = torch.export.load(out, extra_files=said)
@@ -161,8 +162,8 @@ def run_main(main: Path, package: Path, shown: Tensor, dtype: type, *library: Pa
 def test_aoti_from_python_and_cpp(tmp_path, cpp_main, operators, head, dynamic, labels):
     model, out = network(head=head), tmp_path / "out.pt2"
     with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):  # not optimised, in half the time
-        report = export.export(model, out, "aoti", SIZE, dynamic=dynamic, labels=labels, operators=operators)
-    library = (export.kernels(),) if operators else ()
+        report = export(model, out, "aoti", SIZE, dynamic=dynamic, labels=labels, operators=operators)
+    library = (formats.kernels(),) if operators else ()
     assert (str(library[0]) if operators else "libtorch") in str(report)
     package = torch._inductor.aoti_load_package(str(out))
     assert_metadata(package.loader.get_metadata(), labels)
@@ -193,7 +194,7 @@ def test_fixed_bases_are_the_models_own():
 def test_model_is_left_as_it_is_and_random_bases_become_fixed(tmp_path):
     model = network(bases="random").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    export.export(model, tmp_path / "out.pt2", "torch-export", SIZE)
+    export(model, tmp_path / "out.pt2", "torch-export", SIZE)
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     found = torch.export.load(tmp_path / "out.pt2").module()(images(1, 3, *SIZE))
     model.config = replace(model.config, bases="fixed")
@@ -202,7 +203,7 @@ def test_model_is_left_as_it_is_and_random_bases_become_fixed(tmp_path):
 
 
 def test_metadata_without_legend_and_of_other_channels():
-    said = export.metadata(small.model(in_channels=4), labels=False)
+    said = metadata(small.model(in_channels=4), labels=False)
     assert said.keys() == {"input", "output"} and "[batch, 4, height, width], normalised as in training" in said["input"]
     assert said["output"] == "logits: float32 [batch, 7, height / 8, width / 8], rounded up"
 
@@ -220,11 +221,11 @@ def test_failed_check_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypa
         right = torch.export.load(path).module()
         return lambda shown: change(right(shown))
 
-    monkeypatch.setitem(export.FORMATS, "torch-export", replace(export.FORMATS["torch-export"], load=load))
+    monkeypatch.setitem(formats.FORMATS, "torch-export", replace(formats.FORMATS["torch-export"], load=load))
     out = tmp_path / "out.pt2"
     out.write_text("before")
     with pytest.raises(ExportError, match="fails its check and was not kept"):
-        export.export(network(head="msca"), out, "torch-export", SIZE, labels=labels)
+        export(network(head="msca"), out, "torch-export", SIZE, labels=labels)
     assert out.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["out.pt2"]
 
 
@@ -243,20 +244,20 @@ def test_failed_check_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypa
 def test_refuses(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ExportError, match=message):
-        export.export(small.model(), **arguments)
+        export(small.model(), **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_aoti_needs_a_compiler(tmp_path):
     with torch._inductor.config.patch({"cpp.cxx": ("/absent/g++",)}), pytest.raises(ExportError, match="needs a C.. compiler"):
-        export.export(small.model(), tmp_path / "a.pt2", "aoti", SIZE)
+        export(small.model(), tmp_path / "a.pt2", "aoti", SIZE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_operators_need_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr("segnext_kernels.build_info", lambda: {"missing": {"cpu": "not built"}, "isa": None})
     with pytest.raises(ExportError, match="there are no operators to keep: not built"):
-        export.export(small.model(), tmp_path / "a.pt2", "aoti", SIZE, operators=True)
+        export(small.model(), tmp_path / "a.pt2", "aoti", SIZE, operators=True)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,11 @@ def checked(*arguments: str, cwd: Path, **variables: str) -> str:
 
 def modules(package: str) -> set[str]:
     """The package's modules and its data."""
-    return {str(path.relative_to(ROOT)) for ending in ("py", "txt", "html", "css", "js") for path in (ROOT / package).rglob(f"*.{ending}")}
+    return {
+        str(path.relative_to(ROOT))
+        for ending in ("py", "txt", "html", "css", "js")
+        for path in (ROOT / package).rglob(f"*.{ending}")
+    }
 
 
 @pytest.fixture(scope="module")

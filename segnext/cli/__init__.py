@@ -53,7 +53,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     """What is the input's fault, not the program's."""
     from ..data.pairs import DataError
     from ..distributed import PeerError
-    from ..export import ExportError
+    from ..export.program import ExportError
     from ..images import ImageError
     from ..predict import InputError
     from ..recipes import RecipeError

@@ -113,7 +113,7 @@ def demo_size(text: str) -> tuple[int, int]:
 
 
 def export_size(text: str) -> tuple[int, int]:
-    return image_size(text, least=33)  # segnext.export.LEAST
+    return image_size(text, least=33)  # segnext.export.program.LEAST
 
 
 def device(text: str) -> str:
