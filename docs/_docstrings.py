@@ -12,7 +12,7 @@ ROLE = re.compile(r":(?:func|class|meth|data):`([\w.]+)`")
 
 
 class Docstrings(griffe.Extension):
-    """Turns ``::`` before code into a colon, one-line sections into paragraphs, and roles into links where they lead somewhere."""
+    """Turns ``::`` before code into a colon, one-line sections into paragraphs, and roles into links where they lead."""
 
     def on_object(self, *, obj: griffe.Object, **_) -> None:
         if obj.docstring is None:
