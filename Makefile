@@ -7,7 +7,7 @@ PIP = $(VENV)/bin/python -m pip
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f ! -name '*.md')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test gpu-test bench gpu-bench lint format wheel clean
+.PHONY: demo test docs gpu-test bench gpu-bench lint format wheel clean
 
 demo: $(VENV)/.models
 	$(VENV)/bin/segnext demo
@@ -16,6 +16,10 @@ demo: $(VENV)/.models
 JOBS ?= 2
 test: $(VENV)/.test
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations=25
+
+# site/index.html. The docstrings are read, not run, so nothing has to be built for them but the environment.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --site-dir site
 
 # On a machine with an NVIDIA GPU: what cannot be seen without one, and the operators against PyTorch there.
 gpu-test: $(VENV)/.test
@@ -45,7 +49,7 @@ wheel: $(VENV)/.test
 	$(VENV)/bin/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info segnext_kernels/*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info segnext_kernels/*.so .pytest_cache .ruff_cache .benchmarks
 
 # Debian's Python can lack ensurepip; its own pip then puts pip into the environment.
 $(VENV)/.python:
@@ -61,6 +65,6 @@ $(VENV)/.built: $(SOURCES) | $(VENV)/.python
 	$(PIP) install --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.models $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
+$(VENV)/.models $(VENV)/.test $(VENV)/.docs $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
 	$(PIP) install "segnext-kernels[$*]"
 	touch $@

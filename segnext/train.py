@@ -54,12 +54,14 @@ def train(
     out: str | Path,
     machine: Machine,
 ) -> SegNeXt | None:
-    """Runs a recipe's trainings one after another, each beginning with the weights of the one before, in ``out``: see
-    :class:`segnext.run.Run` for what is written; of several trainings each has its own folder in there. ``recipe.json`` holds
-    what :func:`resume` needs.
+    """Runs a recipe's trainings one after another, each beginning with the weights of the one before.
 
     Args:
+        stages: the trainings, as :func:`segnext.recipes.recipes` has them.
         data: the data sets' folders, one for each training, or one for all.
+        out: folder for what :class:`segnext.run.Run` writes, and for ``recipe.json``, which holds what :func:`resume` needs; of
+            several trainings each has its own folder in there.
+        machine: where it runs, and with how many processes.
 
     Returns:
         The trained model, in evaluation mode; None in all processes but the first.
@@ -92,9 +94,11 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
     with the same weights, to the bit, as if nothing had happened (on GPUs if the recipe is ``deterministic``).
 
     Args:
+        out: the training's folder.
         machine: what is to be otherwise than before: ``device``, ``workers``, ``accumulate``.
 
-    Raises: as :func:`train`, and RecipeError if the folder holds no training.
+    Raises:
+        RecipeError: the folder holds no training; and what :func:`train` raises.
     """
     out = Path(out)
     stages, beside = recipes.read(out / "recipe.json")

@@ -48,10 +48,14 @@ def build_info() -> dict[str, object]:
     """What was built, what of it is in use here, and why the rest is not.
 
     Returns:
-        version: of this package. torch_running: of the torch in use. torch_built, compiler: of the build, None without one.
-        isa: the instruction set in use ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline") or None.
-        cuda_architectures: that the CUDA kernels were compiled for, empty without them.
-        missing: for every absent backend one sentence that says why.
+        A dictionary of
+
+        - ``version``: of this package.
+        - ``isa``: the instruction set in use ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline") or None.
+        - ``torch_built``, ``compiler``: of the build, None without one.
+        - ``torch_running``: the version of the torch in use.
+        - ``cuda_architectures``: that the CUDA kernels were compiled for, empty without them.
+        - ``missing``: for every absent backend one sentence that says why.
     """
     return {
         "version": __version__,
