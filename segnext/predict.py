@@ -43,7 +43,7 @@ def predict(
         out: folder, made if it isn't there.
         rank: of the decomposition, where the checkpoint doesn't say it.
         alpha: how much of the overlay is the classes' colour, 0..1.
-        short_side: see :func:`segment`; None for what the checkpoint was trained on, or 512 where it doesn't say that.
+        short_side: see :func:`segment`.
 
     Returns:
         The files that could not be read. Each was named on stderr and skipped.
@@ -66,8 +66,6 @@ def predict(
         )
     classes = model.classes or [f"class {i}" for i in range(model.config.num_classes)]
     palette = model.palette or generated_palette(len(classes))
-    if short_side is None:
-        short_side = model.short_side or SHORT_SIDE
     out.mkdir(parents=True, exist_ok=True)
     write_png(legend(classes, palette), out / "legend.png")
     broken = []
@@ -86,18 +84,21 @@ def predict(
     return broken
 
 
-def segment(model: nn.Module, image: Tensor, short_side: int) -> Tensor:
+def segment(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
     """The label map of one picture of any size.
 
     Args:
         model: in eval mode; its device is used.
         image: uint8 [3, H, W].
         short_side: the model sees the picture shrunk to this many pixels on its shorter side, which bounds time and memory;
-            smaller pictures are never enlarged, 0 leaves every size as it is.
+            smaller pictures are never enlarged, 0 leaves every size as it is. None for what the model was trained on, or 512
+            where it doesn't say that.
 
     Returns:
         Labels int64 [H, W], at the full size of the picture.
     """
+    if short_side is None:
+        short_side = getattr(model, "short_side", None) or SHORT_SIDE
     with torch.inference_mode():
         return upsample_argmax(model(seen(model, image, short_side)), image.shape[-2:])[0]
 
