@@ -77,7 +77,7 @@ def test_training_beats_chance(executed):
     text = quickstart.printed(executed["evaluate"])
     ((miou, accuracy),) = re.findall(r"mIoU (\S+), pixel accuracy (\S+)", text)
     (chance,) = numbers(r"always the most frequent class: (\S+)\)", text)
-    assert 0.1 < chance < float(accuracy) - 0.15, text
+    assert 0.1 < chance < float(accuracy) - 0.25, text
     assert float(miou) > 0.2, text  # one class everywhere gives less than 0.1
 
 
