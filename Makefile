@@ -7,7 +7,7 @@ PIP = $(VENV)/bin/python -m pip
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f ! -name '*.md')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test docs gpu-test bench gpu-bench lint format wheel clean
+.PHONY: demo test docs notebook gpu-test bench gpu-bench lint format wheel clean
 
 demo: $(VENV)/.models
 	$(VENV)/bin/segnext demo
@@ -34,6 +34,10 @@ bench: $(VENV)/.bench
 	$(VENV)/bin/python -m bench scaling --out bench-out
 	$(VENV)/bin/python -m bench memory --out bench-out
 	$(VENV)/bin/python -m bench cuda-static --out bench-out
+
+# Runs examples/quickstart.ipynb and stores what it shows.
+notebook: $(VENV)/.test
+	$(VENV)/bin/python tests/quickstart.py
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

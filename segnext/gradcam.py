@@ -255,7 +255,7 @@ def _category(
         raise InputError("give a class (--class NAME), or a pixel whose class is meant (--region X,Y)")
     category = None if name is None else find_class(name, names)
     if segments and (category is None or region is None):
-        labels = segment(model, image, _short_side(model) if short_side is None else short_side)
+        labels = segment(model, image, short_side)
         if category is None:
             return int(labels[region[1], region[0]])
         if not (labels == category).any():

@@ -38,7 +38,7 @@ def photo_image(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
-def overlay(image: Tensor, labels: Tensor, palette: Sequence[Colour], alpha: float) -> Image.Image:
+def overlay(image: Tensor, labels: Tensor, palette: Sequence[Colour], alpha: float = 0.5) -> Image.Image:
     """The picture uint8 [3, H, W] under its labels' colours [H, W]; alpha 0 shows only the picture, 1 only the colours."""
     return Image.blend(photo_image(image), mask_image(labels, palette).convert("RGB"), alpha)
 

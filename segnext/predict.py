@@ -45,7 +45,7 @@ def predict(
         out: folder, made if it isn't there.
         rank: of the decomposition, where the checkpoint doesn't say it.
         alpha: how much of the overlay is the classes' colour, 0..1.
-        short_side: see :func:`segment`; None for what the checkpoint was trained on, or 512 where it doesn't say that.
+        short_side: see :func:`segment`.
 
     Returns:
         The files that could not be read. Each was named on stderr and skipped.
@@ -63,8 +63,6 @@ def predict(
     model = load_for_photographs(weights, rank)
     classes, palette = model.classes, model.palette
     model = inference_model(model, torch.device(device))
-    if short_side is None:
-        short_side = model.short_side or SHORT_SIDE
     out.mkdir(parents=True, exist_ok=True)
     write_png(legend(classes, palette), out / "legend.png")
     broken = []
@@ -101,14 +99,15 @@ def load_for_photographs(weights: str | Path, rank: int | None = None) -> SegNeX
     return model
 
 
-def segment(model: nn.Module, image: Tensor, short_side: int) -> Tensor:
+def segment(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
     """The label map of one picture of any size.
 
     Args:
         model: in eval mode; its device is used.
         image: uint8 [3, H, W].
         short_side: the model sees the picture shrunk to this many pixels on its shorter side, which bounds time and memory;
-            smaller pictures are never enlarged, 0 leaves every size as it is.
+            smaller pictures are never enlarged, 0 leaves every size as it is. None for what the model was trained on, or 512
+            where it doesn't say that.
 
     Returns:
         Labels int64 [H, W], at the full size of the picture.
@@ -117,8 +116,10 @@ def segment(model: nn.Module, image: Tensor, short_side: int) -> Tensor:
         return upsample_argmax(model(seen(model, image, short_side)), image.shape[-2:])[0]
 
 
-def seen(model: nn.Module, image: Tensor, short_side: int) -> Tensor:
+def seen(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
     """What the model is given of a picture uint8 [3, H, W], see :func:`segment`: float32 [1, 3, h, w], on its device."""
+    if short_side is None:
+        short_side = getattr(model, "short_side", None) or SHORT_SIDE
     size = image.shape[-2:]
     images = image[None].to(next(model.parameters()).device)
     if 0 < short_side < min(size):

@@ -95,7 +95,7 @@ def test_a_photograph_gets_the_labels_of_segnext_predict(client, weights, tmp_pa
     found = answer.json()
     assert (found["height"], found["width"]) == size and found["original"] == [size[1], size[0]]
     labels = np.frombuffer(client.get(f"api/photos/{found['key']}/labels").content, np.uint8).reshape(size)
-    expected = segment(load(weights), read_image(path), 512).numpy()
+    expected = segment(load(weights), read_image(path)).numpy()
     assert (labels == expected).mean() > 0.999
     assert [label for label, _ in found["shares"]] == sorted(set(labels.flat), key=lambda label: -(labels == label).sum())
     assert sum(share for _, share in found["shares"]) == pytest.approx(1)
@@ -129,7 +129,7 @@ def test_the_heat_map_is_that_of_segnext_gradcam(client, session, layer, pixel):
     answer = client.get(f"api/photos/{found['key']}/gradcam", params={"class": 2, "layer": layer, **pixel})
     assert answer.status_code == 200 and re.fullmatch(r"gradcam;dur=[\d.]+", answer.headers["Server-Timing"])
     region = (30, 20) if pixel else None
-    expected = heat_image(photo.image, heat_map(session.model, photo.image, 2, layer, region, 512))
+    expected = heat_image(photo.image, heat_map(session.model, photo.image, 2, layer, region))
     difference = np.asarray(Image.open(BytesIO(answer.content))).astype(int) - np.asarray(expected).astype(int)
     assert np.abs(difference).mean() < 8  # JPEG
 
@@ -312,7 +312,7 @@ def click_pixel(page, x: int, y: int) -> None:
 def test_page_shows_the_overlay_and_its_legend(page, photo, weights):
     open_photo(page, photo)
     assert page.title() == page.locator("#model").inner_text() == "SegNeXt"  # of none of the paper's sizes
-    labels = segment(load(weights), read_image(photo), 512).numpy()
+    labels = segment(load(weights), read_image(photo)).numpy()
     names = page.locator("#legend label").all_inner_texts()
     counts = np.bincount(labels.ravel(), minlength=5)
     expected = [f"{CLASSES[i]} {100 * counts[i] / labels.size:.1f}%" for i in np.argsort(-counts, kind="stable") if counts[i]]
@@ -331,7 +331,7 @@ def test_page_shows_the_overlay_and_its_legend(page, photo, weights):
 def test_page_hides_and_shows_classes(page, photo, weights):
     open_photo(page, photo)
     page.locator("#opacity").fill("1")
-    labels = segment(load(weights), read_image(photo), 512).numpy()
+    labels = segment(load(weights), read_image(photo)).numpy()
     palette = np.array(generated_palette(5), np.uint8)
     everything = np.array(picture(page)).reshape(96, 128, 4)[..., :3]
     assert (everything == palette[labels]).all(-1).mean() > 0.999
@@ -351,7 +351,7 @@ def test_page_tells_a_pixels_class_and_draws_its_heat_map(page, photo, weights):
     open_photo(page, photo)
     plain = picture(page)
     click_pixel(page, 40, 50)
-    labels = segment(load(weights), read_image(photo), 512).numpy()
+    labels = segment(load(weights), read_image(photo)).numpy()
     assert page.locator("#place").inner_text() == f"40, 50: {CLASSES[labels[50, 40]]}"
     rows = page.locator("#scores tr").all_inner_texts()
     assert len(rows) == 5 and rows[0].startswith(CLASSES[labels[50, 40]])

@@ -68,7 +68,6 @@ def create_app(session: Session, most_bytes: int) -> FastAPI:
             "name": session.name,
             "classes": session.classes,
             "palette": session.palette,
-            "shortSide": session.short_side,
             "layers": LAYERS,
             "mostBytes": most_bytes,
         }

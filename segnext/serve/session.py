@@ -22,7 +22,7 @@ from ..fuse import FusedSegNeXt, inference_model
 from ..gradcam import heat_image, heat_map
 from ..images import decode_image
 from ..palette import mask_image, photo_image
-from ..predict import SHORT_SIDE, load_for_photographs, seen
+from ..predict import load_for_photographs, seen
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # MPO: what some telephones write as .jpg
 MOST_PIXELS = 100 * 10**6
@@ -73,7 +73,7 @@ class Session:
         self.fast = inference_model(model, self.device)
         self.model = model.to(self.device, memory_format=torch.channels_last)  # which Grad-CAM can differentiate
         self.name, self.classes, self.palette = model_title(model.config), model.classes, model.palette
-        self.short_side = (model.short_side or SHORT_SIDE) if short_side is None else short_side
+        self.short_side = short_side
         self.photos: OrderedDict[str, Photo] = OrderedDict()
 
     def add(self, data: bytes, name: str) -> Photo:
