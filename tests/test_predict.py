@@ -163,13 +163,13 @@ def test_rank_is_passed_on(tmp_path, weights, monkeypatch):
 
 
 def test_short_side_is_the_checkpoints_unless_given(tmp_path, monkeypatch):
-    sides, seen = [], predict_module.seen
-    monkeypatch.setattr(predict_module, "seen", lambda model, image, side: sides.append(side) or seen(model, image, side))
-    photo(32, 32).save(tmp_path / "a.png")
+    sides = []
+    monkeypatch.setattr(predict_module, "normalise", lambda images: sides.append(images.shape[-2]) or normalise(images))
+    photo(520, 530).save(tmp_path / "a.png")
     for trained, given in ((96, None), (None, None), (96, 0), (96, 40)):
         save(small_model(short_side=trained), tmp_path / "w.pth")
         predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out", short_side=given)
-    assert sides == [96, 512, 0, 40]
+    assert sides == [96, 512, 520, 40]
 
 
 @pytest.mark.parametrize("short_side, seen", [(0, (90, 121)), (32, (32, 43)), (90, (90, 121)), (512, (90, 121))])
