@@ -191,11 +191,11 @@ def test_thread_sanitizer_misses_no_removed_barrier(number, sanitized, tmp_path)
 
 # What is planted, and which sanitizer, or the runtime without one, says what.
 PLANTED = {
-    "one-column-too-many": ("tile.h", "min(last, t_.width)", "min(last, t_.width + 1)", "address", "buffer-overflow"),
+    "one-column-too-many": ("rows.h", "min(last, t_.width)", "min(last, t_.width + 1)", "address", "buffer-overflow"),
     "one-row-too-many": ("msca_strips.cu", "done + r >= tile.end_row", "done + r > tile.end_row", "address", "buffer-overflow"),
     "misaligned": ("msca_strips.cu", "put<2>(x, row - 2", "put<4>(x, row - 2", "address", "misaligned address"),
     "divergent-barrier": ("msca_strips.cu", "if (active) {", "if (active) { __syncthreads();", "none", "divergent barrier"),
-    "no-wait": ("tile.h", "wait_async();", ";", "none", "copies landed"),
+    "no-wait": ("rows.h", "wait_async();", ";", "none", "copies landed"),
 }
 
 

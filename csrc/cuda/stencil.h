@@ -1,6 +1,6 @@
 // A K x K depthwise convolution of planes in shared memory, and its transposition: a thread computes 2 rows of 4 columns.
 #pragma once
-#include "cuda/tile.h"
+#include "cuda/rows.h"
 
 namespace segnext::cuda {
 
