@@ -14,8 +14,8 @@ constexpr int kDaPad = 2;  // columns of da beside a tile's that dx needs
 
 struct InputArrays {
   Layout layout;
-  int g_pitch, da_pitch, taps, g, da, x, g_staging, x_staging;
-  __host__ __device__ InputArrays(const Tiling& t, int g_bytes, int x_bytes, float* memory)
+  int g_pitch, da_pitch, taps, g, da, x, dx, g_staging, x_staging;
+  __host__ __device__ InputArrays(const Tiling& t, int dx_floats, int g_bytes, int x_bytes, float* memory)
       : layout(memory),
         g_pitch(t.tile_columns + 2 * (t.border + kReach)),
         da_pitch(t.tile_columns + 2 * kDaPad),
@@ -23,6 +23,7 @@ struct InputArrays {
         g(layout.take(t.tile_channels * plane_stride(kRows, g_pitch))),
         da(layout.take(most(t.tile_channels * plane_stride(kRing, da_pitch), sums_floats(t)))),
         x(layout.take(t.tile_channels * plane_stride(kRows, t.tile_columns))),
+        dx(layout.take(dx_floats)),
         g_staging(layout.take(g_bytes / 4)),
         x_staging(layout.take(x_bytes / 4)) {}
 };
@@ -30,8 +31,9 @@ struct InputArrays {
 template <class T, bool kLast>
 __host__ __device__ InputArrays input_arrays(const Tiling& t, float* memory) {
   using Mover = RowMover<T, kLast>;
-  return {t, Mover::staging_bytes(t, t.tile_columns + 2 * (t.border + kReach)), Mover::staging_bytes(t, t.tile_columns),
-          memory};
+  const int dx_floats = kLast ? 0 : Patch<T, kTaskRows, kTaskColumns>::floats(t);  // channels_last: in x's place
+  return {t, dx_floats, Mover::staging_bytes(t, t.tile_columns + 2 * (t.border + kReach)),
+          Mover::staging_bytes(t, t.tile_columns), memory};
 }
 
 template <class T, bool kLast>
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kMostInputThreads<kLast>)
   // The thread's task: a pair of rows, four columns of dx.
   const int groups = t.tile_columns / kTaskColumns, pair = place / groups * kTaskRows;
   const int task_col = tile.column + place % groups * kTaskColumns;
-  const bool owes = active && place < 2 * groups;
+  const bool owes = active && place < 2 * groups && task_col < t.width;
   float sums[kInputSums] = {};
 
   for (bool more = true; more; more = tile.next_image(t)) {
@@ -98,27 +100,27 @@ __global__ void __launch_bounds__(kMostInputThreads<kLast>)
       __syncthreads();
       if (done + kRows >= tile.row && done + kRows < tile.end_row) rows.fetch(x, done + kRows);
       if (done < tile.row) continue;
+      float dx[kTaskRows][kTaskColumns];
+      if constexpr (!kLast) clear<T>(dx);
       if (owes) {
-        float dx[kTaskRows][kTaskColumns];
         convolve_back<5, kDaPad>(das, taps, own, pair + (parity ^ 1) * kRows, task_col, xs(own, pair, task_col), xs.pitch, dx,
                                  sums);
+        if constexpr (kLast) {
 #pragma unroll
-        for (int o = 0; o < kTaskRows; ++o) {
-          const int out = done + pair + o;
-          if constexpr (kLast) {
+          for (int o = 0; o < kTaskRows; ++o) {
             Vec<float, 4> values;  // x stays zero beside the image
 #pragma unroll
             for (int c = 0; c < kTaskColumns; ++c) values[c] = task_col + c < t.width ? dx[o][c] : 0.0f;
             write<4>(xs(own, pair + o, task_col), values);
-          } else if (grad_x != nullptr && out < tile.end_row) {
-            T* plane = static_cast<T*>(grad_x) + (plane_of(t, tile) + own) * t.height * t.width;
-            store_columns(plane + static_cast<int64_t>(out) * t.width, task_col, t.width, t.vectors, dx[o]);
           }
         }
       }
+      if constexpr (kLast) __syncthreads();
+      if (grad_x == nullptr) continue;
       if constexpr (kLast) {
-        __syncthreads();
-        if (grad_x != nullptr) rows.store(grad_x, done, xs);
+        rows.store(grad_x, done, xs);
+      } else {
+        store_rows<T, kTaskRows>(grad_x, t, tile, own, done + pair, task_col, owes, dx, shared + at.dx);
       }
     }
   }
@@ -128,8 +130,8 @@ __global__ void __launch_bounds__(kMostInputThreads<kLast>)
 template <class T, bool kLast>
 Tiling cut_inputs(const Image& x) {
   const auto bytes = [](const Tiling& t) { return input_arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  return cut(x, kReach + 2, kDaPad, 3, kChannelTaps + 4 * kInputSums, 1.5, kMostInputThreads<kLast>, shared_memory_limit(),
-             bytes);
+  return cut(x, kReach + 2, kOwn, kDaPad, 3, kChannelTaps + 4 * kInputSums, 1.5, kMostInputThreads<kLast>,
+             shared_memory_limit(), bytes);
 }
 
 }  // namespace

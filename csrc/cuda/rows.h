@@ -135,9 +135,10 @@ class RowMover {
     return static_cast<T*>(const_cast<void*>(image)) +
            (kLast ? tile_.image * plane * t_.channels + tile_.channel : plane_of(t_, tile_) * plane);
   }
-  __device__ int64_t offset(int channel, int row, int col) const {
-    if constexpr (kLast) return (static_cast<int64_t>(row) * t_.width + col) * t_.channels + channel;
-    return (static_cast<int64_t>(channel) * t_.height + row) * t_.width + col;
+  __device__ uint64_t offset(int channel, int row, int col) const {
+    const auto pixel = static_cast<unsigned>(row * t_.width + col);
+    if constexpr (kLast) return static_cast<uint64_t>(pixel) * static_cast<unsigned>(t_.channels) + channel;
+    return static_cast<uint64_t>(static_cast<unsigned>(channel)) * static_cast<unsigned>(t_.height * t_.width) + pixel;
   }
 
   const Tiling& t_;
@@ -147,16 +148,81 @@ class RowMover {
   Walk start_, step_;
 };
 
-// Stores neighbouring columns of one row from registers: N at once where rows are aligned, else those that lie in the image.
-template <int N, class T>
-__device__ void store_columns(T* row, int col, int width, bool vectors, const float (&values)[N]) {
-  Vec<T, N> rounded;
+// How rows leave the registers of the threads that have computed them, each R rows of C columns, for contiguous tensors.
+// Threads side by side exchange theirs through shared memory of their warp, so that each stores 16 bytes at a time: kTogether
+// of them have as many columns as that, and each takes kTake of the rows.
+template <class T, int R, int C>
+struct Patch {
+  static constexpr int kUnit = 16 / sizeof(T);
+  static constexpr int kTogether = most(kUnit / C, 1), kTake = R / kTogether;
+  // The eight lanes that read 16 bytes each in a cycle read all banks.
+  static constexpr int kPitch = 32 * C + 128 / static_cast<int>(sizeof(T)) / (kTogether * kTake);
+  static constexpr int kElements = R * kPitch;  // of a warp
+  static_assert(R % kTogether == 0 && C <= kUnit);
+
+  __host__ __device__ static int floats(const Tiling& t) {
+    if (kTogether == 1 && t.vectors) return 0;
+    return ceil_div(t.tile_channels * t.per_channel, 32) * kElements * static_cast<int>(sizeof(T)) / 4;
+  }
+};
+
+// What threads hold that exchange values without having computed any; with nothing to exchange they are not looked at.
+template <class T, int R, int C>
+__device__ __forceinline__ void clear(float (&values)[R][C]) {
+  if constexpr (Patch<T, R, C>::kTogether > 1) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) round_to(values[i], rounded[i]);
-  if (vectors && col + N <= width) return write<N>(row + col, rounded);
+    for (int r = 0; r < R; ++r) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (col + i < width) write<1>(row + col + i, {rounded[i]});
+      for (int c = 0; c < C; ++c) values[r][c] = 0;
+    }
+  }
+}
+
+// Stores R rows from `row` on, as far as they are the tile's, to a channel of the tile. All threads of a warp come here, and
+// store if they are `active`, for which their first column must be the image's; a barrier lies between this and the next time.
+template <class T, int R, int C, int N>
+__device__ __forceinline__ void store_rows(void* image, const Tiling& t, const Tile& tile, int channel, int row, int col,
+                                           bool active, const float (&values)[N][C], float* shared) {
+  using P = Patch<T, R, C>;
+  const int lane = threadIdx.x % 32, place = lane % P::kTogether;
+  T* patch = reinterpret_cast<T*>(shared) + threadIdx.x / 32 * P::kElements;
+  T* plane = static_cast<T*>(image) + (plane_of(t, tile) + channel) * (t.height * t.width);
+  const auto owned = [&](int r) { return row + r >= tile.row && row + r < tile.end_row; };
+  const auto rounded = [&](int r) {
+    Vec<T, C> part;
+#pragma unroll
+    for (int c = 0; c < C; ++c) round_to(values[r][c], part[c]);
+    return part;
+  };
+  if constexpr (P::kTogether == 1) {
+    if (!active) return;
+    if (t.vectors) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (owned(r)) write<C>(plane + (row + r) * t.width + col, rounded(r));
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) write<C>(patch + r * P::kPitch + lane * C, rounded(r));  // a branch would cost registers
+  if (t.vectors) {
+    __syncwarp();
+    const int first = col - place * C;
+    if (!active) return;
+#pragma unroll
+    for (int i = 0; i < P::kTake; ++i) {
+      const int r = place * P::kTake + i;
+      if (!owned(r)) continue;
+      copy_unit(plane + (row + r) * t.width + first, patch + r * P::kPitch + (lane - place) * C);
+    }
+  } else if (active) {
+#pragma unroll 1
+    for (int i = 0; i < R * C; ++i) {
+      const int r = i / C, c = i % C;
+      if (!owned(r) || col + c >= t.width) continue;
+      write<1>(plane + (row + r) * t.width + col + c, read<1>(patch + r * P::kPitch + lane * C + c));
+    }
   }
 }
 

@@ -10,7 +10,6 @@
 namespace segnext::cuda {
 
 inline constexpr int kRows = 4;
-inline constexpr int kOwn = 2;  // neighbouring columns of one channel that a thread owns
 // Work is cut for 128 multiprocessors with 12 warps each, whatever the device at hand has.
 inline constexpr int kMultiprocessors = 128, kWarps = 12 * kMultiprocessors;
 
@@ -35,16 +34,16 @@ inline bool aligned(const Image& x) {
   return run * element_size(x) % 16 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
-// Cuts x for a kernel that reads `reach` pixels around its outputs and where a thread owns kOwn columns of a channel, of those
-// `border` columns of the neighbouring tiles too. bytes(tiling) of shared memory may be at most `limit`. A block moves
-// `moved` elements for each pixel and `extra` for each channel: where planes are so small that these weigh, it does several
-// images.
+// Cuts x for a kernel that reads `reach` pixels around its outputs and where a thread owns `own` neighbouring columns of a
+// channel, of those `border` columns of the neighbouring tiles too. bytes(tiling) of shared memory may be at most `limit`. A
+// block moves `moved` elements for each pixel and `extra` for each channel: where planes are so small that these weigh, it does
+// several images.
 template <class F>
-Tiling cut(const Image& x, int reach, int border, int moved, int extra, double most_read, int most_threads, int limit,
+Tiling cut(const Image& x, int reach, int own, int border, int moved, int extra, double most_read, int most_threads, int limit,
            const F& bytes) {
   Tiling t = {};
-  if (std::max({x.images, x.height, x.width}) > 1 << 30 || x.channels > 1 << 24) {
-    throw std::runtime_error("segnext_kernels: the CUDA kernels take images of up to 2^30 by 2^30 and 2^24 channels");
+  if (std::max({x.images, x.height, x.width}) > 1 << 30 || x.height * x.width > 1 << 30 || x.channels > 1 << 24) {
+    throw std::runtime_error("segnext_kernels: the CUDA kernels take images of up to 2^30 pixels and 2^24 channels");
   }
   t.images = static_cast<int>(x.images);
   t.channels = static_cast<int>(x.channels);
@@ -57,7 +56,7 @@ Tiling cut(const Image& x, int reach, int border, int moved, int extra, double m
     t.tile_columns = t.column_tiles == 1 ? round_up(t.width, 4) : round_up(ceil_div(t.width, t.column_tiles), 8);
     t.column_tiles = ceil_div(t.width, t.tile_columns);
     t.border = t.column_tiles == 1 ? 0 : border;
-    t.per_channel = (t.tile_columns + 2 * t.border) / kOwn;
+    t.per_channel = (t.tile_columns + 2 * t.border) / own;
     t.tile_channels = least_channels;
     while (2 * t.tile_channels * t.per_channel <= 128 && t.tile_channels < t.channels) {
       t.tile_channels *= 2;
