@@ -1,12 +1,13 @@
 """What the compiler made of the CUDA kernels, read from the library that was built: ``python -m bench cuda-static``.
 
 Registers and local memory of every kernel for every architecture, the warps that a multiprocessor holds, the mix of
-instructions, and what bounds msca_strips forward on two GPUs.
+instructions, and what bounds msca_strips forward and dwconv_gelu on two GPUs.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -25,20 +26,31 @@ INNER = 50  # multiply-adds that make a loop one of the inner ones
 # A block's threads and bytes of shared memory for 16x64x64x64, and the wavefronts of shared memory for 32 outputs and what is
 # moved over what must be, as tests/cuda_traffic.py counts them; a test keeps them true.
 BLOCKS = {
-    ("strips", "float32", "contiguous"): (128, 26752, 27.0, 1.01),
+    ("strips", "float32", "contiguous"): (128, 31360, 29.1, 1.01),
     ("strips", "float32", "channels_last"): (256, 60544, 28.0, 1.01),
-    ("strips", "float16", "contiguous"): (128, 23936, 26.0, 1.01),
+    ("strips", "float16", "contiguous"): (128, 26496, 27.1, 1.01),
     ("strips", "float16", "channels_last"): (512, 108544, 29.1, 1.01),
-    ("inputs", "float32", "contiguous"): (128, 31744),
-    ("inputs", "float32", "channels_last"): (256, 61952),
-    ("inputs", "float16", "contiguous"): (128, 27136),
-    ("inputs", "float16", "channels_last"): (288, 64000),
+    ("inputs", "float32", "contiguous"): (128, 32000),
+    ("inputs", "float32", "channels_last"): (256, 62208),
+    ("inputs", "float16", "contiguous"): (128, 29952),
+    ("inputs", "float16", "channels_last"): (288, 64256),
     ("taps", "float32", "contiguous"): (128, 35520),
     ("taps", "float32", "channels_last"): (256, 69504),
     ("taps", "float16", "contiguous"): (128, 30656),
     ("taps", "float16", "channels_last"): (256, 77056),
+    ("convolution", "float32", "contiguous"): (128, 29952, 8.3, 1.07),
+    ("convolution", "float32", "channels_last"): (128, 39296, 10.3, 1.07),
+    ("convolution", "float16", "contiguous"): (128, 30464, 9.4, 1.07),
+    ("convolution", "float16", "channels_last"): (256, 68608, 11.4, 1.07),
+    ("gradients", "float32", "contiguous"): (128, 69120, 23.8, 1.13),
+    ("gradients", "float32", "channels_last"): (128, 69120, 25.8, 1.13),
+    ("gradients", "float16", "contiguous"): (128, 65536, 25.1, 1.13),
+    ("gradients", "float16", "channels_last"): (256, 120064, 27.0, 1.13),
 }
-MULTIPLY_ADDS = 103  # of msca_strips forward for an output
+# Multiply-adds for an output, those of GELU too, and the outputs of a thread in a step down the rows.
+MULTIPLY_ADDS = {"strips": 103, "convolution": 9 + 9, "gradients": 3 * 9 + 10}
+TITLES = {"strips": "msca_strips forward", "convolution": "dwconv_gelu forward", "gradients": "dwconv_gelu backward"}
+OUTPUTS = {"strips": 8, "convolution": 16, "gradients": 16}
 
 
 @dataclass(frozen=True)
@@ -174,10 +186,11 @@ def occupancy(kernel: Kernel) -> float | None:
 
 
 def instructions_of_output(kernel: Kernel) -> float:
-    """Issued by a warp for 32 outputs of msca_strips forward, at most: branches that are not taken count too."""
+    """Issued by a warp for 32 outputs, at most: branches that are not taken count too."""
     loops = kernel.loops
     main = max((loop for loop in loops if multiply_adds(kernel.own(loop)) > 4 * INNER), key=lambda loop: loop[1] - loop[0])
-    units = 8 / (4 if kernel.dtype == "float32" else 8)  # of 16 bytes, for the 8 outputs of a thread in a step
+    outputs = OUTPUTS[kernel.name]
+    units = outputs / (4 if kernel.dtype == "float32" else 8)  # of 16 bytes
     total = kernel.own(main).total()
     for loop in loops:
         own = kernel.own(loop)
@@ -187,15 +200,16 @@ def instructions_of_output(kernel: Kernel) -> float:
             total += own.total()  # a task for each thread
         elif count(own, "LDGSTS", "STG.E.128") or (count(own, "LDS.128") and count(own, "STS")):
             total += units * own.total()  # the others move single elements, where memory is not aligned
-    return total / 8
+    return total / outputs
 
 
 def bounds(kernel: Kernel, gpu: Gpu) -> dict[str, float]:
     """Cycles of a multiprocessor for 32 outputs, by what they are spent on."""
     _, _, wavefronts, traffic = BLOCKS[kernel.name, kernel.dtype, kernel.layout]
-    moved = 2 * (4 if kernel.dtype == "float32" else 2) * traffic * 32
+    elements = 3 if kernel.name == "gradients" else 2
+    moved = elements * (4 if kernel.dtype == "float32" else 2) * traffic * 32
     return {
-        "multiply-adds": MULTIPLY_ADDS / gpu.lanes,
+        "multiply-adds": MULTIPLY_ADDS[kernel.name] / gpu.lanes,
         "issue": instructions_of_output(kernel) / 4,
         "shared memory": wavefronts,
         "DRAM": moved / (gpu.bandwidth / gpu.multiprocessors / gpu.clock),
@@ -220,12 +234,14 @@ def markdown(found: list[Kernel]) -> str:
         memory = f"{whole}, {count(all_of_it, 'LDG') - whole}"
         part = "" if warps is None else f"{warps:.2f}"
         lines.append(table_row(k.name, k.dtype, k.layout, k.arch, k.registers, k.local, part, shares, shared, memory))
-    lines += ["", "## What bounds msca_strips forward: cycles of a multiprocessor for 32 outputs", ""]
-    lines += ["| GPU | dtype | layout | multiply-adds | issue, at most | shared memory | DRAM | bound | useful part of it |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
-    for gpu in GPUS:
-        for k in found:
-            if k.arch != gpu.arch or (k.name, k.dtype, k.layout) not in BLOCKS or k.name != "strips":
+    for name, title in TITLES.items():
+        lines += ["", f"## What bounds {title}: cycles of a multiprocessor for 32 outputs", ""]
+        lines += [
+            "| GPU | dtype | layout | multiply-adds | issue, at most | shared memory | DRAM | bound | useful part of it |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        for gpu, k in itertools.product(GPUS, found):
+            if k.arch != gpu.arch or (k.name, k.dtype, k.layout) not in BLOCKS or k.name != name:
                 continue
             cycles = bounds(k, gpu)
             bound = max(cycles, key=cycles.get)

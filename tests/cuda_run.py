@@ -57,7 +57,8 @@ def build(folder: Path, flags: list[str] = (), csrc: Path = CSRC, reuse: Path | 
     kernels = [*common, "-O1", *flags, "-include", "host_run.h", "-x", "c++", "-c"]
     commands = {name: [*kernels, csrc / "cuda" / name] for name in sorted(p.name for p in (csrc / "cuda").glob("*.cu"))}
     commands["module.cpp"] = [*kernels, HERE / "module.cpp"]
-    commands["host_run.cpp"] = [*common, "-O2", "-c", HERE / "host_run.cpp"]  # never with sanitizers
+    for name in ("host_run.cpp", "traffic.cpp"):  # never with sanitizers
+        commands[name] = [*common, "-O2", "-c", HERE / name]
     objects = []
     running = []
     for name, command in commands.items():

@@ -1,5 +1,4 @@
-"""What the CUDA kernels of msca_strips move, counted on the host. ``python tests/cuda_traffic.py`` prints the table of
-csrc/cuda/README.md."""
+"""What the CUDA kernels move, counted on the host. ``python tests/cuda_traffic.py`` prints the table of csrc/cuda/README.md."""
 
 from __future__ import annotations
 
@@ -11,9 +10,15 @@ from types import ModuleType
 import cuda_run
 import numpy as np
 
-TAPS = [25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1]
+TAPS = {"msca_strips": [25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1], "dwconv_gelu": [9, 1]}
 DTYPES = {"float32": np.float32, "float16": np.float16}
-WORDS = {"forward": 2, "backward": 5}  # elements for each output that the passes must read and write
+# Elements for each output that the passes must read and write.
+WORDS = {
+    ("msca_strips", "forward"): 2,
+    ("msca_strips", "backward"): 5,
+    ("dwconv_gelu", "forward"): 2,
+    ("dwconv_gelu", "backward"): 3,
+}
 T, B = {512: [(32, 128), (64, 64), (160, 32), (256, 16)]}, {512: [(64, 128), (128, 64), (320, 32), (512, 16)]}
 T[1024], B[1024] = ([(channels, 2 * side) for channels, side in stages[512]] for stages in (T, B))
 
@@ -53,18 +58,25 @@ def new(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def measure(module: ModuleType, direction: str, shape: tuple[int, int, int, int], dtype: str, layout: str) -> Row:
+def measure(
+    module: ModuleType,
+    direction: str,
+    shape: tuple[int, int, int, int],
+    dtype: str,
+    layout: str,
+    operator: str = "msca_strips",
+) -> Row:
     """Runs the blocks of one group of channels, in the first images that a block does, of a launch for the whole shape."""
     n, c, h, w = shape
     last, kind = layout == "channels_last", DTYPES[dtype]
     images = [new((n, h, w, c) if last else shape, kind) for _ in range(4)]
-    filters, grads = ([new((c, taps), kind) for taps in TAPS] for _ in range(2))
+    filters, grads = ([new((c, taps), kind) for taps in TAPS[operator]] for _ in range(2))
 
     def call():
         if direction == "forward":
-            module.msca_strips(images[0], filters, images[1], last)
+            getattr(module, operator)(images[0], filters, images[1], last)
         else:
-            module.msca_strips_backward(images[2], images[0], filters, images[3], grads, last)
+            getattr(module, f"{operator}_backward")(images[2], images[0], filters, images[3], grads, last)
 
     module.settings(count=0)
     call()
@@ -84,15 +96,15 @@ def measure(module: ModuleType, direction: str, shape: tuple[int, int, int, int]
             "ideal": counted["shared_ideal"] * 32,
         }.items():
             total[key] += value / outputs
-    moved = total["read_bytes"] + total["written_bytes"]
+    moved, must = total["read_bytes"] + total["written_bytes"], WORDS[operator, direction]
     return Row(
         direction,
         shape,
         dtype,
         layout,
         cuts,
-        traffic=moved / WORDS[direction],
-        from_l2=max(total["read_bytes"] - total["distinct"], 0) / WORDS[direction],
+        traffic=moved / must,
+        from_l2=max(total["read_bytes"] - total["distinct"], 0) / must,
         sectors=total["sectors"] / moved,
         wavefronts=total["wavefronts"],
         conflicts=1 - total["ideal"] / total["wavefronts"],
@@ -112,7 +124,7 @@ def designed_forward(row: Row) -> float:
         last = min(min(first + cut["rows"], height) + reach, height) - 1
         rows += min(start + (last - start) // 4 * 4 + 5, height - 1) + 1 - max(start - 2, 0)
     blocks = cut["column_tiles"] * cut["row_parts"] / min(cut["block_images"], row.shape[0])
-    return (columns * rows / (height * width) + 1 + sum(TAPS) * blocks / (height * width)) / 2
+    return (columns * rows / (height * width) + 1 + sum(TAPS["msca_strips"]) * blocks / (height * width)) / 2
 
 
 def main() -> None:

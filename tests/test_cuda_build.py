@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+from collections import Counter
 
 import pytest
 import torch
@@ -37,11 +38,24 @@ def test_no_spills(kernels):
     assert not [(k.name, k.dtype, k.layout, k.arch, k.local) for k in kernels if k.local > 0]
 
 
-def test_most_instructions_of_the_strips_are_multiply_adds(kernels):
-    strips = [kernel for kernel in kernels if kernel.name in ("strips", "inputs", "taps")]
-    shares = {(k.name, k.dtype, k.layout, k.arch): [cuda_static.useful_share(own) for own in k.inner_loops()] for k in strips}
+def test_most_instructions_of_the_inner_loops_are_multiply_adds(kernels):
+    computing = [kernel for kernel in kernels if kernel.name != "reduce"]
+    shares = {
+        (k.name, k.dtype, k.layout, k.arch): [cuda_static.useful_share(own) for own in k.inner_loops()] for k in computing
+    }
     assert all(shares.values())
     assert not {kernel: found for kernel, found in shares.items() if kernel[1] == "float32" and min(found) < 0.55}
+
+
+def test_contiguous_rows_are_stored_16_bytes_at_a_time(kernels):
+    """Others store single elements, where rows are not aligned, and sums."""
+    for k in kernels:
+        if k.name in ("strips", "inputs", "convolution", "gradients"):
+            stores = Counter(cuda_static.opcode(text) for text in k.instructions)
+            assert cuda_static.count(stores, "STG.E.128") > 0, k
+            assert cuda_static.count(stores, "STG.E.64") == 0, k
+            if k.name in ("strips", "convolution"):  # the others store sums of their taps too
+                assert cuda_static.count(stores, "STG") - cuda_static.count(stores, "STG.E.128") == 1, k
 
 
 def test_the_library_needs_no_other_of_cuda():

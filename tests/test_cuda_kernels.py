@@ -113,6 +113,22 @@ def test_memory_that_is_not_aligned(operator, layout, host_run):
     assert_same(host_run(shifted, grad_like(sample.x), layout), host_run(sample, grad_like(sample.x), layout))
 
 
+def test_gelu_and_its_slope_everywhere(host_run):
+    """Images of one pixel under a filter of one tap: y is GELU(x) and the gradient its slope."""
+    x = torch.cat([torch.linspace(-20, 20, 20001), torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38])])
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[..., 1, 1] = 1
+    sample = Sample("dwconv_gelu", (x.view(-1, 1, 1, 1), weight, torch.zeros(1)))
+    y, slope, *_ = (out.flatten() for out in host_run(sample, torch.ones(len(x), 1, 1, 1), "contiguous", (True, True)))
+    z = x.double().requires_grad_()
+    exact = torch.nn.functional.gelu(z)
+    (exact_slope,) = torch.autograd.grad(exact.sum(), z)
+    assert ((y - exact)[:-5].abs() <= 1e-7 * x[:-5].abs().clamp(min=1)).all()
+    assert ((slope - exact_slope)[:-5].abs() <= 2e-7).all()
+    assert y[-5:-3].tolist() == [torch.inf, 0] and y[-3].isnan() and y[-2:].tolist() == [x[-2], 0]
+    assert slope[-3].isnan() and slope[-2:].tolist() == [1, 0]
+
+
 @operators
 @image_layouts
 def test_offsets_beyond_32_bits(operator, layout, host_run):
@@ -191,11 +207,12 @@ def test_thread_sanitizer_misses_no_removed_barrier(number, sanitized, tmp_path)
 
 # What is planted, and which sanitizer, or the runtime without one, says what.
 PLANTED = {
-    "one-column-too-many": ("tile.h", "min(last, t_.width)", "min(last, t_.width + 1)", "address", "buffer-overflow"),
-    "one-row-too-many": ("msca_strips.cu", "done + r >= tile.end_row", "done + r > tile.end_row", "address", "buffer-overflow"),
+    "one-column-too-many": ("rows.h", "min(last, t_.width)", "min(last, t_.width + 1)", "address", "buffer-overflow"),
+    "one-row-too-many": ("rows.h", "row + r < tile.end_row", "row + r <= tile.end_row", "address", "buffer-overflow"),
     "misaligned": ("msca_strips.cu", "put<2>(x, row - 2", "put<4>(x, row - 2", "address", "misaligned address"),
     "divergent-barrier": ("msca_strips.cu", "if (active) {", "if (active) { __syncthreads();", "none", "divergent barrier"),
-    "no-wait": ("tile.h", "wait_async();", ";", "none", "copies landed"),
+    "no-warp-barrier": ("rows.h", "__syncwarp();", ";", "thread", "data race"),
+    "no-wait": ("rows.h", "wait_async();", ";", "none", "copies landed"),
 }
 
 
@@ -234,3 +251,8 @@ def test_blocks_that_the_benchmark_counts_with(dtype, layout, host_run):
     assert (wavefronts, traffic) == pytest.approx((forward.wavefronts, forward.traffic), rel=0.01)
     for kernel, cut in zip(("inputs", "taps"), backward.cuts, strict=True):
         assert cuda_static.BLOCKS[kernel, dtype, layout] == (cut["threads"], cut["shared_bytes"])
+    for kernel, direction in (("convolution", "forward"), ("gradients", "backward")):
+        row = cuda_traffic.measure(host_run.module, direction, shape, dtype, layout, "dwconv_gelu")
+        threads, shared, wavefronts, traffic = cuda_static.BLOCKS[kernel, dtype, layout]
+        assert (threads, shared) == (row.cuts[0]["threads"], row.cuts[0]["shared_bytes"])
+        assert (wavefronts, traffic) == pytest.approx((row.wavefronts, row.traffic), rel=0.01)

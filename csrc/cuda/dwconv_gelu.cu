@@ -1,4 +1,5 @@
 // dwconv_gelu: a 3x3 depthwise convolution, its bias and GELU in one pass; backward computes the convolution again.
+#include "cuda/gelu.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/stencil.h"
@@ -16,21 +17,23 @@ constexpr int kMostThreads = 256;
 // Backward has the ring of dz too, and rows of the output's gradient.
 struct Arrays {
   Layout layout;
-  int x_pad, taps, x, dz, rows, staging, grad_staging;
-  __host__ __device__ Arrays(const Tiling& t, bool backward, int staging_bytes, float* memory)
+  int x_pad, taps, x, dz, rows, patch, staging, grad_staging;
+  __host__ __device__ Arrays(const Tiling& t, bool backward, int patch_floats, int staging_bytes, float* memory)
       : layout(memory),
         x_pad(backward ? 2 * kPad : kPad),
         taps(layout.take(t.tile_channels * kTapStride)),
         x(layout.take(t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * x_pad))),
         dz(layout.take(backward ? t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) : 0)),
         rows(layout.take(backward || t.channels_last ? t.tile_channels * plane_stride(kRows, t.tile_columns + 2 * kPad) : 0)),
+        patch(layout.take(patch_floats)),
         staging(layout.take(staging_bytes / 4)),
         grad_staging(layout.take(backward ? staging_bytes / 4 : 0)) {}
 };
 
 template <class T, bool kLast>
 __host__ __device__ Arrays arrays(const Tiling& t, bool backward, float* memory) {
-  return {t, backward, RowMover<T, kLast>::staging_bytes(t, t.tile_columns + 4), memory};
+  const int patch_floats = kLast ? 0 : Patch<T, kRows, kTaskColumns>::floats(t);
+  return {t, backward, patch_floats, RowMover<T, kLast>::staging_bytes(t, t.tile_columns + 4), memory};
 }
 
 template <class T>
@@ -44,17 +47,11 @@ __device__ void load_taps(const DepthwiseFilter& filter, const Tile& tile, float
   }
 }
 
-__device__ float gelu(float z) { return 0.5f * z * (1 + erff(z * 0.70710678f)); }
-__device__ float gelu_slope(float z) { return 0.5f * (1 + erff(z * 0.70710678f)) + z * 0.39894228f * expf(-0.5f * z * z); }
-
-// A thread's own task: a pair of rows, four columns of one channel.
+// What a thread owns: four columns of one channel.
 struct Own {
-  int channel, pair, column;
-  __device__ Own(const Tiling& t, const Tile& tile) : channel(threadIdx.x / t.per_channel) {
-    const int place = threadIdx.x - channel * t.per_channel, groups = t.tile_columns / kTaskColumns;
-    pair = place / groups * kTaskRows;
-    column = tile.column + place % groups * kTaskColumns;
-  }
+  int channel, column;
+  __device__ Own(const Tiling& t, const Tile& tile)
+      : channel(threadIdx.x / t.per_channel), column(tile.column + (threadIdx.x - channel * t.per_channel) * kTaskColumns) {}
 };
 
 template <class T, bool kLast>
@@ -73,8 +70,7 @@ __global__ void __launch_bounds__(kMostThreads)
   __syncthreads();
 
   const Own own(t, tile);
-  const bool active = own.channel < tile.channels;
-  T* plane = static_cast<T*>(y) + (plane_of(t, tile) + own.channel) * t.height * t.width;
+  const bool active = own.channel < tile.channels && own.column < t.width;
   // Rows row ... row + 3 of y lie in the middle of x's rows row - 2 ... row + 5, the ring.
   rows.fetch(x, tile.row - 2);
   rows.template put<4>(x, tile.row - 2, xs.from_row(0));
@@ -83,21 +79,19 @@ __global__ void __launch_bounds__(kMostThreads)
     rows.template put<4>(x, row + 2, xs.from_row((parity ^ 1) * kRows));
     __syncthreads();
     if (row + kRows < tile.end_row) rows.fetch(x, row + 2 + kRows);
+    float z[kRows][kTaskColumns];
+    if constexpr (!kLast) clear<T>(z);
     if (active) {
-      float z[kTaskRows][kTaskColumns];
-      convolve<3, kPad>(xs, shared + at.taps + own.channel * kTapStride, own.channel, own.pair + 1 + parity * kRows, own.column,
-                        z);
+      convolve<3, kPad>(xs, shared + at.taps + own.channel * kTapStride, own.channel, 1 + parity * kRows, own.column, z);
 #pragma unroll
-      for (int o = 0; o < kTaskRows; ++o) {
+      for (int o = 0; o < kRows; ++o) {
 #pragma unroll
         for (int c = 0; c < kTaskColumns; ++c) z[o][c] = gelu(z[o][c]);
-        const int out = row + own.pair + o;
-        if constexpr (kLast) {
-          write<4>(ys(own.channel, own.pair + o, own.column), {z[o][0], z[o][1], z[o][2], z[o][3]});
-        } else if (out < tile.end_row) {
-          store_columns(plane + static_cast<int64_t>(out) * t.width, own.column, t.width, t.vectors, z[o]);
-        }
+        if constexpr (kLast) write<4>(ys(own.channel, o, own.column), {z[o][0], z[o][1], z[o][2], z[o][3]});
       }
+    }
+    if constexpr (!kLast) {
+      store_rows<T, kRows>(y, t, tile, own.channel, row, own.column, active, z, shared + at.patch);
     }
     __syncthreads();
     if constexpr (kLast) rows.store(y, row, ys);
@@ -106,7 +100,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
 // dz = grad_out gelu'(z); dx is its transposed convolution, and what the filter gets is summed on the way.
 template <class T, bool kLast>
-__global__ void __launch_bounds__(kMostThreads, 2)
+__global__ void __launch_bounds__(kLast ? kMostThreads : 128, kLast ? 2 : 3)
     gradients(const Tiling t, const void* grad_out, const void* x, const DepthwiseFilter filter, void* grad_x, float* partial) {
   SEGNEXT_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -125,10 +119,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   __syncthreads();
 
   const Own own(t, tile);
-  const bool active = own.channel < tile.channels;
+  const bool active = own.channel < tile.channels && own.column < t.width;
   const float* own_taps = shared + at.taps + (active ? own.channel : 0) * kTapStride;
   float sums[kTaps] = {};
-  // Groups of 4 columns of dz that lie in the image, of two pairs of rows for each channel.
+  // Groups of 4 columns of dz that lie in the image, for each channel.
   const int first_group = tile.column == 0 ? kPad / 4 : 0;
   const int groups = ceil_div(min(t.width - tile.column + kPad, pitch), 4) - first_group;
   const Walk first_task(threadIdx.x, groups), task_step(blockDim.x, groups);
@@ -147,39 +141,40 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       rows.fetch(x, row + 2 + kRows);
       grads.fetch(grad_out, row + kRows);
     }
-    for (Walk task = first_task; task.line() < 2 * tile.channels; task.advance(task_step, groups)) {
-      const int channel = task.line() / 2, pair = task.line() % 2 * kTaskRows;
+    for (Walk task = first_task; task.line() < tile.channels; task.advance(task_step, groups)) {
+      const int channel = task.line();
       const int first = tile.column - kPad + 4 * (first_group + task.at());
-      float z[kTaskRows][kTaskColumns];
-      convolve<3, kPad>(xs, shared + at.taps + channel * kTapStride, channel, pair + 1 + parity * kRows, first, z);
+      float z[kRows][kTaskColumns];
+      convolve<3, kPad>(xs, shared + at.taps + channel * kTapStride, channel, 1 + parity * kRows, first, z);
 #pragma unroll
-      for (int o = 0; o < kTaskRows; ++o) {
-        const bool inside = row + pair + o >= 0 && row + pair + o < t.height;
-        auto dz = read<4>(gs(channel, pair + o, first));
+      for (int o = 0; o < kRows; ++o) {
+        auto dz = read<4>(gs(channel, o, first));  // zero outside the image
 #pragma unroll
-        for (int c = 0; c < kTaskColumns; ++c) {
-          dz[c] = inside && first + c >= 0 && first + c < t.width ? dz[c] * gelu_slope(z[o][c]) : 0.0f;
-        }
-        write<4>(dzs(channel, pair + o + parity * kRows, first), dz);
+        for (int c = 0; c < kTaskColumns; ++c) dz[c] *= gelu_slope(z[o][c]);
+        write<4>(dzs(channel, o + parity * kRows, first), dz);
       }
     }
     __syncthreads();
     const int done = row - 2;
     const bool owes = active && done >= tile.row;
+    float dx[kRows][kTaskColumns];
+    if constexpr (!kLast) clear<T>(dx);
     if (owes) {
-      float dx[kTaskRows][kTaskColumns];
-      const float* own_x = xs(own.channel, own.pair + parity * kRows, own.column);
-      convolve_back<3, kPad>(dzs, own_taps, own.channel, own.pair + 1 + (parity ^ 1) * kRows, own.column, own_x, xs.pitch, dx,
-                             sums);
+      const float* own_x = xs(own.channel, parity * kRows, own.column);
+      convolve_back<3, kPad>(dzs, own_taps, own.channel, 1 + (parity ^ 1) * kRows, own.column, own_x, xs.pitch, dx, sums);
+      if constexpr (kLast) {
 #pragma unroll
-      for (int o = 0; o < kTaskRows; ++o) {
-        const int out = done + own.pair + o;
-        if constexpr (kLast) {
-          write<4>(gs(own.channel, own.pair + o, own.column), {dx[o][0], dx[o][1], dx[o][2], dx[o][3]});
-        } else if (grad_x != nullptr && out < tile.end_row) {
-          T* plane = static_cast<T*>(grad_x) + (plane_of(t, tile) + own.channel) * t.height * t.width;
-          store_columns(plane + static_cast<int64_t>(out) * t.width, own.column, t.width, t.vectors, dx[o]);
+        for (int o = 0; o < kRows; ++o) {
+          Vec<float, 4> values;  // gs stays zero beside the image
+#pragma unroll
+          for (int c = 0; c < kTaskColumns; ++c) values[c] = own.column + c < t.width ? dx[o][c] : 0.0f;
+          write<4>(gs(own.channel, o, own.column), values);
         }
+      }
+    }
+    if constexpr (!kLast) {
+      if (grad_x != nullptr) {
+        store_rows<T, kRows>(grad_x, t, tile, own.channel, done, own.column, owes, dx, shared + at.patch);
       }
     }
     __syncthreads();
@@ -206,7 +201,7 @@ __global__ void reduce(const float* partial, int64_t parts, int channels, const 
 template <class T, bool kLast>
 Tiling cut_for(const Image& x, bool backward) {
   const auto bytes = [&](const Tiling& t) { return arrays<T, kLast>(t, backward, nullptr).layout.bytes(); };
-  return cut(x, backward ? 2 : 1, 0, backward ? 3 : 2, 0, 1.5, kMostThreads, shared_memory_limit(), bytes);
+  return cut(x, backward ? 2 : 1, kTaskColumns, 0, backward ? 3 : 2, 0, 1.5, kMostThreads, shared_memory_limit(), bytes);
 }
 
 }  // namespace

@@ -36,6 +36,13 @@ __device__ __forceinline__ void write(T* to, const Vec<T, N>& value, [[maybe_unu
   *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 
+// Copies 16 bytes, which others have written as another type before a barrier.
+__device__ __forceinline__ void copy_unit(void* to, const void* from, [[maybe_unused]] unsigned site = __builtin_LINE()) {
+  SEGNEXT_TRACE(from, 16, false, site);
+  SEGNEXT_TRACE(to, 16, true, site);
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+}
+
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }

@@ -9,24 +9,24 @@ namespace {
 constexpr int kHalo = kReach + 2;  // columns of x that are read on either side
 constexpr int kXPad = StemTasks::kInputPad, kAPad = StemTasks::kPad;
 
-// In shared memory: the taps, the ring of x, kRows rows of a, of y in channels_last, what is on its way from memory.
+// In shared memory: the taps, the ring of x, kRows rows of a and of y, what is on its way from memory.
 struct Arrays {
   Layout layout;
   int x_pitch, a_pitch, taps, x, a, y, staging;
-  __host__ __device__ Arrays(const Tiling& t, int staging_bytes, float* memory)
+  __host__ __device__ Arrays(const Tiling& t, int patch_floats, int staging_bytes, float* memory)
       : layout(memory),
         x_pitch(StemTasks::input_pitch(t)),
         a_pitch(t.tile_columns + 2 * kAPad),
         taps(layout.take(t.tile_channels * kTapStride)),
         x(layout.take(t.tile_channels * plane_stride(kRing, x_pitch))),
         a(layout.take(t.tile_channels * own_stride(kRows, a_pitch))),
-        y(layout.take(t.channels_last ? t.tile_channels * plane_stride(kRows, t.tile_columns) : 0)),
+        y(layout.take(t.channels_last ? t.tile_channels * plane_stride(kRows, t.tile_columns) : patch_floats)),
         staging(layout.take(staging_bytes / 4)) {}
 };
 
 template <class T, bool kLast>
 __host__ __device__ Arrays arrays(const Tiling& t, float* memory) {
-  return {t, RowMover<T, kLast>::staging_bytes(t, t.tile_columns + 2 * kHalo), memory};
+  return {t, Patch<T, kRows, kOwn>::floats(t), RowMover<T, kLast>::staging_bytes(t, t.tile_columns + 2 * kHalo), memory};
 }
 
 // channels_last: 64 columns of a sector's channels; 16 warps on a multiprocessor, else 12, which bounds the registers.
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), (kBlocksTogether<T, 
           filter_rows(as(own, 0, col - kReach), as.pitch, taps + kRowTaps, h, sums);
           filter_columns(h, taps + kColumnTaps, sums);
         }
-      } else if constexpr (kLast) {
+      } else {
         __syncthreads();  // the rows before are stored
       }
       const int done = row - kReach;  // its first kRows rows of sums are complete
@@ -109,13 +109,8 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), (kBlocksTogether<T, 
         }
         __syncthreads();
         rows.store(y, done, ys);
-      } else if (active) {
-        T* plane = static_cast<T*>(y) + (plane_of(t, tile) + own) * t.height * t.width;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          if (done + r < tile.row || done + r >= tile.end_row) continue;
-          store_columns<kOwn>(plane + static_cast<int64_t>(done + r) * t.width, col, t.width, t.vectors, sums[r]);
-        }
+      } else {
+        store_rows<T, kRows>(y, t, tile, own, done, col, active && col < t.width, sums, shared + at.y);
       }
       advance(sums, taps[kColumnBias]);
     }
@@ -125,7 +120,7 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), (kBlocksTogether<T, 
 template <class T, bool kLast>
 void forward(const Image& x, const StripFilters& filters, const Image& y, cudaStream_t stream) {
   const auto bytes = [](const Tiling& t) { return arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  Tiling t = cut(x, kHalo, 0, 2, kChannelTaps, 2, kMostThreads<T, kLast>, shared_memory_limit(), bytes);
+  Tiling t = cut(x, kHalo, kOwn, 0, 2, kChannelTaps, 2, kMostThreads<T, kLast>, shared_memory_limit(), bytes);
   t.vectors = aligned(x) && aligned(y);
   launch(strips<T, kLast>, t.blocks, t.threads, bytes(t), stream, t, x.data, filters, y.data);
 }

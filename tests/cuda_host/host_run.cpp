@@ -8,10 +8,10 @@
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <unordered_set>
 #include <utility>
 #include <vector>
+
+#include "traffic.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -59,8 +59,7 @@ std::vector<Cut> cuts;
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-constexpr size_t kSites = 512 * 8;  // lines, times four sizes, times load and store
-enum class State { kReady, kAtBarrier, kDone };
+enum class State { kReady, kAtBarrier, kAtWarpBarrier, kDone };
 
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
@@ -69,7 +68,6 @@ struct Fiber {
   State state = State::kDone;
   unsigned site = 0, index = 0;
   std::vector<Copy> copies;
-  std::vector<unsigned> occurrences = std::vector<unsigned>(kSites);  // of sites since the last barrier
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -82,21 +80,12 @@ std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free}
 size_t shared_size;
 char tags[2];  // of barriers, in turn: one tag for all would let a barrier stand for the next
 int tag;
+struct Warp {
+  char tags[2];
+  int tag;
+};
+Warp warps[32];
 
-struct Access {
-  uintptr_t address;
-  size_t bytes;
-};
-// Lanes of a warp that come by the same place for the same time make one instruction.
-struct Traced {
-  uint64_t instruction;  // warp, site, occurrence
-  unsigned lane;
-  bool store;
-  Access access;
-};
-std::vector<Traced> traced;
-std::unordered_set<uintptr_t> sectors_read;
-Traffic total;
 int launches;
 std::string problem;  // that the kernel has, thrown at the next barrier
 
@@ -129,7 +118,6 @@ void start(Fiber& fiber, unsigned index) {
   fiber.state = State::kReady;
   fiber.index = index;
   fiber.copies.clear();
-  std::fill(fiber.occurrences.begin(), fiber.occurrences.end(), 0u);
 }
 
 void resume(Fiber& fiber) {
@@ -142,69 +130,59 @@ void resume(Fiber& fiber) {
   current = nullptr;
 }
 
-bool is_shared(uintptr_t address) {
-  const auto base = reinterpret_cast<uintptr_t>(shared.get());
-  return address >= base && address < base + shared_size;
-}
-
-// The units of some size that lanes [first, last) touch, each once, in order.
-std::vector<uintptr_t> touched(const std::vector<Access>& lanes, size_t first, size_t last, size_t size) {
-  std::vector<uintptr_t> units;
-  for (size_t i = first; i < last; ++i) {
-    const uintptr_t end = (lanes[i].address + lanes[i].bytes - 1) / size;
-    for (uintptr_t unit = lanes[i].address / size; unit <= end; ++unit) units.push_back(unit);
+// Lets the warps go on all of whose threads have come to a barrier of theirs; says whether there is one.
+bool release_warps(unsigned threads) {
+  bool released = false;
+  for (unsigned first = 0; first < threads; first += 32) {
+    const unsigned last = std::min(first + 32, threads);
+    unsigned waiting = 0;
+    for (unsigned i = first; i < last; ++i) waiting += fibers[i]->state == State::kAtWarpBarrier;
+    if (waiting == 0) continue;
+    for (unsigned i = first; i < last; ++i) {
+      if (fibers[i]->state != State::kAtWarpBarrier || fibers[i]->site != fibers[first]->site) {
+        problem = "divergent barrier: a warp's threads wait in line " + std::to_string(fibers[i]->site) + " and elsewhere";
+      }
+      fibers[i]->state = State::kReady;
+    }
+    warps[first / 32].tag ^= 1;
+    released = true;
   }
-  std::sort(units.begin(), units.end());
-  units.erase(std::unique(units.begin(), units.end()), units.end());
-  return units;
+  return released;
 }
 
-// 32 banks of 4 bytes. Wide accesses go by halves or quarters of a warp; one that touches just what another does is free.
-long wavefronts(const std::vector<Access>& lanes) {
-  const size_t together = std::max<size_t>(1, 128 / lanes[0].bytes);
-  long count = 0;
-  std::vector<uintptr_t> before;
-  for (size_t first = 0; first < lanes.size(); first += together) {
-    const std::vector<uintptr_t> words = touched(lanes, first, std::min(first + together, lanes.size()), 4);
-    if (words == before) continue;
-    int banks[32] = {};
-    for (const uintptr_t word : words) ++banks[word % 32];
-    count += *std::max_element(banks, banks + 32);
-    before = words;
+// Runs every thread to the next barrier of the block or to its end.
+void run_phase(unsigned threads, const std::vector<unsigned>& order) {
+  for (unsigned i = 0; i < threads; ++i) {
+    if (fibers[i]->state == State::kAtBarrier) fibers[i]->state = State::kReady;
   }
-  return count;
+  do {
+    for (const unsigned i : order) {
+      Fiber& fiber = *fibers[i];
+      if (fiber.state != State::kReady) continue;
+      resume(fiber);
+      if (fiber.state == State::kDone && !fiber.copies.empty()) problem = "a thread returned before its copies landed";
+    }
+  } while (release_warps(threads) && problem.empty());
 }
 
-void count(const std::vector<Access>& lanes, bool store) {
-  if (is_shared(lanes[0].address)) {
-    ++total.shared_instructions;
-    total.shared_wavefronts += wavefronts(lanes);
-    total.shared_ideal += (static_cast<long>(touched(lanes, 0, lanes.size(), 4).size()) + 31) / 32;
-    return;
+// Whether threads wait for the next phase, all in the same line and none has returned: else the kernel has a problem.
+bool goes_on(unsigned threads) {
+  const Fiber* waiting = nullptr;
+  unsigned done = 0;
+  for (unsigned i = 0; i < threads; ++i) {
+    const Fiber& fiber = *fibers[i];
+    done += fiber.state == State::kDone;
+    if (fiber.state == State::kDone) continue;
+    if (waiting != nullptr && waiting->site != fiber.site) {
+      problem =
+          "divergent barrier: threads wait in lines " + std::to_string(waiting->site) + " and " + std::to_string(fiber.site);
+    }
+    waiting = &fiber;
   }
-  const std::vector<uintptr_t> sectors = touched(lanes, 0, lanes.size(), 32);
-  const long bytes = 2 * static_cast<long>(touched(lanes, 0, lanes.size(), 2).size());  // no element is smaller
-  (store ? total.written_bytes : total.read_bytes) += bytes;
-  (store ? total.written_sectors : total.read_sectors) += static_cast<long>(sectors.size());
-  if (!store) sectors_read.insert(sectors.begin(), sectors.end());
-}
-
-void count_instructions() {
-  std::sort(traced.begin(), traced.end(),
-            [](const Traced& a, const Traced& b) { return std::tie(a.instruction, a.lane) < std::tie(b.instruction, b.lane); });
-  std::vector<Access> lanes;
-  for (size_t i = 0; i < traced.size(); ++i) {
-    lanes.push_back(traced[i].access);
-    if (i + 1 < traced.size() && traced[i + 1].instruction == traced[i].instruction) continue;
-    count(lanes, traced[i].store);
-    lanes.clear();
+  if (waiting != nullptr && done > 0) {
+    problem = "divergent barrier: threads wait in line " + std::to_string(waiting->site) + " for threads that have returned";
   }
-  traced.clear();
-}
-
-void finish_phase() {
-  if (settings.traced) count_instructions();
-  tag ^= 1;
+  return waiting != nullptr;
 }
 
 void run_block(unsigned threads, std::mt19937& random) {
@@ -215,35 +193,14 @@ void run_block(unsigned threads, std::mt19937& random) {
   if (settings.order == 1) std::reverse(order.begin(), order.end());
   if (__tsan_release) __tsan_release(&tags[tag]);
   for (unsigned i = 0; i < threads; ++i) start(*fibers[i], i);
-  for (unsigned left = threads; left > 0;) {
+  bool more = true;
+  while (more) {
     if (settings.order > 1) std::shuffle(order.begin(), order.end(), random);
-    left = 0;
-    unsigned done = 0;
-    const Fiber* waiting = nullptr;
-    for (const unsigned i : order) {
-      Fiber& fiber = *fibers[i];
-      if (fiber.state == State::kDone) {
-        ++done;
-        continue;
-      }
-      resume(fiber);
-      if (fiber.state == State::kDone) {
-        ++done;
-        if (!fiber.copies.empty()) problem = "a thread returned before its copies landed";
-        continue;
-      }
-      ++left;
-      if (waiting != nullptr && waiting->site != fiber.site) {
-        problem =
-            "divergent barrier: threads wait in lines " + std::to_string(waiting->site) + " and " + std::to_string(fiber.site);
-      }
-      waiting = &fiber;
-    }
-    if (left > 0 && done > 0) {
-      problem = "divergent barrier: threads wait in line " + std::to_string(waiting->site) + " for threads that have returned";
-    }
+    run_phase(threads, order);
+    more = goes_on(threads);
     if (__tsan_acquire) __tsan_acquire(&tags[tag ^ 1]);
-    finish_phase();
+    end_traced_phase();
+    tag ^= 1;
     if (!problem.empty()) throw std::runtime_error(std::exchange(problem, {}));
   }
 }
@@ -254,13 +211,23 @@ void barrier(unsigned site) {
   Fiber* self = current;
   self->state = State::kAtBarrier;
   self->site = site;
-  if (settings.traced) std::fill(self->occurrences.begin(), self->occurrences.end(), 0u);
   if (__tsan_release) __tsan_release(&tags[tag ^ 1]);
   switch_to_main();
   if (__tsan_acquire) __tsan_acquire(&tags[tag]);
 }
 
+void warp_barrier(unsigned site) {
+  Fiber* self = current;
+  Warp& warp = warps[self->index / 32];
+  self->state = State::kAtWarpBarrier;
+  self->site = site;
+  if (__tsan_release) __tsan_release(&warp.tags[warp.tag ^ 1]);
+  switch_to_main();
+  if (__tsan_acquire) __tsan_acquire(&warp.tags[warp.tag]);
+}
+
 unsigned char* shared_memory() { return shared.get(); }
+size_t shared_bytes() { return shared_size; }
 
 void guard(void* from, size_t bytes) {
   if (__asan_poison_memory_region) __asan_poison_memory_region(from, bytes);
@@ -276,14 +243,6 @@ void copy_async(void* to, const void* from, unsigned site) {
 }
 
 std::vector<Copy> take_copies() { return std::exchange(current->copies, {}); }
-
-void trace(const void* address, size_t bytes, bool store, unsigned site) {
-  if (!settings.traced) return;
-  const uint64_t key = (site * 8 + (bytes >= 16 ? 3 : bytes >> 2) * 2 + store) % kSites;  // 2, 4, 8, 16 bytes
-  const uint64_t warp = current->index / 32, occurrence = current->occurrences[key]++;
-  traced.push_back(
-      {warp << 54 | key << 32 | occurrence, current->index % 32, store, {reinterpret_cast<uintptr_t>(address), bytes}});
-}
 
 void run(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
   if (const int number = launches++; settings.launch >= 0 && number != settings.launch) return;
@@ -305,13 +264,11 @@ void run(dim3 blocks, unsigned threads, size_t shared_bytes, const std::function
     blockIdx = {block % blocks.x, block / blocks.x, 0};
     run_block(threads, random);
   }
-  total.distinct_read_sectors += static_cast<long>(sectors_read.size());
-  sectors_read.clear();
+  end_traced_launch();
 }
 
-Traffic traffic() { return total; }
 void reset() {
-  total = {};
+  reset_traffic();
   launches = 0;
   cuts.clear();
 }

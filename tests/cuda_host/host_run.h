@@ -23,7 +23,9 @@ using std::min;
 namespace host_run {
 
 void barrier(unsigned site);
+void warp_barrier(unsigned site);
 unsigned char* shared_memory();
+size_t shared_bytes();
 // A region that nobody may touch, between two arrays in shared memory.
 void guard(void* from, size_t bytes);
 // Lands as late as is legal: in wait_async() of the same thread.
@@ -85,4 +87,5 @@ void reset();
 }  // namespace host_run
 
 inline void __syncthreads(unsigned site = __builtin_LINE()) { host_run::barrier(site); }
+inline void __syncwarp(unsigned site = __builtin_LINE()) { host_run::warp_barrier(site); }
 #define cudaLaunchKernelEx host_run::launch
