@@ -183,11 +183,10 @@ def _describe(launch: Launch) -> str:
 def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Callable[[], object]]:
     """For every operator a call forward and backward, on tensors of SegNeXt's sizes; ``last``: channels (rows) lie together.
 
-    Without ``whole`` only the sizes of SegNeXt-T, otherwise also those of B, and one that fits no tile.
+    Without ``whole`` only the sizes of SegNeXt-T, otherwise also those of B and L, one that fits no tile, and a high rank.
     """
     from segnext_kernels.dwconv_gelu import triton as dwconv_gelu
     from segnext_kernels.msca_strips import triton as msca_strips
-    from segnext_kernels.nmf import triton as nmf
     from segnext_kernels.upsample_argmax import triton as upsample_argmax
     from segnext_kernels.upsample_cross_entropy import triton as upsample_cross_entropy
 
@@ -207,13 +206,6 @@ def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Calla
         dwconv_gelu.forward(x, weight, bias)
         dwconv_gelu.backward(x, x, weight, bias, True, True)
 
-    def decomposition(batch: int, rows: int, columns: int, rank: int) -> None:
-        x = torch.empty(batch, columns, rows, dtype=dtype).mT if last else torch.empty(batch, rows, columns, dtype=dtype)
-        bases = torch.empty(batch, rows, rank)
-        for gradient in ("exact", "one_step"):
-            nmf.forward(x, bases, 2, gradient)
-            nmf.backward(x, x, bases, 2, gradient, True, True)
-
     def loss(*shape: int) -> None:
         logits, target = image(*shape), torch.empty(shape[0], 8 * shape[2], 8 * shape[3], dtype=torch.int64)
         upsample_cross_entropy.forward(logits, target, None, 255)
@@ -225,7 +217,10 @@ def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Calla
     chosen = {
         "msca_strips": (strips, [(16, 64, 64, 64), (16, 32, 128, 128), (1, 5, 9, 300)]),
         "dwconv_gelu": (mlp, [(16, 256, 128, 128), (16, 512, 64, 64), (1, 5, 9, 300)]),
-        "nmf": (decomposition, [(16, 256, 4096, 16), (16, 512, 4096, 64), (1, 45, 70, 5)]),
+        "nmf": (
+            lambda *shape: decomposition(shape[:3], shape[3], dtype, last),
+            [(16, 256, 4096, 16), (16, 512, 4096, 64), (16, 1024, 4096, 64), (1, 45, 70, 5), (16, 512, 4096, 128)],
+        ),
         "upsample_cross_entropy": (loss, [(16, 150, 64, 64), (2, 19, 128, 256), (1, 3, 9, 7)]),
         "upsample_argmax": (labels, [(16, 150, 64, 64), (2, 19, 128, 256), (1, 3, 9, 7)]),
     }
@@ -233,6 +228,24 @@ def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Calla
         name: lambda f=function, sizes=sizes: [f(*size) for size in (sizes if whole else sizes[:1])]
         for name, (function, sizes) in chosen.items()
     }
+
+
+def decomposition(
+    shape: tuple[int, int, int],
+    rank: int,
+    dtype: torch.dtype,
+    last: bool = False,
+    gradients: Sequence[str] = ("exact", "one_step"),
+) -> None:
+    """nmf forward and backward of x [B, D, N] without data; ``last``: a column's rows lie together."""
+    from segnext_kernels.nmf import triton as nmf
+
+    batch, rows, columns = shape
+    x = torch.empty(batch, columns, rows, dtype=dtype).mT if last else torch.empty(shape, dtype=dtype)
+    bases = torch.empty(batch, rows, rank)
+    for gradient in gradients:
+        nmf.forward(x, bases, 2, gradient)
+        nmf.backward(x, x, bases, 2, gradient, True, True)
 
 
 def distinct(call: Callable[[], object], target: str) -> list[Launch]:
