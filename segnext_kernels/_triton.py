@@ -98,6 +98,11 @@ def power_of_2(number: int, at_least: int = 1) -> int:
     return power
 
 
+def capability(x: Tensor) -> tuple[int, int]:
+    """Of the GPU that x is on; where there is none, the least that Triton serves."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.cuda.is_available() else (8, 0)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether an image's channels lie together; where both layouts fit, as with one channel, it is contiguous."""
     return not x.is_contiguous()

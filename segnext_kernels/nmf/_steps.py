@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
+from .. import _triton
 from .._triton import config, launch, power_of_2
 from ._forward import finish, step
 
@@ -28,11 +29,12 @@ class Problem:
     columns: int
     rank: int
     precision: str
+    large: bool = False  # whether the GPU has room for larger tiles
 
     @staticmethod
     def of(x: Tensor, bases: Tensor) -> Problem:
         batch, rows, columns = x.shape
-        return Problem(batch, int(rows), columns, int(bases.shape[2]), _precision(x))
+        return Problem(batch, int(rows), columns, int(bases.shape[2]), _precision(x), _large(x))
 
     @property
     def part(self) -> int:
@@ -82,6 +84,8 @@ class Problem:
     @cached_property
     def configs(self) -> list[triton.Config]:
         """Of ``step``."""
+        if self.large and not self.held and self.rank <= 64:  # half as many reads of the bases
+            return [config(8, registers=255, COLUMNS=columns) for columns in (64, 32)]
         return [config(8, COLUMNS=self.widest_tile)]
 
     @cached_property
@@ -124,6 +128,12 @@ def _precision(x: Tensor) -> str:
     if x.dtype != torch.float32:
         return "split"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _large(x: Tensor) -> bool:
+    """Whether there is room for tiles of 64 columns: with AMD's threads of twice the registers, and with the tensor cores of
+    sm_90 and sm_100, which read shared memory."""
+    return torch.version.hip is not None or (_precision(x) == "split" and _triton.capability(x)[0] in (9, 10))
 
 
 @dataclass

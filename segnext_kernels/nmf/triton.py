@@ -6,8 +6,9 @@ leaves B^T B for the next step. The first step begins with the softmax, whose lo
 the last update of C and y = B C^T are a pass of their own. That is 2 steps + 2 launches and steps + 1 reads of x.
 
 Where the sums of all D rows don't fit into registers (D R > 16384), a program adds them up some rows at a time, reading its
-columns of x a second time, mostly from the L2; so do the programs that go back. Keeping x on the chip through all steps would
-take a barrier between programs that all are resident, which Triton does not promise, so there is no such version.
+columns of x a second time; so do the programs that go back. See ``traffic`` for what memory has of that. Keeping x on the chip
+through all steps would take a barrier between programs that all are resident, which Triton does not promise, so there is no
+such version.
 
 The kernels are in _forward.py, _steps.py launches those of a step; backward is in triton_backward.py.
 """
@@ -15,8 +16,10 @@ The kernels are in _forward.py, _steps.py launches those of a step; backward is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.library import wrap_triton
 
@@ -52,16 +55,32 @@ def forward(x: Tensor, bases: Tensor, steps: int, gradient: str) -> Tensor:
     return y
 
 
-def traffic(shape: Sequence[int], rank: int, steps: int, itemsize: int) -> tuple[int, float]:
-    """How often forward reads x, and all that it moves, the factors and y included, in reads of x.
+class Traffic(NamedTuple):
+    """What forward moves, but for the reads in bytes of x."""
 
-    Everything counts once for each launch that touches it: what a program reads again is in its registers or the L2.
-    """
-    p = Problem(*shape, rank, "ieee")
-    reads = steps * (1 if p.held else 2) + 1
-    coef, bases, gram = p.columns * rank * 4, p.rows * rank * 4, rank * rank * 4
+    reads: int  # of x
+    again: int  # of these, by a program that has read the same in the same launch
+    memory: float  # everything once for each launch that touches it: what is read again is in the L2
+    cache: float  # everything as often as programs read and write it
+
+
+def traffic(shape: Sequence[int], rank: int, steps: int, itemsize: int, large: bool = False) -> Traffic:
+    """As the kernels' loops have it. Of x the L2 holds what is read again only if it is larger than all of x [B, D, N]:
+    the programs run together, and each reads all its columns before it begins again."""
+    p = Problem(*shape, rank, "ieee" if itemsize == 4 else "split", large=large)
+    x, coef, bases, gram = (4 * size for size in (p.rows * p.columns, p.columns * rank, p.rows * rank, rank * rank))
+    x = x * itemsize // 4
+    again = 0 if p.held else steps
     step = 2 * coef + bases + p.blocks * gram + p.parts * (bases + gram)
     finish = p.parts * (bases + gram) + 2 * bases + p.blocks * gram
-    factors = steps * (step + finish) + finish + coef + bases + p.blocks * gram
-    x = p.rows * p.columns * itemsize
-    return reads, reads + 1 + factors / x
+    once = steps * (step + finish) + finish + coef + bases + p.blocks * gram
+
+    pieces, chunks = triton.cdiv(rank, 32), p.constants["CHUNKS"]
+    tiles = triton.cdiv(p.columns, p.configs[0].kwargs["COLUMNS"])
+    of_square = p.parts * (p.blocks + 1) * gram  # the sum of B^T B's parts
+    update = tiles * (bases + gram) + 3 * coef + of_square  # x^T B, C B^T B, C
+    step = update + (1 + pieces) * coef + (0 if p.held else chunks * coef) + p.parts * (bases + gram)
+    finish = p.parts * bases + p.blocks * (p.parts + 3) * gram + (4 + pieces) * bases
+    last = update + triton.cdiv(p.columns, p.widest_tile) * bases + chunks * coef
+    every = steps * (step + finish) + finish + last
+    return Traffic(steps + 1 + again, again, steps + 2 + once / x, steps + 2 + again + every / x)
