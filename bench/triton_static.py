@@ -63,16 +63,16 @@ class Compiled:
         return not self.problem and self.spills == 0 and self.shared <= SHARED[self.target]
 
 
-def record(call: Callable[[], object], hip: bool = False) -> list[list[Launch]]:
+def record(call: Callable[[], object], target: str = "sm_80") -> list[list[Launch]]:
     """Runs ``call``, which calls operators' Triton functions, without a GPU; for every launch all its configurations."""
     launches: list[list[Launch]] = []
-    with _recording(launches, hip), FakeTensorMode(), torch.device("cuda"):
+    with _recording(launches, *TARGETS[target][:2]), FakeTensorMode(), torch.device("cuda"):
         call()
     return launches
 
 
 @contextmanager
-def _recording(launches: list[list[Launch]], hip: bool) -> Iterator[None]:
+def _recording(launches: list[list[Launch]], backend: str, number: int | str) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     from segnext_kernels import _triton
@@ -96,7 +96,8 @@ def _recording(launches: list[list[Launch]], hip: bool) -> Iterator[None]:
         mock.patch.object(_triton, "_autotuner", Every),
         mock.patch.object(torch.cuda, "device_of", mock.MagicMock()),
         torch.backends.cudnn.flags(enabled=True, benchmark=True),
-        mock.patch.object(torch.version, "hip", "7.0" if hip else None),
+        mock.patch.object(torch.version, "hip", "7.0" if backend == "hip" else None),
+        mock.patch.object(_triton, "capability", lambda x: (9, 4) if backend == "hip" else divmod(number, 10)),
         torch._library.triton.set_wrap_triton_enabled(False),
     ):
         yield
@@ -183,11 +184,10 @@ def _describe(launch: Launch) -> str:
 def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Callable[[], object]]:
     """For every operator a call forward and backward, on tensors of SegNeXt's sizes; ``last``: channels (rows) lie together.
 
-    Without ``whole`` only the sizes of SegNeXt-T, otherwise also those of B, and one that fits no tile.
+    Without ``whole`` only the sizes of SegNeXt-T, otherwise also those of B and L, one that fits no tile, and a high rank.
     """
     from segnext_kernels.dwconv_gelu import triton as dwconv_gelu
     from segnext_kernels.msca_strips import triton as msca_strips
-    from segnext_kernels.nmf import triton as nmf
     from segnext_kernels.upsample_argmax import triton as upsample_argmax
     from segnext_kernels.upsample_cross_entropy import triton as upsample_cross_entropy
 
@@ -207,13 +207,6 @@ def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Calla
         dwconv_gelu.forward(x, weight, bias)
         dwconv_gelu.backward(x, x, weight, bias, True, True)
 
-    def decomposition(batch: int, rows: int, columns: int, rank: int) -> None:
-        x = torch.empty(batch, columns, rows, dtype=dtype).mT if last else torch.empty(batch, rows, columns, dtype=dtype)
-        bases = torch.empty(batch, rows, rank)
-        for gradient in ("exact", "one_step"):
-            nmf.forward(x, bases, 2, gradient)
-            nmf.backward(x, x, bases, 2, gradient, True, True)
-
     def loss(*shape: int) -> None:
         logits, target = image(*shape), torch.empty(shape[0], 8 * shape[2], 8 * shape[3], dtype=torch.int64)
         upsample_cross_entropy.forward(logits, target, None, 255)
@@ -225,7 +218,10 @@ def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Calla
     chosen = {
         "msca_strips": (strips, [(16, 64, 64, 64), (16, 32, 128, 128), (1, 5, 9, 300)]),
         "dwconv_gelu": (mlp, [(16, 256, 128, 128), (16, 512, 64, 64), (1, 5, 9, 300)]),
-        "nmf": (decomposition, [(16, 256, 4096, 16), (16, 512, 4096, 64), (1, 45, 70, 5)]),
+        "nmf": (
+            lambda *shape: decomposition(shape[:3], shape[3], dtype, last),
+            [(16, 256, 4096, 16), (16, 512, 4096, 64), (16, 1024, 4096, 64), (1, 45, 70, 5), (16, 512, 4096, 128)],
+        ),
         "upsample_cross_entropy": (loss, [(16, 150, 64, 64), (2, 19, 128, 256), (1, 3, 9, 7)]),
         "upsample_argmax": (labels, [(16, 150, 64, 64), (2, 19, 128, 256), (1, 3, 9, 7)]),
     }
@@ -235,9 +231,27 @@ def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Calla
     }
 
 
+def decomposition(
+    shape: tuple[int, int, int],
+    rank: int,
+    dtype: torch.dtype,
+    last: bool = False,
+    gradients: Sequence[str] = ("exact", "one_step"),
+) -> None:
+    """nmf forward and backward of x [B, D, N] without data; ``last``: a column's rows lie together."""
+    from segnext_kernels.nmf import triton as nmf
+
+    batch, rows, columns = shape
+    x = torch.empty(batch, columns, rows, dtype=dtype).mT if last else torch.empty(shape, dtype=dtype)
+    bases = torch.empty(batch, rows, rank)
+    for gradient in gradients:
+        nmf.forward(x, bases, 2, gradient)
+        nmf.backward(x, x, bases, 2, gradient, True, True)
+
+
 def distinct(call: Callable[[], object], target: str) -> list[Launch]:
     """What has to be compiled for a call, each thing once."""
-    launches = (launch for one in record(call, hip=TARGETS[target][0] == "hip") for launch in one)
+    launches = (launch for one in record(call, target) for launch in one)
     return list(dict.fromkeys(replace(launch, programs=0) for launch in launches))
 
 
@@ -266,22 +280,39 @@ def report() -> str:
 def moved() -> list[str]:
     """What the kernels move by their own arithmetic, as Markdown."""
     from segnext_kernels.msca_strips.triton import traffic as strips
+    from segnext_kernels.msca_strips.triton_backward import traffic as strips_backward
     from segnext_kernels.nmf.triton import traffic as nmf
     from segnext_kernels.upsample_cross_entropy.triton_backward import strips as loss
 
-    lines = ["## Bytes moved", "", table_row("operator", "size", "layout", "moved over what must be"), "|" + "---|" * 4]
+    columns = ("operator", "size", "layout", "moved over what must be", "backward, from memory", "backward, of the programs")
+    lines = ["## Bytes moved", "", table_row(*columns), "|" + "---|" * 6]
     for size, channels in ((512, (32, 64, 160, 256)), (1024, (64, 128, 320, 512))):
         for stage, c in enumerate(channels):
             for batch in (1, 16):
                 shape = (batch, c, size >> (stage + 2), size >> (stage + 2))
                 for last in (False, True):
                     layout = "channels_last" if last else "contiguous"
-                    lines.append(table_row("msca_strips", "x".join(map(str, shape)), layout, f"{strips(shape, last):.2f}"))
-    lines += ["", table_row("operator", "size", "dtype", "reads of x", "all, in reads of x"), "|" + "---|" * 5]
-    for batch, rows, rank in ((1, 256, 16), (16, 256, 16), (16, 512, 16), (16, 512, 64), (16, 1024, 64)):
+                    ratios = (f"{ratio:.2f}" for ratio in (strips(shape, last), *strips_backward(shape, last)))
+                    lines.append(table_row("msca_strips", "x".join(map(str, shape)), layout, *ratios))
+    columns = (
+        "operator",
+        "size",
+        "dtype",
+        "reads of x",
+        "from memory, in reads of x",
+        "of the programs",
+        "with larger tiles",
+        "x in MiB",
+    )
+    lines += ["", table_row(*columns), "|" + "---|" * 8]
+    for batch, rows, rank in ((1, 256, 16), (16, 256, 16), (16, 512, 16), (1, 512, 64), (16, 512, 64), (16, 1024, 64)):
         for dtype, itemsize in (("float32", 4), ("16 bits", 2)):
-            reads, everything = nmf((batch, rows, 4096), rank, 7, itemsize)
-            lines.append(table_row("nmf, 7 steps", f"{batch}x{rows}x4096, rank {rank}", dtype, reads, f"{everything:.2f}"))
+            t, large = (nmf((batch, rows, 4096), rank, 7, itemsize, large) for large in (False, True))
+            memory = f"{t.memory:.1f}" + (f" to {t.memory + t.again:.1f}" if t.again else "")
+            size, mebibytes = f"{batch}x{rows}x4096, rank {rank}", batch * rows * 4096 * itemsize >> 20
+            lines.append(
+                table_row("nmf, 7 steps", size, dtype, t.reads, memory, f"{t.cache:.1f}", f"{large.cache:.1f}", mebibytes)
+            )
     lines += ["", table_row("operator", "logits", "dtype", "allocated besides the gradient, in bytes of the logits")]
     lines.append("|" + "---|" * 4)
     for shape in ((16, 150, 64, 64), (8, 19, 128, 128), (16, 2, 64, 64)):

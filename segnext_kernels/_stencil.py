@@ -42,9 +42,9 @@ class Tiles:
     def programs(self) -> int:
         return self.parts * self.blocks
 
-    def scratch(self, x: Tensor, rows: int, reach: int) -> Tensor:
+    def scratch(self, x: Tensor, rows: int, reach: int, together: int = 1) -> Tensor:
         """Memory for ``rows`` rows of float32 a program, with ``reach`` columns on either side of it."""
-        size = self.programs * rows * self.channels * (self.columns + 2 * reach)
+        size = together * self.programs * rows * self.channels * (self.columns + 2 * reach)
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
     def pitches(self, last: bool, reach: int) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def cut(shape: Sequence[int], channels: int, columns: int, reach: int, least_row
     """
     images, _, height, width = shape
     channels = min(channels, power_of_2(shape[1]))
-    halo = reach if int(width) > columns else 0
+    halo = reach if width > columns else 0
     blocks, across = triton.cdiv(shape[1], channels), triton.cdiv(width, columns - 2 * halo)
     strips = min(triton.cdiv(enough, images * blocks * across), max(height // least_rows, 1))
     rows = triton.cdiv(height, strips)
@@ -78,9 +78,9 @@ def cut(shape: Sequence[int], channels: int, columns: int, reach: int, least_row
 
 
 @triton.jit
-def place(blocks, across, strips):
+def place(blocks, across, strips, TOGETHER: tl.constexpr):
     """The program's block of channels (the next program has the next), tile of columns, strip of rows, and image."""
-    program = tl.program_id(0)
+    program = tl.program_id(0) // TOGETHER
     block = program % blocks
     program = program // blocks
     tile = program % across
@@ -111,13 +111,14 @@ def lanes_of(
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HALO: tl.constexpr,
+    TOGETHER: tl.constexpr = 1,
 ):
-    """What a program works on.
+    """What a program works on: the same for as many programs as are TOGETHER.
 
     Returns its lanes' indices, channels and columns, whether those are in the image and whether the program owns them, the
     offset of the lanes' places in row 0, and the first row that the program owns and the first that it does not.
     """
-    block, tile, strip, image = place(blocks, across, strips)
+    block, tile, strip, image = place(blocks, across, strips, TOGETHER)
     own_channel = lanes(CHANNELS, not LAST)
     lane = lanes(COLUMNS, LAST)
     channel = block * CHANNELS + own_channel

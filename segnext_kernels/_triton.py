@@ -91,8 +91,16 @@ def config(warps: int, registers: int | None = None, **values: int) -> triton.Co
 
 
 def power_of_2(number: int, at_least: int = 1) -> int:
-    """The smallest power of two that is no less than both."""
-    return max(at_least, triton.next_power_of_2(max(int(number), 1)))
+    """The smallest power of two that is no less than both, by comparisons: a size may be one that torch.compile keeps open."""
+    power = at_least
+    while power < number:
+        power *= 2
+    return power
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    """Of the GPU that x is on; where there is none, the least that Triton serves."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.cuda.is_available() else (8, 0)
 
 
 def is_channels_last(x: Tensor) -> bool:

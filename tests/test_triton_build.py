@@ -24,6 +24,7 @@ pytestmark = [
     ),
 ]
 ROOT = Path(__file__).parents[1]
+NMF = {"finish", "step", "approximate", "step_backward", "finish_backward", "gradient_of_x"}
 
 COMPILE = """
 import json
@@ -37,6 +38,14 @@ if __name__ == "__main__":
         dtype, last = (torch.float32, False) if target in ("sm_80", "gfx942") else (torch.bfloat16, True)
         for call in static.calls(dtype, last, whole=False).values():
             jobs += [(launch, target) for launch in static.distinct(call, target)]
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    # Of B's and L's decomposition every target one dtype, of ranks above 64 another: all of them are 1000 things to compile.
+    for target, dtype, rows, rank in (
+        ("sm_80", brain, 512, 64), ("sm_90", half, 1024, 64), ("sm_100", single, 512, 64), ("gfx942", brain, 1024, 64),
+        ("sm_80", single, 40, 65), ("sm_90", brain, 512, 128), ("sm_100", half, 512, 100), ("gfx942", single, 512, 128),
+    ):
+        call = lambda: static.decomposition((2, rows, 4096), rank, dtype, gradients=("exact",))
+        jobs += [(launch, target) for launch in static.distinct(call, target)]
     found = static.compile_all(list(dict.fromkeys(jobs)))
     print(json.dumps([asdict(c) | {"fits": c.fits} for c in found]))
 """
@@ -68,8 +77,8 @@ def test_every_configuration_compiles_without_spills_and_fits(compiled):
 
 
 def test_every_kernel_is_compiled_for_every_target(compiled):
-    names = {"strips", "inputs", "taps", "reduce", "activate", "differentiate", "highest"}
-    names |= {"finish", "step", "approximate", "step_backward", "finish_backward", "gradient_of_x"}
+    names = {"strips", "gradients", "reduce", "activate", "differentiate", "highest"}
+    names |= NMF
     names |= {"add_losses", "add_weights", "keep_log_sum_exps", "gather"}
     assert {(c["kernel"], c["target"]) for c in compiled} == {
         (name, target) for name in names for target in triton_static.TARGETS
@@ -79,6 +88,13 @@ def test_every_kernel_is_compiled_for_every_target(compiled):
 def test_products_of_16_bits_are_made_on_tensor_cores(compiled):
     steps = [c for c in compiled if c["kernel"] == "step" and c["configuration"].startswith("bf16")]
     assert {c["target"] for c in steps} == {"sm_90", "sm_100"} and all(c["tensor_cores"] for c in steps)
+
+
+def test_high_ranks_are_compiled(compiled):
+    """Of B and L, and above 64, forward and backward."""
+    for rank in (64, 128):
+        some = [c for c in compiled if f"RANK={rank}" in c["configuration"]]
+        assert {c["kernel"] for c in some} == NMF and {c["target"] for c in some} == set(triton_static.TARGETS)
 
 
 def test_launches_of_nmf():

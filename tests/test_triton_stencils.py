@@ -33,9 +33,15 @@ from segnext_kernels import msca_strips
 from segnext_kernels.nn import AttentionModule
 
 pytest.importorskip("triton")
-_stencil, _filters, dwconv_gelu_kernels, msca_strips_kernels = (
+_stencil, _filters, dwconv_gelu_kernels, msca_strips_kernels, msca_strips_backward = (
     importlib.import_module(f"segnext_kernels.{name}")
-    for name in ("_stencil", "msca_strips._filters", "dwconv_gelu.triton", "msca_strips.triton")
+    for name in (
+        "_stencil",
+        "msca_strips._filters",
+        "dwconv_gelu.triton",
+        "msca_strips.triton",
+        "msca_strips.triton_backward",
+    )
 )
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 1, 40), (1, 16, 37, 1), (1, 33, 2, 2), (1, 17, 5, 37)]
@@ -179,6 +185,8 @@ def test_autocast(sample_of, dtype, backend):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("batch", [1, 16])
-def test_forward_moves_little_more_than_it_must(batch, channels_last):
+def test_little_more_is_moved_than_must_be(batch, channels_last):
     shapes = [(batch, channels, size // stride, size // stride) for channels, stride in STAGES for size in (512, 1024)]
-    assert {shape: ratio for shape in shapes if (ratio := msca_strips_kernels.traffic(shape, channels_last)) > 1.5} == {}
+    forward, backward = msca_strips_kernels.traffic, msca_strips_backward.traffic
+    assert {shape: ratio for shape in shapes if (ratio := forward(shape, channels_last)) > 1.5} == {}
+    assert {shape: ratio for shape in shapes if (ratio := backward(shape, channels_last)[0]) > 1.5} == {}

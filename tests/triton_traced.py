@@ -33,7 +33,7 @@ class Driver:
 
 NMF_BACKWARD = {"finish", "step", "step_backward", "finish_backward", "gradient_of_x"}  # the steps are done again
 KERNELS = {
-    "msca_strips": ({"strips"}, {"inputs", "taps", "reduce"}),
+    "msca_strips": ({"strips"}, {"gradients", "reduce"}),
     "dwconv_gelu": ({"activate"}, {"differentiate", "reduce"}),
     "nmf": ({"finish", "step", "approximate"}, NMF_BACKWARD),
     "upsample_cross_entropy": ({"add_losses", "finish"}, {"add_weights", "keep_log_sum_exps", "gather"}),
@@ -41,38 +41,46 @@ KERNELS = {
 }
 
 
-def calls(operator: str, dtype: torch.dtype) -> tuple[Tensors, list[tuple[Callable[..., object], set[str]]]]:
-    """Arguments, and what is called with them: the public function and, as autograd would, the operator for backward."""
-    backward = getattr(torch.ops.segnext_kernels_triton, f"{operator}_backward", None)
-    forward_kernels, backward_kernels = KERNELS[operator]
-    x = torch.empty(2, 5, 9, 12, dtype=dtype).to(memory_format=torch.channels_last)
+def arguments(operator: str, dtype: torch.dtype, larger: bool = False) -> Tensors:
+    """Of the two sizes that there are, one graph serves both: no other number of launches, none of the tiles differs."""
+    images, rows, columns = (3, 10, 14) if larger else (2, 9, 12)
+    classes = 150 if operator == "upsample_cross_entropy" else 5  # so many that all fits into one strip
+    x = torch.empty(images, classes, rows, columns, dtype=dtype).to(memory_format=torch.channels_last)
     sizes = [(5, 5)] + [size for k in (7, 11, 21) for size in ((1, k), (k, 1))]
     filters = [torch.empty(s, dtype=dtype) for h, w in sizes for s in ((5, 1, h, w), (5,))]
-    target = torch.zeros(2, 40, 50, dtype=torch.int64)
-    leaves, forward, back = {
+    return {
+        "msca_strips": (x, *filters),
+        "dwconv_gelu": (x, torch.empty(5, 1, 3, 3, dtype=dtype), filters[1]),
+        "nmf": (torch.empty(images, 5, rows, dtype=dtype), torch.empty(images, 5, 3)),
+        "upsample_cross_entropy": (x, torch.zeros(images, 8 * rows, 8 * columns, dtype=torch.int64)),
+        "upsample_argmax": (x,),
+    }[operator]
+
+
+def calls(operator: str) -> list[tuple[Callable[..., object], set[str]]]:
+    """What is called with arguments: the public function and, as autograd would, the operator for backward."""
+    backward = getattr(torch.ops.segnext_kernels_triton, f"{operator}_backward", None)
+    forward_kernels, backward_kernels = KERNELS[operator]
+    forward, back = {
         "msca_strips": (
-            (x, *filters),
             lambda x, *w: sk.msca_strips(x, list(w), backend="triton"),
             lambda x, *w: backward(x, x, list(w), True, True),
         ),
         "dwconv_gelu": (
-            (x, torch.empty(5, 1, 3, 3, dtype=dtype), filters[1]),
             lambda *a: sk.dwconv_gelu(*a, backend="triton"),
             lambda x, w, b: backward(x, x, w, b, True, True),
         ),
         "nmf": (
-            (torch.empty(2, 5, 9, dtype=dtype), torch.empty(2, 5, 3)),
             lambda x, b: sk.nmf(x, b, 2, backend="triton"),
             lambda x, b: backward(x, x, b, 2, "exact", True, True),
         ),
         "upsample_cross_entropy": (
-            (x, target),
             lambda x, t: sk.upsample_cross_entropy(x, t, backend="triton"),
             lambda x, t: backward(x.new_empty((), dtype=torch.float32), x, t, None, 255),
         ),
-        "upsample_argmax": ((x,), lambda x: sk.upsample_argmax(x, (40, 50), backend="triton"), None),
+        "upsample_argmax": (lambda x: sk.upsample_argmax(x, (4 * x.shape[2], 50), backend="triton"), None),
     }[operator]
-    return leaves, [(forward, forward_kernels), *([(back, backward_kernels)] if back else [])]
+    return [(forward, forward_kernels), *([(back, backward_kernels)] if back else [])]
 
 
 def kernels_in(graph: torch.fx.GraphModule) -> set[str]:
@@ -85,9 +93,12 @@ def kernels_in(graph: torch.fx.GraphModule) -> set[str]:
 
 
 def check(operator: str, dtype: torch.dtype, dynamic: bool) -> None:
-    """One graph without breaks launches the kernels by name, and its results look as those of the operator itself."""
-    leaves, functions = calls(operator, dtype)
-    for function, kernels in functions:
+    """One graph without breaks launches the kernels by name, and its results look as those of the operator itself.
+
+    A dynamic one does so for other sizes as well.
+    """
+    leaves = [arguments(operator, dtype, larger) for larger in ((False, True) if dynamic else (False,))]
+    for function, kernels in calls(operator):
         graphs: list[torch.fx.GraphModule] = []
 
         def keep(graph: torch.fx.GraphModule, inputs: list[Tensor], graphs=graphs) -> Callable:
@@ -96,7 +107,7 @@ def check(operator: str, dtype: torch.dtype, dynamic: bool) -> None:
 
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=keep))
-        traced, eager = (tree_leaves(call(*leaves)) for call in (compiled, function))
+        traced, eager = (tree_leaves([call(*some) for some in leaves]) for call in (compiled, function))
         assert [(t.shape, t.dtype, t.stride(), t.device) for t in traced] == [
             (t.shape, t.dtype, t.stride(), t.device) for t in eager
         ]

@@ -38,6 +38,11 @@ def tiles_of(shape: Sequence[int], last: bool, most: int) -> Tiles:
     return cut(shape, channels, columns, reach=HALO, least_rows=32, enough=512)
 
 
+def covered(size: int, parts: int, length: int, halo: int) -> int:
+    """Elements of ``size`` that parts of this length read, with a halo on either side as far as there are elements."""
+    return sum(min((i + 1) * length + halo, size) - max(i * length - halo, 0) for i in range(parts))
+
+
 # Compile-time arithmetic lives in functions: Triton makes a tensor of every number that is assigned to a name.
 @triton.constexpr_function
 def size_of(branch):

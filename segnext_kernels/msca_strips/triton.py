@@ -28,6 +28,7 @@ from ._filters import (
     TAPS,
     column_bias,
     convolve,
+    covered,
     filter_columns,
     filter_rows,
     load_shifted,
@@ -82,11 +83,6 @@ def traffic(shape: Sequence[int], channels_last: bool) -> float:
     _, _, height, width = shape
     columns = covered(width, tiles.across, tiles.columns - 2 * tiles.halo, tiles.halo)
     return (columns * covered(height, tiles.strips, tiles.rows, HALO) / (height * width) + 1) / 2
-
-
-def covered(size: int, parts: int, length: int, halo: int) -> int:
-    """Elements of ``size`` that parts of this length read, with a halo on either side as far as there are elements."""
-    return sum(min((i + 1) * length + halo, size) - max(i * length - halo, 0) for i in range(parts))
 
 
 # Strides that were known to be one would make the compiler give each thread neighbours along memory: several channels' taps.

@@ -1,9 +1,12 @@
-"""msca_strips backward in Triton: two passes that march as forward does, and a sum over the programs.
+"""msca_strips backward in Triton: three marches down the image as in forward, in one launch, and a sum over the programs.
 
 ``inputs``: da = g + sum_k H_k^T * V_k^T * g; dx = W5^T * da; dW5 = sum da x. That is forward with transposed filters, the 5x5
 last. ``taps``: a and its row filters r as in forward, and s_k = V_k^T * g from 21 rows of g in registers; dV = sum r g, or
 dH = sum s a. The sums of both would not fit into a thread's registers beside what makes them, so that it runs once for each.
-g is read three times, x as often, the gradient of x written once; every lane keeps its sums of taps until it is through.
+
+Each march reads g and x, that of ``inputs`` writes dx. The programs that make the three over the same rows are neighbours, so
+that they run together: memory sees one reading of each, the cache the rest; see ``traffic``. Every lane keeps its sums of taps
+until it is through.
 """
 
 from __future__ import annotations
@@ -16,39 +19,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .._stencil import (
-    REDUCE,
-    Tiles,
-    add_up,
-    lanes_of,
-    load_rows,
-    load_taps,
-    scratch_rows,
-    store_rows,
-    store_sums,
-    warps,
-    zeros,
-)
+from .._stencil import REDUCE, Tiles, add_up, store_sums, warps
 from .._triton import config, is_channels_last, launch
 from ._filters import (
     BRANCHES,
+    HALO,
     MOST_ROWS,
     REACH,
     TAPS,
     column_bias,
-    column_tap,
-    convolve,
-    filter_columns,
-    filter_rows,
+    covered,
     first_tap,
-    has_tap,
-    load_shifted,
     pack,
     row_bias,
-    row_tap,
     size_of,
     tiles_of,
 )
+from ._gradients import gradients
 
 
 def backward(
@@ -63,9 +50,16 @@ def backward(
     tiles = tiles_of(x.shape, last, most=256)
     filters = pack(weights)
     partial = x.new_empty((TAPS.value, tiles.parts, x.shape[1]) if need_weights else (0,), dtype=torch.float32)
-    images = (grad_out, x, filters)
-    scratch = tiles.scratch(x, rows=2 * MOST_ROWS, reach=REACH.value)
-    numbers = (
+    together = 3 if need_weights else 1
+    launch(
+        wrap_triton(gradients),
+        lambda meta: (together * tiles.programs,),
+        grad_out,
+        x,
+        filters,
+        grad_x,
+        partial,
+        tiles.scratch(x, rows=2 * MOST_ROWS, reach=REACH.value, together=together),
         *x.shape[1:],
         *x.stride(),
         *tiles.pitches(last, REACH.value),
@@ -74,37 +68,16 @@ def backward(
         tiles.strips,
         tiles.rows,
         tiles.parts,
-    )
-    constants = {"LAST": last, "CHANNELS": tiles.channels, "COLUMNS": tiles.columns, "HALO": tiles.halo}
-    key = ("channels", "height", "width", "LAST")
-    launch(
-        wrap_triton(inputs),
-        lambda meta: (tiles.programs,),
-        *images,
-        grad_x,
-        partial,
-        scratch,
-        *numbers,
         configs=configs(tiles),
-        key=key,
+        key=("channels", "height", "width", "LAST"),
+        LAST=last,
+        CHANNELS=tiles.channels,
+        COLUMNS=tiles.columns,
+        HALO=tiles.halo,
         NEED_X=need_x,
         NEED_WEIGHTS=need_weights,
-        **constants,
     )
     if need_weights:
-        for of_rows in (False, True):
-            launch(
-                wrap_triton(taps),
-                lambda meta: (tiles.programs,),
-                *images,
-                partial,
-                scratch,
-                *numbers,
-                configs=configs(tiles),
-                key=key,
-                OF_ROWS=of_rows,
-                **constants,
-            )
         launch(
             wrap_triton(reduce),
             lambda meta: (triton.cdiv(x.shape[1], meta["CHANNELS"]), triton.cdiv(TAPS.value, meta["SUMS"])),
@@ -121,226 +94,23 @@ def configs(tiles: Tiles) -> list[triton.Config]:
     return [config(warps(tiles.lanes, 1), ROWS=rows) for rows in (2, 1)]
 
 
-@triton.jit(do_not_specialize=["stride_c", "stride_w", "pitch_c", "pitch_w"])
-def inputs(
-    grad_out,  # like x
-    x,  # [N, C, H, W]
-    filters,  # [TAPS, C]
-    grad_x,  # like x
-    partial,  # [TAPS, parts, C]
-    scratch,
-    channels,
-    height,
-    width,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
-    pitch_c,
-    pitch_w,
-    blocks,
-    across,
-    strips,
-    rows,
-    parts,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HALO: tl.constexpr,
-    NEED_X: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    own_channel, lane, channel, column, inside, own, offset, first, end = lanes_of(
-        blocks, across, strips, rows, channels, height, width, stride_n, stride_c, stride_w, LAST, CHANNELS, COLUMNS, HALO
-    )
-    held = load_taps(filters + channel, channels, channel < channels, TAPS)
+def traffic(shape: Sequence[int], channels_last: bool) -> tuple[float, float]:
+    """What the programs read and write of g, x and dx, over reading g and x and writing dx once: from memory, and in all.
 
-    STEP: tl.constexpr = CHANNELS if LAST else 1  # from a column to the next in the scratch rows
-    ROW: tl.constexpr = CHANNELS * (COLUMNS + 2 * REACH)
-    g_rows = scratch_rows(scratch, own_channel, lane, pitch_c, pitch_w, 2 * ROWS, COLUMNS, REACH, ROW, STEP)
-    d_rows = g_rows + ROWS * ROW
+    From memory three neighbours read once, whichever of them is first; the others find it in the cache.
+    """
+    tiles = tiles_of(shape, channels_last, most=256)
+    _, _, height, width = shape
 
-    start = tl.maximum(first - (REACH + 2), 0)
-    last = tl.minimum(end + (REACH + 2), height)
-    da = zeros(offset.to(tl.float32), 2 * REACH)
-    dx = zeros(da[0], 4)
-    window = zeros(da[0], 4)  # rows of x, zero where another program owns it
-    sums = zeros(da[0], 26)
-    ahead = load_rows(grad_out + offset, start, last, stride_h, inside, ROWS)
-    for row in range(start, end + (REACH + 2), ROWS):
-        g = ahead
-        store_rows(g_rows, g, ROWS, ROW)
-        tl.debug_barrier()
-        ahead = load_rows(grad_out + offset, row + ROWS, last, stride_h, inside, ROWS)
-        filtered = filter_rows(g_rows, held, ROWS, STEP, ROW, -1)
-        da = filter_columns(da, filtered, g, held, ROWS, -1)
-        complete = ()
-        for i in tl.static_range(ROWS):
-            there = inside & (row + (i - REACH) >= 0) & (row + (i - REACH) < height)
-            complete = complete + (tl.where(there, da[i], 0.0),)
-        da = da[ROWS:]
-        store_rows(d_rows, complete, ROWS, ROW)
-        tl.debug_barrier()
-        shifted = load_shifted(d_rows, ROWS, STEP, ROW)
-        dx = convolve(dx, shifted, held, ROWS, -1)
-        if NEED_X:
-            for i in tl.static_range(ROWS):
-                done = row + (i - (REACH + 2))
-                tl.store(grad_x + offset + done * stride_h, dx[i], mask=own & (done >= first) & (done < end))
-        dx = dx[ROWS:]
-        if NEED_WEIGHTS:
-            window = window + load_rows(x + offset, row - (REACH - 2), end, stride_h, own, ROWS, first)
-            new = ()
-            for dy in tl.static_range(5):
-                for t in tl.static_range(5):
-                    total = sums[5 * dy + t]
-                    for i in tl.static_range(ROWS):
-                        total += shifted[5 * i + 4 - t] * window[i + dy]
-                    new = new + (total,)
-            total = sums[25]
-            for i in tl.static_range(ROWS):
-                mine = own & (row + (i - REACH) >= first) & (row + (i - REACH) < end)
-                total += tl.where(mine, complete[i], 0.0)
-            sums = new + (total,)
-            window = window[ROWS:]
-    if NEED_WEIGHTS:
-        for i in tl.static_range(26):
-            store_sum(partial, i, sums[i], blocks, parts, channels, CHANNELS, LAST)
+    def read(row_halo: int, column_halo: int) -> float:
+        columns = covered(width, tiles.across, tiles.columns - 2 * tiles.halo, column_halo)
+        return columns * covered(height, tiles.strips, tiles.rows, row_halo) / (height * width)
 
-
-@triton.jit(do_not_specialize=["stride_c", "stride_w", "pitch_c", "pitch_w"])
-def taps(
-    grad_out,  # like x
-    x,  # [N, C, H, W]
-    filters,  # [TAPS, C]
-    partial,  # [TAPS, parts, C]
-    scratch,
-    channels,
-    height,
-    width,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
-    pitch_c,
-    pitch_w,
-    blocks,
-    across,
-    strips,
-    rows,
-    parts,
-    LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HALO: tl.constexpr,
-    OF_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    own_channel, lane, channel, column, inside, own, offset, first, end = lanes_of(
-        blocks, across, strips, rows, channels, height, width, stride_n, stride_c, stride_w, LAST, CHANNELS, COLUMNS, HALO
-    )
-    held = load_taps(filters + channel, channels, channel < channels, TAPS)
-
-    STEP: tl.constexpr = CHANNELS if LAST else 1  # from a column to the next in the scratch rows
-    ROW: tl.constexpr = CHANNELS * (COLUMNS + 2 * REACH)
-    xs = scratch_rows(scratch, own_channel, lane, pitch_c, pitch_w, 2 * ROWS, COLUMNS, REACH, ROW, STEP)
-    a_rows = xs + ROWS * ROW
-
-    start = tl.maximum(first - 2, 0)
-    last = tl.minimum(end + 2, height)
-    stem = zeros(offset.to(tl.float32), 4)
-    sums = zeros(stem[0], tap_place(0, REACH + 1))
-    biases = zeros(stem[0], BRANCHES)
-    ahead = load_rows(x + offset, start, last, stride_h, inside, ROWS)
-    # From REACH above to REACH below the rows of a, zero where another program owns them: every product is counted once.
-    window = load_rows(grad_out + offset, start - (REACH + 2), height, stride_h, own, 2 * REACH)
-    for row in range(start, end + 2, ROWS):
-        store_rows(xs, ahead, ROWS, ROW)
-        tl.debug_barrier()
-        ahead = load_rows(x + offset, row + ROWS, last, stride_h, inside, ROWS)
-        window = window + load_rows(grad_out + offset, row + (REACH - 2), height, stride_h, own, ROWS)
-        stem = convolve(stem, load_shifted(xs, ROWS, STEP, ROW), held, ROWS, 1)
-        a = ()
-        for i in tl.static_range(ROWS):
-            there = inside & (row + (i - 2) >= 0) & (row + (i - 2) < height)
-            a = a + (tl.where(there, stem[i] + held[25], 0.0),)
-        stem = stem[ROWS:]
-        store_rows(a_rows, a, ROWS, ROW)
-        tl.debug_barrier()
-        old = sums
-        sums = ()
-        old_biases = biases
-        biases = ()
-        if OF_ROWS:
-            nothing = tl.zeros_like(a[0])
-            spread = ()
-            for branch in tl.static_range(BRANCHES):
-                bias = old_biases[branch]
-                for i in tl.static_range(ROWS):
-                    total = nothing
-                    for distance in tl.static_range(-REACH, REACH + 1):
-                        if has_tap(branch, distance):
-                            total += held[column_tap(branch, distance)] * window[i + REACH - distance]
-                    total = tl.where((row + (i - 2) >= first) & (row + (i - 2) < end), total, 0.0)
-                    spread = spread + (total,)
-                    bias += total
-                biases = biases + (bias,)
-            for distance in tl.static_range(-REACH, REACH + 1):
-                values = ()
-                for i in tl.static_range(ROWS):
-                    values = values + (tl.load(a_rows + (i * ROW + distance * STEP)),)
-                for branch in tl.static_range(BRANCHES):
-                    if has_tap(branch, distance):
-                        total = old[tap_place(branch, distance)]
-                        for i in tl.static_range(ROWS):
-                            total += spread[branch * ROWS + i] * values[i]
-                        sums = sums + (total,)
-        else:
-            filtered = filter_rows(a_rows, held, ROWS, STEP, ROW, 1)
-            results = ()
-            for branch in tl.static_range(BRANCHES):
-                bias = old_biases[branch]
-                for i in tl.static_range(ROWS):
-                    there = (row + (i - 2) >= first) & (row + (i - 2) < end)
-                    results = results + (tl.where(there, filtered[branch * ROWS + i] + held[row_bias(branch)], 0.0),)
-                    if branch == 0:
-                        bias += tl.where(there, window[i + REACH], 0.0)
-                biases = biases + (bias,)
-            for distance in tl.static_range(-REACH, REACH + 1):
-                for branch in tl.static_range(BRANCHES):
-                    if has_tap(branch, distance):
-                        total = old[tap_place(branch, distance)]
-                        for i in tl.static_range(ROWS):
-                            total += results[branch * ROWS + i] * window[i + REACH - distance]
-                        sums = sums + (total,)
-        window = window[ROWS:]
-    for branch in tl.static_range(BRANCHES):
-        if OF_ROWS:
-            store_sum(partial, row_bias(branch), biases[branch], blocks, parts, channels, CHANNELS, LAST)
-        else:  # the biases of all column filters have one gradient
-            store_sum(partial, column_bias(branch), biases[0], blocks, parts, channels, CHANNELS, LAST)
-        for distance in tl.static_range(-REACH, REACH + 1):
-            if has_tap(branch, distance):
-                index = row_tap(branch, distance) if OF_ROWS else column_tap(branch, distance)
-                total = sums[tap_place(branch, distance)]
-                store_sum(partial, index, total, blocks, parts, channels, CHANNELS, LAST)
-
-
-@triton.constexpr_function
-def tap_place(branch, distance):
-    """Where the sum for a tap is kept: by distance, then by branch."""
-    return sum(has_tap(b, d) for d in range(-REACH.value, distance) for b in range(BRANCHES.value)) + sum(
-        has_tap(b, distance) for b in range(branch)
-    )
-
-
-@triton.jit
-def store_sum(partial, index, sum_of_lanes, blocks, parts, channels, CHANNELS: tl.constexpr, LAST: tl.constexpr):
-    """Stores what a program has for one tap of its channels. partial: [TAPS, parts, C]."""
-    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    row = (index * parts + tl.program_id(0) // blocks).to(tl.int64)
-    tl.store(partial + row * channels + channel, tl.sum(sum_of_lanes, 0 if LAST else 1), mask=channel < channels)
+    # Of g inputs reads the rows and columns within reach of its own, taps only such rows; of x inputs its own, taps two more.
+    of_g, of_x = read(HALO, tiles.halo), read(2, tiles.halo)
+    once = of_g + of_x + 1
+    everything = of_g + read(0, 0) + 2 * (read(HALO, 0) + of_x) + 1
+    return once / 3, everything / 3
 
 
 @triton.jit

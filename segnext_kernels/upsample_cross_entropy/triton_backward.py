@@ -12,9 +12,6 @@ time: beside the gradient, backward allocates no more than the logits themselves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,62 +21,18 @@ from torch.library import wrap_triton
 from .._bilinear import around_gap, gap_begin, nearest, nearest_begin, row_weights, source
 from .._triton import config, launch, power_of_2
 from ._pixels import LOG2_E, log_sum_exp, pixel_weight, tiles
+from ._strips import LANES, WEIGHT_SUMS, strips
 
-WEIGHT_SUMS = 256  # programs that add up the pixels' weights, at most
 WEIGHT_BLOCK = 1024
-BUSY = 1024  # programs that keep a GPU busy
-LANES = 512  # of a program that computes gradients
-
-
-class Strips(NamedTuple):
-    """How backward divides the logits' rows: a program walks down a segment of one image."""
-
-    segment: int  # rows
-    segments: int  # in an image
-    together: int  # segments in a strip, which takes two launches
-    places: int  # for the log-sum-exps and labels of a strip's pixels
-    label: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        """What backward allocates beside the gradient."""
-        return self.places * (4 + self.label.itemsize) + WEIGHT_SUMS * 4
-
-
-def strips(shape: Sequence[int], size: Sequence[int], itemsize: int) -> Strips:
-    """The largest strips with no larger buffers than these logits, resized to this size.
-
-    A strip is at least a row: where the pixels around one row take more than all the logits, as they can with a few classes in
-    a single small image, so does backward.
-    """
-    images, classes, rows, columns = shape
-    height, width = size
-    label = torch.int16 if classes < 1 << 15 else torch.int32
-    places = triton.cdiv(width, columns) * columns  # in an output row: as many for every column
-    room = max(images * classes * rows * columns * itemsize - WEIGHT_SUMS * 4, 0) // ((4 + label.itemsize) * places)
-
-    def most(gaps: int) -> int:  # output rows in as many gaps, wherever these begin
-        return min(triton.cdiv((2 * gaps + 1) * height, 2 * rows) + 1, images * height)
-
-    segment = 8
-    while segment > 2 and images * triton.cdiv(rows, segment) * triton.cdiv(classes * columns, LANES) < BUSY:
-        segment //= 2  # every segment also computes the gap above it
-    while segment > 1 and most(segment + 1) > room:
-        segment //= 2
-    segments = triton.cdiv(rows, segment)
-    together = images * segments
-    if most(together * segment + 1) > room:
-        together = max(((2 * rows * (room - 1) // height - 1) // 2 - 1) // segment, 1)
-    return Strips(segment, segments, together, most(together * segment + 1) * places, label)
 
 
 def backward(grad_out: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     if target.numel() == 0:
         return torch.zeros_like(logits)
-    images, classes, rows, columns = shape = tuple(map(int, logits.shape))  # the strips are counted when this is traced
-    height, width = size = tuple(map(int, target.shape[1:]))
+    images, classes, rows, columns = logits.shape
+    height, width = target.shape[1:]
     grad = torch.empty_like(logits)
-    plan = strips(shape, size, logits.element_size())
+    plan = strips(logits.shape, target.shape[1:], logits.element_size())
     weight_sums = min(triton.cdiv(target.numel(), WEIGHT_BLOCK), WEIGHT_SUMS)
     weights = torch.empty(WEIGHT_SUMS, dtype=torch.float32, device=logits.device)
     lse = torch.empty(plan.places, dtype=torch.float32, device=logits.device)
@@ -102,11 +55,12 @@ def backward(grad_out: Tensor, logits: Tensor, target: Tensor, weight: Tensor | 
     wide, narrow = (min(count // lanes, power_of_2(classes)) for count in (LANES, LANES // 2))
     second = config(8, registers=168, CLASSES=wide) if lanes == 64 else config(2, CLASSES=narrow)
     configs = [config(4, CLASSES=wide), second]
-    for first in range(0, images * plan.segments, plan.together):
+    for strip in range(int(triton.cdiv(images * plan.segments, plan.together))):  # what is traced holds for as many
+        first = strip * plan.together
         last = min(first + plan.together, images * plan.segments) - 1
         # The gaps, counted through all images, from the one above the strip's first row to the one below its last
-        first_gap = first // plan.segments * rows + max(first % plan.segments * plan.segment - 1, 0)
-        end_gap = last // plan.segments * rows + min((last % plan.segments + 1) * plan.segment, rows)
+        first_gap = first // plan.segments * rows + torch.sym_max(first % plan.segments * plan.segment - 1, 0)
+        end_gap = last // plan.segments * rows + torch.sym_min((last % plan.segments + 1) * plan.segment, rows)
 
         def gaps(meta, count=end_gap - first_gap):
             return count, triton.cdiv(width, meta["COLUMNS"])

@@ -1,0 +1,215 @@
+"""How nmf in Triton is cut into programs, and its steps, which forward and backward both do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .. import _triton
+from .._triton import config, launch, power_of_2
+from ._forward import finish, step
+
+PROGRAMS = 128  # that fill a GPU
+LEAST_PARTS = 4  # programs for one matrix, however many matrices there are
+PART = 64  # columns of a program are a multiple of this, and of every configuration's tile
+HELD = 16384  # elements of x, and sums, that a program holds in registers
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of a decomposition and how it is cut."""
+
+    batch: int
+    rows: int
+    columns: int
+    rank: int
+    precision: str
+    large: bool = False  # whether the GPU has room for larger tiles
+
+    @staticmethod
+    def of(x: Tensor, bases: Tensor) -> Problem:
+        batch, rows, columns = x.shape
+        return Problem(batch, int(rows), columns, int(bases.shape[2]), _precision(x), _large(x))
+
+    @property
+    def part(self) -> int:
+        """Columns of a program."""
+        tiles = triton.cdiv(self.columns, PART)
+        return PART * triton.cdiv(tiles, max(LEAST_PARTS, triton.cdiv(PROGRAMS, self.batch)))
+
+    @property
+    def parts(self) -> int:
+        return triton.cdiv(self.columns, self.part)
+
+    @cached_property
+    def of_factors(self) -> dict[str, object]:
+        """The constants of every kernel."""
+        return {"rank": self.rank, "RANK": power_of_2(self.rank, at_least=16), "PRECISION": self.precision}
+
+    @cached_property
+    def constants(self) -> dict[str, object]:
+        """Those of the kernels that read x."""
+        widest = 64 if self.precision != "ieee" and self.rank <= 64 else 32
+        if self.precision == "ieee" and self.held and torch.version.hip is None:
+            widest = 16  # without tensor cores a product has its operands in registers
+        chunk = min(power_of_2(self.rows, at_least=16), widest)
+        sizes = {"rows": self.rows, "columns": self.columns, "blocks": self.blocks}
+        return self.of_factors | sizes | {"ROWS": chunk, "CHUNKS": triton.cdiv(self.rows, chunk)}
+
+    @property
+    def held(self) -> bool:
+        """Whether a program of a step holds its tile of x and the sums in registers."""
+        return self.rank <= 64 and power_of_2(self.rows) * self.of_factors["RANK"] <= HELD
+
+    @property
+    def blocks(self) -> int:
+        return triton.cdiv(self.rows, self.block)
+
+    @property
+    def block(self) -> int:
+        """Rows of a program that finishes a step."""
+        return 16 if self.rank > 64 else 32
+
+    @property
+    def widest_tile(self) -> int:
+        return 16 if self.rank > 64 and torch.version.hip is not None else 32
+
+    # Beyond these, one target's compiler or another's keeps something in memory instead of registers.
+
+    @cached_property
+    def configs(self) -> list[triton.Config]:
+        """Of ``step``."""
+        if self.large and not self.held and self.rank <= 64:  # half as many reads of the bases
+            return [config(8, registers=255, COLUMNS=columns) for columns in (64, 32)]
+        return [config(8, COLUMNS=self.widest_tile)]
+
+    @cached_property
+    def configs_of_output(self) -> list[triton.Config]:
+        """Of ``approximate``."""
+        return [config(8, registers=255, COLUMNS=columns) for columns in (32, 16) if columns <= self.widest_tile]
+
+    @cached_property
+    def configs_backward(self) -> list[triton.Config]:
+        """Of ``step_backward``."""
+        return [config(8, registers=255, COLUMNS=16 if self.rank > 32 else 32)]
+
+    @cached_property
+    def configs_of_tiles(self) -> list[triton.Config]:
+        """Of ``gradient_of_x``."""
+        return [config(8, registers=255, ROWS=32, COLUMNS=columns) for columns in (64, 32)]
+
+    @cached_property
+    def configs_of_blocks(self) -> list[triton.Config]:
+        """Of ``finish`` and ``finish_backward``."""
+        return [config(8 if self.rank > 64 else 4, registers=255, ROWS=self.block)]
+
+    def grid(self, meta: dict[str, int]) -> tuple[int, int]:
+        return self.batch, self.parts
+
+    def grid_of_tiles(self, meta: dict[str, int]) -> tuple[int]:
+        return (self.batch * triton.cdiv(self.rows, meta["ROWS"]) * triton.cdiv(self.columns, meta["COLUMNS"]),)
+
+    def grid_of_blocks(self, meta: dict[str, int]) -> tuple[int, int]:
+        return self.batch, self.blocks
+
+
+def _precision(x: Tensor) -> str:
+    """How matrix products are done: of 16-bit x on tensor cores without loss, of float32 as torch's setting allows.
+
+    AMD's matrix cores have float32 itself.
+    """
+    if torch.version.hip is not None:
+        return "ieee"
+    if x.dtype != torch.float32:
+        return "split"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _large(x: Tensor) -> bool:
+    """Whether there is room for tiles of 64 columns: with AMD's threads of twice the registers, and with the tensor cores of
+    sm_90 and sm_100, which read shared memory."""
+    return torch.version.hip is not None or (_precision(x) == "split" and _triton.capability(x)[0] in (9, 10))
+
+
+@dataclass
+class Factors:
+    """The factors of the last step, or of all of them, first dimension the step."""
+
+    coef: Tensor  # [steps + 2 or 1, B, N, R]; backward finds the last ones
+    bases: Tensor  # [steps + 1 or 1, B, D, R]
+    grams: Tensor  # [steps + 1 or 1, B, blocks, R, R], whose sums are B^T B
+    scratch: Tensor  # [B, 2 programs, R, R], in which a program passes squares between its threads
+    products: Tensor  # [steps or 1, B, D, R], x C
+    squares: Tensor  # [steps or 1, B, parts, R, R], whose sums are C^T C
+
+
+def run(problem: Problem, x: Tensor, bases: Tensor, steps: int, keep: bool) -> Factors:
+    """All steps but the last update of the coefficients; with ``keep`` the factors of all steps are kept."""
+    p, stored = problem, steps if keep else 0
+    factors = Factors(
+        *(
+            bases.new_empty(shape)
+            for shape in (
+                (stored + 2 if keep else 1, p.batch, p.columns, p.rank),
+                (stored + 1, p.batch, p.rows, p.rank),
+                (stored + 1, p.batch, p.blocks, p.rank, p.rank),
+                (p.batch, 2 * max(p.parts, p.blocks), p.rank, p.rank),
+                (max(stored, 1), p.batch, p.rows, p.rank),
+                (max(stored, 1), p.batch, p.parts, p.rank, p.rank),
+            )
+        )
+    )
+    sums = bases.new_empty((p.batch, p.parts, p.rows, p.rank))
+    _finish(p, bases, sums, factors, 0, FIRST=True, KEEP=keep)
+    for i in range(steps):
+        read, write = (i, i + 1) if keep else (0, 0)
+        launch(
+            wrap_triton(step),
+            p.grid,
+            x,
+            factors.coef,
+            factors.bases,
+            factors.grams,
+            sums,
+            factors.squares,
+            factors.scratch,
+            read,
+            write,
+            p.batch,
+            p.part,
+            *x.stride(),
+            **p.constants,
+            HELD=p.held,
+            FIRST=i == 0,
+            configs=p.configs,
+            key=("rows", "rank"),
+            restore=("coef",),
+        )
+        _finish(p, bases, sums, factors, read, FIRST=False, KEEP=keep)
+    return factors
+
+
+def _finish(p: Problem, bases: Tensor, sums: Tensor, factors: Factors, slot: int, **constants: bool) -> None:
+    launch(
+        wrap_triton(finish),
+        p.grid_of_blocks,
+        bases,
+        sums,
+        factors.squares,
+        factors.bases,
+        factors.grams,
+        factors.products,
+        factors.scratch,
+        slot,
+        p.batch,
+        p.rows,
+        p.parts,
+        **p.of_factors,
+        **constants,
+        configs=p.configs_of_blocks,
+    )
