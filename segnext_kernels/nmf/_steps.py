@@ -17,7 +17,7 @@ from ._forward import finish, step
 PROGRAMS = 128  # that fill a GPU
 LEAST_PARTS = 4  # programs for one matrix, however many matrices there are
 PART = 64  # columns of a program are a multiple of this, and of every configuration's tile
-HELD = 16384  # elements of x, and sums, that a program holds in registers
+HELD = 256  # rows of a tile of x and of sums that a program holds in registers, if the rank is at most 16
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class Problem:
     columns: int
     rank: int
     precision: str
+    most_held: int = HELD
     large: bool = False  # whether the GPU has room for larger tiles
 
     @staticmethod
     def of(x: Tensor, bases: Tensor) -> Problem:
         batch, rows, columns = x.shape
-        return Problem(batch, int(rows), columns, int(bases.shape[2]), _precision(x), _large(x))
+        return Problem(batch, int(rows), columns, int(bases.shape[2]), _precision(x), _most_held(x), _large(x))
 
     @property
     def part(self) -> int:
@@ -64,7 +65,7 @@ class Problem:
     @property
     def held(self) -> bool:
         """Whether a program of a step holds its tile of x and the sums in registers."""
-        return self.rank <= 64 and power_of_2(self.rows) * self.of_factors["RANK"] <= HELD
+        return self.rank <= 16 and self.rows <= self.most_held
 
     @property
     def blocks(self) -> int:
@@ -84,9 +85,13 @@ class Problem:
     @cached_property
     def configs(self) -> list[triton.Config]:
         """Of ``step``."""
-        if self.large and not self.held and self.rank <= 64:  # half as many reads of the bases
+        small = 16 < self.rank <= 32 and self.rows <= 64  # the compiler unrolls the only chunk
+        if self.large and not self.held and not small and self.rank <= 64:  # half as many reads of the bases
             return [config(8, registers=255, COLUMNS=columns) for columns in (64, 32)]
-        return [config(8, COLUMNS=self.widest_tile)]
+        if self.held and self.rows > 64:  # a limit makes ptxas spill when this much is held, and saves it from that otherwise
+            few = self.precision != "ieee" and self.rows <= 128
+            return [config(8, registers=255 if few else None, COLUMNS=16 if few else 32)]
+        return [config(8, registers=255 if self.rank <= 32 else None, COLUMNS=16 if small else self.widest_tile)]
 
     @cached_property
     def configs_of_output(self) -> list[triton.Config]:
@@ -128,6 +133,12 @@ def _precision(x: Tensor) -> str:
     if x.dtype != torch.float32:
         return "split"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _most_held(x: Tensor) -> int:
+    """On sm_100 float16, which is TF32 there, leaves less room."""
+    crowded = x.dtype == torch.float16 and torch.version.hip is None and _triton.capability(x)[0] == 10
+    return HELD // 2 if crowded else HELD
 
 
 def _large(x: Tensor) -> bool:
