@@ -18,7 +18,7 @@ ELSEWHERE = {  # in the repository -> in the site, where README.md would be a fo
     "bench/REPORT.md": "bench/REPORT.md",
     "csrc/cuda/README.md": "csrc/cuda/README.md",
 }
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)]*)?\)")
+LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)]*)?\)")
 
 
 def on_files(files, config):

@@ -35,7 +35,7 @@ def two_logits(x, bases, others, column, rows, columns, rank: tl.constexpr, stri
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"])
 def step_backward(
     x,  # [B, D, N]
     grad_out,  # [B, D, N]
@@ -140,7 +140,7 @@ def step_backward(
             store_rows(sums, some, i * ROWS, rows, rank, ROWS, RANK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"])
 def finish_backward(
     out,  # [B, D, R]
     sums,  # [B, parts, D, R]
@@ -193,7 +193,7 @@ def finish_backward(
         store_rows(carry, grad, row, rows, rank, ROWS, RANK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last"])
 def gradient_of_x(
     grad_x,  # [B, D, N]
     coef,  # [slots, B, N, R]

@@ -52,7 +52,8 @@ def add_products(total, tiles, coef, CHUNKS: tl.constexpr, PRECISION: tl.constex
     return new
 
 
-@triton.jit
+# Steps that differ in their number alone are one kernel.
+@triton.jit(do_not_specialize=["read", "write"])
 def step(
     x,  # [B, D, N]
     coef,  # [slots, B, N, R]
@@ -121,7 +122,7 @@ def step(
             store_rows(sums, some, i * ROWS, rows, rank, ROWS, RANK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"])
 def finish(
     given,  # [B, D, R]
     sums,  # [B, parts, D, R]
