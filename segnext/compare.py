@@ -16,11 +16,11 @@ from .data.cityscapes import TABLE as CITYSCAPES
 from .data.coco_stuff import TABLE as COCO_STUFF
 from .data.masks import identity_table, read_by_table
 from .data.pairs import require_same_size
-from .figure import class_names, figure, fitting_legend, model_title, require_new_png, require_photographs
+from .figure import figure, fitting_legend, model_title, require_new_png
 from .fuse import inference_model
 from .images import read_image, write_png
 from .palette import IGNORED, generated_palette, overlay, photo_image
-from .predict import SHORT_SIDE, InputError, segment
+from .predict import SHORT_SIDE, InputError, class_names, require_photographs, segment
 from .weights import load
 
 SEGFORMERS = {

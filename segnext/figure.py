@@ -71,18 +71,6 @@ def model_title(config: Config, name: str = "SegNeXt") -> str:
     return "-".join([name, *letters])
 
 
-def class_names(model, names: Sequence[str] = ()) -> list[str]:
-    """The model's names of its classes, or else those given where they are as many, or else numbers."""
-    count = model.config.num_classes
-    return model.classes or (list(names) if len(names) == count else [f"class {i}" for i in range(count)])
-
-
-def require_photographs(config: Config, weights: str | Path) -> None:
-    """Raises an InputError where a model takes something else."""
-    if config.in_channels != 3:
-        raise InputError(f"{weights} takes {config.in_channels} channels; photographs have 3")
-
-
 def require_new_png(out: Path, inputs: Sequence[Path]) -> None:
     """Raises an InputError where a figure would have another ending, or overwrite what it is made from."""
     if out.suffix.lower() != ".png":

@@ -22,11 +22,11 @@ from torchvision.models import ConvNeXt
 from .checkpoint import WeightsError, read
 from .classifier import Classifier
 from .convnext import CONVNEXTS, imagenet_classes, load_convnext
-from .figure import class_names, figure, for_each, model_title, require_new_png, require_photographs
+from .figure import figure, for_each, model_title, require_new_png
 from .images import read_image, write_png
 from .model import SegNeXt
 from .palette import photo_image
-from .predict import SHORT_SIDE, InputError, find_images, seen, segment
+from .predict import InputError, class_names, find_images, require_photographs, seen, segment
 from .weights import load, load_classifier, locate
 
 LAYERS = ("stage1", "stage2", "stage3", "stage4", "head")
@@ -134,8 +134,8 @@ def heat_map(
     Source: Grad-CAM (ICCV 2017), equations 1 and 2; Seg-Grad-CAM (AAAI 2020) for sums over pixels. Computed by
         the package grad-cam.
     """
-    if short_side is None:
-        short_side = _short_side(model)
+    if short_side is None and not isinstance(model, SegNeXt):
+        short_side = CLASSIFIER_SIDE
     module, size = _layer(model, layer), tuple(image.shape[-2:])
     images = seen(model, image, short_side)
     if isinstance(model, SegNeXt):
@@ -184,10 +184,6 @@ def _load(weights: str | Path, rank: int | None) -> SegNeXt | Classifier:
     model = load(path, rank=rank) if any(key.startswith("decode_head.") for key in state) else load_classifier(path)
     require_photographs(model.config, weights)
     return model
-
-
-def _short_side(model: nn.Module) -> int:
-    return (model.short_side or SHORT_SIDE) if isinstance(model, SegNeXt) else CLASSIFIER_SIDE
 
 
 def _layer(model: nn.Module, layer: str) -> nn.Module:

@@ -16,7 +16,7 @@ from segnext_kernels import upsample_argmax
 
 from .fuse import inference_model
 from .images import ImageError, normalise, read_image, visible_files, write_png
-from .model import SegNeXt
+from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
 from .weights import load
 
@@ -89,14 +89,24 @@ def load_for_photographs(weights: str | Path, rank: int | None = None) -> SegNeX
         WeightsError: from :func:`segnext.load`.
     """
     model = load(weights, rank=rank)
-    if model.config.in_channels != 3 or model.config.num_classes > 256:
-        raise InputError(
-            f"{weights} takes {model.config.in_channels} channels and tells {model.config.num_classes} classes apart;"
-            " photographs have 3, and an index-colour PNG holds at most 256"
-        )
-    model.classes = model.classes or [f"class {i}" for i in range(model.config.num_classes)]
+    require_photographs(model.config, weights)
+    if model.config.num_classes > 256:
+        raise InputError(f"{weights} tells {model.config.num_classes} classes apart; an index-colour PNG holds at most 256")
+    model.classes = class_names(model)
     model.palette = model.palette or generated_palette(len(model.classes))
     return model
+
+
+def class_names(model, names: Sequence[str] = ()) -> list[str]:
+    """The model's names of its classes, or else those given where they are as many, or else numbers."""
+    count = model.config.num_classes
+    return model.classes or (list(names) if len(names) == count else [f"class {i}" for i in range(count)])
+
+
+def require_photographs(config: Config, weights: str | Path) -> None:
+    """Raises an InputError where a model takes something else."""
+    if config.in_channels != 3:
+        raise InputError(f"{weights} takes {config.in_channels} channels; photographs have 3")
 
 
 def segment(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
