@@ -26,6 +26,7 @@ def register(
     backward: Callable,
     autocast: Callable,
     triton: ModuleType | None = None,
+    triton_fake: Callable | None = None,
 ) -> None:
     """Registers an operator and its backward operator; their kernels come from the compiled libraries, and from Triton.
 
@@ -37,12 +38,13 @@ def register(
         autocast: ``(dtype, *args) -> args`` casts the arguments to autocast's dtype.
         triton: has ``forward`` and ``backward`` with the schemas' arguments; they make the same operators in a namespace of
             their own.
+        triton_fake: where its forward's outputs are others than ``fake``'s.
     """
     name, backward_name = _name(schema), _name(backward_schema)
     libraries = [_define(schema, fake)]
     _define(backward_schema, backward_fake)
     if triton is not None:
-        libraries.append(_triton.define(schema, triton.forward, fake))
+        libraries.append(_triton.define(schema, triton.forward, triton_fake or fake))
         _triton.define(backward_schema, triton.backward, backward_fake)
     for lib in libraries:
         own = partial(backward, getattr(torch.ops, lib.ns))

@@ -79,13 +79,20 @@ PYBIND11_MODULE(raw_kernels, m) {
     scale_add_backward(image(grad_out, channels_last), image(y, channels_last), {data(scale), data(keep)},
                        image(grad_y, channels_last), data(grad_scale), kSerial);
   });
-  m.def("nmf", [](py::array x, py::array bases, int64_t steps, py::array y, bool transposed) {
-    nmf_forward(matrices(x, transposed), data(bases), bases.shape(2), steps, matrices(y, transposed), kSerial);
+  m.def("nmf_factors_size", [](py::array x, int64_t rank, int64_t steps, bool one_step) {
+    return nmf_factors_size(matrices(x, false), rank, steps, one_step);
   });
-  m.def("nmf_backward", [](py::array grad_out, py::array x, py::array bases, int64_t steps, bool one_step, py::array grad_x,
-                           py::array grad_bases, bool transposed) {
-    nmf_backward(matrices(grad_out, transposed), matrices(x, transposed), data(bases), bases.shape(2), steps, one_step,
-                 matrices(grad_x, transposed), data(grad_bases), kSerial);
+  // without elements, factors are not kept, or not given
+  auto kept = [](py::array factors) { return factors.size() > 0 ? data(factors) : nullptr; };
+  m.def("nmf",
+        [kept](py::array x, py::array bases, int64_t steps, bool one_step, py::array factors, py::array y, bool transposed) {
+          nmf_forward(matrices(x, transposed), data(bases), bases.shape(2), steps, one_step, kept(factors),
+                      matrices(y, transposed), kSerial);
+        });
+  m.def("nmf_backward", [kept](py::array grad_out, py::array x, py::array bases, py::array factors, int64_t steps,
+                               bool one_step, py::array grad_x, py::array grad_bases, bool transposed) {
+    nmf_backward(matrices(grad_out, transposed), matrices(x, transposed), data(bases), kept(factors), bases.shape(2), steps,
+                 one_step, matrices(grad_x, transposed), data(grad_bases), kSerial);
   });
   m.def("upsample_argmax", [](py::array logits, py::array_t<int64_t> labels, bool channels_last) {
     upsample_argmax_forward(image(logits, channels_last), labels.shape(1), labels.shape(2), labels.mutable_data(), kSerial);

@@ -64,10 +64,17 @@ def matrices(dtype, size, transposed):
     shape = (b, n, d) if transposed else (b, d, n)
     accumulator = "float64" if dtype == "float64" else "float32"
     x, grad_out, bases = normal(shape, dtype), normal(shape, dtype), normal((b, d, rank), accumulator)
-    y, grad_x, grad_bases = poisoned(x, dtype), poisoned(x, dtype), poisoned(bases, accumulator)
-    raw_kernels.nmf(x, bases, steps, y, transposed)
-    for one_step in (False, True):
-        raw_kernels.nmf_backward(grad_out, x, bases, steps, one_step, grad_x, grad_bases, transposed)
+    again = {}
+    for one_step, keep in itertools.product((False, True), repeat=2):
+        y, grad_x, grad_bases = poisoned(x, dtype), poisoned(x, dtype), poisoned(bases, accumulator)
+        matrix = x.swapaxes(1, 2) if transposed else x
+        size = raw_kernels.nmf_factors_size(matrix, rank, steps, one_step) if keep else 0
+        factors = np.full(size, np.nan, DTYPES[accumulator])
+        raw_kernels.nmf(x, bases, steps, one_step, factors, y, transposed)
+        raw_kernels.nmf_backward(grad_out, x, bases, factors, steps, one_step, grad_x, grad_bases, transposed)
+        if dtype.startswith("float"):
+            tolerance = 1e-2 if dtype == "float16" else 1e-4
+            assert np.allclose(grad_x, again.setdefault(one_step, grad_x), tolerance, tolerance * np.abs(grad_x).max())
         yield from (y, grad_x, grad_bases)
 
 

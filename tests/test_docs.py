@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch.distributed.run
+from PIL import Image
 from torch import nn
 
 import bench.__main__
@@ -37,6 +38,7 @@ PUBLIC = {
     ],
     "models.html": [f"segnext.{name}" for name in segnext.__all__],
 }
+SNIPPETS = {"README.md": 4, "docs/gpu.md": 1, "docs/index.md": 1, "docs/models.md": 1, "docs/training.md": 2}
 OF_TORCHRUN = {"--nnodes", "--rdzv-endpoint"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -158,6 +160,45 @@ def test_command_lines_parse(page, capsys):
                 pytest.fail(f"{page.name}: {line}\n{error}\n{capsys.readouterr().err}")
     if page.name in ("gpu.md", "reproducing.md", "training.md", "NOTES.md") or page == ROOT / "README.md":
         assert found > 5  # or the search is broken
+
+
+def given() -> dict[str, object]:
+    """What the snippets leave to the reader."""
+    x, images = torch.rand(1, 4, 8, 8), torch.randn(2, 3, 64, 64)
+    labels = torch.randint(19, (2, 64, 64))
+    return {
+        "torch": torch,
+        "segnext": segnext,
+        "sk": segnext_kernels,
+        "x": x,
+        "y": torch.rand_like(x),
+        "weights": segnext_kernels.nn.AttentionModule(4).strip_weights(),
+        "weight": torch.rand(4, 1, 3, 3),
+        "bias": torch.rand(4),
+        "scale": torch.rand(4),
+        "keep": None,
+        "bases": torch.rand(1, 4, 3),
+        "logits": torch.rand(2, 19, 8, 8),
+        "target": labels,
+        "images": images,
+        "loader": [(images, labels)],
+        "model": segnext.create("t"),
+        "train": lambda model: model(images).sum().backward(),
+    }
+
+
+@pages
+def test_snippets_run(page, tmp_path, monkeypatch):
+    """Of Python, in a folder of their own; hosted weights are stood in for by random ones. docs/gpu.md's needs a GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(segnext, "load", lambda name: segnext.create(name[-1]).eval())
+    monkeypatch.setattr(segnext, "load_encoder", lambda model, name: None)
+    Image.new("RGB", (64, 48)).save("photo.jpg")
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(snippets) == SNIPPETS.get(str(page.relative_to(ROOT)), 0)
+    names = given()
+    for snippet in snippets if page.name != "gpu.md" or torch.cuda.is_available() else []:
+        exec(snippet.replace("[...]", "[]"), names)
 
 
 @pages

@@ -63,7 +63,8 @@ from segnext_kernels.nmf import triton as nmf
 
 for steps in (0, 1, 7):
     for rank in (16, 64):
-        print(len(static.record(lambda: nmf.forward(torch.empty(2, 256, 4096), torch.empty(2, 256, rank), steps, "exact"))))
+        sizes = (2, 256, 4096), (2, 256, rank)
+        print(len(static.record(lambda: nmf.forward(*map(torch.empty, sizes), steps, "exact", False))))
 """
 
 

@@ -49,12 +49,14 @@ struct Matrices {
   bool transposed;
   int64_t batch, rows, columns;
 };
-// bases [B, D, rank] are accumulators.
-void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, const Matrices& y,
-                 const Parallel& parallel);
-// grad_x.data and grad_bases may be null. one_step: differentiates the last update of the coefficients alone.
-void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool one_step,
-                  const Matrices& grad_x, void* grad_bases, const Parallel& parallel);
+// bases [B, D, rank] are accumulators, and so are the factors that forward may leave for backward, in an order of their own.
+// one_step: backward differentiates the last update of the coefficients alone.
+int64_t nmf_factors_size(const Matrices& x, int64_t rank, int64_t steps, bool one_step);
+void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool one_step, void* factors,
+                 const Matrices& y, const Parallel& parallel);
+// factors may be null, and are then computed again; so may grad_x.data and grad_bases, which are then not wanted.
+void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, const void* factors, int64_t rank,
+                  int64_t steps, bool one_step, const Matrices& grad_x, void* grad_bases, const Parallel& parallel);
 
 // labels [N, height, width] <- the highest class of upsampled logits
 void upsample_argmax_forward(const Image& logits, int64_t height, int64_t width, int64_t* labels, const Parallel& parallel);

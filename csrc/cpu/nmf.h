@@ -108,34 +108,48 @@ void softmax_rows(const NmfShape<A>& s, A* rows, int64_t count) {
 // What follows an update of C: sum x C and C^T C for the update of B, write y = B C^T, or nothing.
 enum class Then { kSum, kMultiply, kNothing };
 
+// What backward needs of the factors: nothing, those around the last update of C, or those of every step.
+enum class Keep { kNothing, kLast, kAll };
+
 // The factors and the sums of a whole batch, and the two halves of a step.
 template <class A>
 class Nmf {
  public:
-  // keep: holds the factors of every step, for backward.
-  Nmf(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool keep, const Parallel& parallel)
+  // What is kept lies in `factors`, of nmf_factors_size, or in memory of its own where that is null.
+  Nmf(const Matrices& x, int64_t rank, int64_t steps, Keep keep, void* factors, const Parallel& parallel)
       : x_(x),
         s_(x, rank),
         parallel_(parallel),
         steps_(steps),
         keep_(keep),
+        kept_steps_(keep == Keep::kAll ? steps : 0),
         c_size_(x.batch * s_.N * s_.padded),
         b_size_(x.batch * s_.D * s_.padded),
-        c_((keep ? steps + 2 : 1) * c_size_),
-        c_ratio_(keep ? (steps + 2) * c_size_ : 0),
-        b_((keep ? steps + 1 : 1) * b_size_),
-        b_ratio_(keep ? (steps + 1) * b_size_ : 0),
+        c_slots_(keep == Keep::kNothing ? 1 : kept_steps_ + 2),
+        c_ratio_slots_(keep == Keep::kNothing ? 0 : kept_steps_ + 1),
+        own_(factors == nullptr ? size() : 0),
+        c_(factors == nullptr ? own_ : static_cast<A*>(factors)),
+        c_ratio_(c_ + c_slots_ * c_size_),
+        b_(c_ratio_ + c_ratio_slots_ * c_size_),
+        b_ratio_(b_ + (kept_steps_ + 1) * b_size_),
         xc_(x.batch * s_.chunks * s_.D * s_.padded),
         cc_(x.batch * s_.chunks * rank * s_.padded),
-        bb_(x.batch * s_.row_blocks * rank * s_.padded) {
+        bb_(x.batch * s_.row_blocks * rank * s_.padded) {}
+
+  void begin(const void* bases) {
     const A* given = static_cast<const A*>(bases);
-    for (int64_t i = 0; i < x.batch * s_.D; ++i) {
-      for (int64_t r = 0; r < s_.padded; ++r) b_[i * s_.padded + r] = r < rank ? given[i * rank + r] : 0;
+    for (int64_t i = 0; i < x_.batch * s_.D; ++i) {
+      for (int64_t r = 0; r < s_.padded; ++r) b_[i * s_.padded + r] = r < s_.rank ? given[i * s_.rank + r] : 0;
     }
     sum_bb(0);
   }
 
-  void run() {
+  // Of the factors that are kept, in accumulators.
+  int64_t size() const { return (c_slots_ + c_ratio_slots_) * c_size_ + (2 * kept_steps_ + 1) * b_size_; }
+
+  // All steps but the last update of C.
+  void run(const void* bases) {
+    begin(bases);
     for (int64_t step = 0; step < steps_; ++step) {
       update_coefficients(step, Then::kSum);
       update_bases(step, [&](int64_t image, int64_t first, int64_t rows, A*) { return xc(image, first, rows); });
@@ -159,8 +173,7 @@ class Nmf {
             softmax_rows<A>(s_, before, columns);
           }
           gemm<A>({before, s_.padded, 1}, columns, s_.rank, bb(image), s_.padded, s_.vectors, den, s_.padded, false);
-          A* ratio = keep_ ? c_ratio_ + (after - c_) : nullptr;
-          scale(before, num, den, columns * s_.padded, after, ratio);
+          scale(before, num, den, columns * s_.padded, after, c_ratio(step, image, first));
           if (then == Then::kMultiply) {
             x.product(s_, b, after, columns, false, scratch);
             x.store_to(*y, image, first, columns);
@@ -185,7 +198,7 @@ class Nmf {
         const A* before = bases(step, image) + first * s_.padded;
         A* after = bases(step + 1, image) + first * s_.padded;
         gemm<A>({before, s_.padded, 1}, rows, s_.rank, cc(image), s_.padded, s_.vectors, den, s_.padded, false);
-        A* ratio = keep_ ? b_ratio_ + (after - b_) : nullptr;
+        A* ratio = keep_ == Keep::kAll ? b_ratio(step, image) + first * s_.padded : nullptr;
         scale(before, products(image, first, rows, scratch), den, rows * s_.padded, after, ratio);
       }
     });
@@ -205,9 +218,16 @@ class Nmf {
   }
 
   A* coefficients(int64_t step, int64_t image, int64_t row) {
-    return c_ + (keep_ ? step : 0) * c_size_ + (image * s_.N + row) * s_.padded;
+    const int64_t slot = keep_ == Keep::kAll ? step : keep_ == Keep::kLast && step > steps_;
+    return c_ + slot * c_size_ + (image * s_.N + row) * s_.padded;
   }
-  A* bases(int64_t step, int64_t image) { return b_ + (keep_ ? step : 0) * b_size_ + image * s_.D * s_.padded; }
+  A* bases(int64_t step, int64_t image) { return b_ + (keep_ == Keep::kAll ? step : 0) * b_size_ + image * s_.D * s_.padded; }
+  // What the updates after `step` multiply with, where that is kept.
+  A* c_ratio(int64_t step, int64_t image, int64_t row) {
+    if (keep_ == Keep::kNothing || (keep_ == Keep::kLast && step < steps_)) return nullptr;
+    return c_ratio_ + (keep_ == Keep::kAll ? step : 0) * c_size_ + (image * s_.N + row) * s_.padded;
+  }
+  A* b_ratio(int64_t step, int64_t image) { return b_ratio_ + step * b_size_ + image * s_.D * s_.padded; }
   // B^T B and, after sum_chunks, C^T C (or what stands in their places): [rank][padded].
   A* bb(int64_t image) { return bb_ + image * s_.row_blocks * s_.rank * s_.padded; }
   A* cc(int64_t image) { return cc_ + image * s_.chunks * s_.rank * s_.padded; }
@@ -275,9 +295,15 @@ class Nmf {
   const NmfShape<A> s_;
   const Parallel& parallel_;
   const int64_t steps_;
-  const bool keep_;
-  const int64_t c_size_, b_size_;
-  Buffer<A> c_, c_ratio_, b_, b_ratio_, xc_, cc_, bb_;
+  const Keep keep_;
+  const int64_t kept_steps_, c_size_, b_size_, c_slots_, c_ratio_slots_;
+
+ private:
+  Buffer<A> own_;
+  A *const c_, *const c_ratio_, *const b_, *const b_ratio_;
+
+ protected:
+  Buffer<A> xc_, cc_, bb_;
 };
 
 }  // namespace segnext

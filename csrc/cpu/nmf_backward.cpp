@@ -1,5 +1,5 @@
-// nmf backward: runs forward again and keeps the factors and ratios of every step, 2 (steps + 2) N R + 2 (steps + 1) D R
-// accumulators per matrix, then goes back through the steps, one pass over x each. A step's dP and dU replace its ratios.
+// nmf backward: takes the factors and ratios of every step that forward has left, or runs forward again, then goes back through
+// the steps, one pass over x each. It holds dP and dU of every step, (steps + 1) N R + steps D R accumulators per matrix.
 //
 // C' = C P / Q with P = x^T B, Q = C B^T B + eps:
 //   dP = dC' C / Q,  dQ = -dC' C' / Q,  dC = dC' P / Q + dQ S,  dB += x dP + B (dS + dS^T) with S = B^T B, dS = C^T dQ
@@ -20,38 +20,44 @@ class NmfBackward : public Nmf<A> {
   using Base::x_;
 
  public:
-  NmfBackward(const Matrices& grad_out, const Matrices& x, const void* bases, int64_t rank, int64_t steps,
+  NmfBackward(const Matrices& grad_out, const Matrices& x, const void* factors, int64_t rank, int64_t steps, bool one_step,
               const Parallel& parallel)
-      : Base(x, bases, rank, steps, true, parallel),
+      : Base(x, rank, steps, one_step ? Keep::kLast : Keep::kAll, const_cast<void*>(factors), parallel),
         grad_out_(grad_out),
+        one_step_(one_step),
         d_c_(Base::c_size_),
+        d_p_(Base::c_ratio_slots_ * Base::c_size_),
         d_b_(Base::b_size_),
+        d_u_(Base::kept_steps_ * Base::b_size_),
         d_w_(Base::b_size_),
         gram_(x.batch * s_.rank * s_.padded) {}
 
-  void run(bool one_step, const Matrices& grad_x, void* grad_bases) {
-    Base::run();
+  void run_forward(const void* bases) {
+    Base::run(bases);
     Base::update_coefficients(steps_, Then::kNothing);
+  }
+
+  void run(const Matrices& grad_x, void* grad_bases) {
     for (int64_t step = steps_; step >= 0; --step) {
-      back_through_coefficients(step, one_step);
-      if (one_step) break;
+      back_through_coefficients(step);
+      if (one_step_) break;
       add_to_bases_grad(step);
       if (step > 0) back_through_bases(step);
     }
-    if (grad_x.data != nullptr) write_grad_x(one_step, grad_x);
-    if (grad_bases != nullptr) write_grad_bases(one_step, static_cast<A*>(grad_bases));
+    if (grad_x.data != nullptr) write_grad_x(grad_x);
+    if (grad_bases != nullptr) write_grad_bases(static_cast<A*>(grad_bases));
   }
 
  private:
-  // The ratios of C of step + 1 and of B of step, and what replaces them.
+  // Of the products x^T B and x C in the updates of C and B of a step.
   A* d_p(int64_t step, int64_t image, int64_t row) {
-    return Base::c_ratio_ + (step + 1) * Base::c_size_ + (image * s_.N + row) * s_.padded;
+    return d_p_ + (one_step_ ? 0 : step) * Base::c_size_ + (image * s_.N + row) * s_.padded;
   }
-  A* d_u(int64_t step, int64_t image) { return Base::b_ratio_ + step * Base::b_size_ + image * s_.D * s_.padded; }
+  A* d_u(int64_t step, int64_t image) { return d_u_ + step * Base::b_size_ + image * s_.D * s_.padded; }
 
   // C of step + 1 was made from C and B of step. Leaves dC of step in d_c_, dP in d_p(step), and x dP and C^T dQ in the chunks'
   // sums.
-  void back_through_coefficients(int64_t step, bool only_p) {
+  void back_through_coefficients(int64_t step) {
     Base::sum_bb(step);
     Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
       Tile<A> x(s_, x_.transposed), grad(s_, grad_out_.transposed);
@@ -61,23 +67,24 @@ class NmfBackward : public Nmf<A> {
         Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool add) {
           const int64_t size = columns * s_.padded, at = (image * s_.N + first) * s_.padded;
           const A *before = Base::coefficients(step, image, first), *after = Base::coefficients(step + 1, image, first);
+          const A* ratio = Base::c_ratio(step, image, first);
           A *d_c = d_c_ + at, *dp = d_p(step, image, first);
-          x.load_from(x_, image, first, columns);
+          if (!one_step_) x.load_from(x_, image, first, columns);
           if (step == steps_) {
             grad.load_from(grad_out_, image, first, columns);
             gemm<A>(grad.by_column(), columns, s_.D, Base::bases(step, image), s_.padded, s_.vectors, d_c, s_.padded, false);
           } else {  // what B of step + 1 passes on
-            gemm<A>(x.by_column(), columns, s_.D, d_u(step + 1, image), s_.padded, s_.vectors, d_c, s_.padded, true);
+            gemm<A>(x.by_column(), columns, s_.D, d_u(step, image), s_.padded, s_.vectors, d_c, s_.padded, true);
             gemm<A>({after, s_.padded, 1}, columns, s_.rank, gram(image), s_.padded, s_.vectors, d_c, s_.padded, true);
           }
           gemm<A>({before, s_.padded, 1}, columns, s_.rank, Base::bb(image), s_.padded, s_.vectors, den, s_.padded, false);
           for (int64_t i = 0; i < size; i += L) {
             const Vector<A> q = load<A>(d_c + i) / (load<A>(den + i) + epsilon<A>());
             store<A>(d_q + i, -q * load<A>(after + i));
-            store<A>(d_c + i, load<A>(d_c + i) * load<A>(dp + i));
+            store<A>(d_c + i, load<A>(d_c + i) * load<A>(ratio + i));
             store<A>(dp + i, q * load<A>(before + i));
           }
-          if (only_p) return;
+          if (one_step_) return;
           gemm<A>({d_q, s_.padded, 1}, columns, s_.rank, Base::bb(image), s_.padded, s_.vectors, d_c, s_.padded, true);
           if (step == 0) back_through_softmax(before, d_c, columns, dp);
           Base::add_to_xc(x, dp, columns, item, add);
@@ -116,7 +123,8 @@ class NmfBackward : public Nmf<A> {
     });
   }
 
-  // B of step was made from B of step - 1 and C of step. Leaves dB of step - 1 in d_b_, dU in d_u(step) and dT + dT^T in gram_.
+  // B of step was made from B of step - 1 and C of step. Leaves dB of step - 1 in d_b_, dU in d_u(step - 1), dT + dT^T in
+  // gram_.
   void back_through_bases(int64_t step) {
     sum_cc(step);
     Base::parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
@@ -125,12 +133,13 @@ class NmfBackward : public Nmf<A> {
         const auto [image, first, rows] = Base::row_block(item);
         const int64_t at = first * s_.padded, all = image * s_.D * s_.padded + at;
         const A *before = Base::bases(step - 1, image) + at, *after = Base::bases(step, image) + at;
-        A *d_b = d_b_ + all, *d_w = d_w_ + all, *du = d_u(step, image) + at;
+        const A* ratio = Base::b_ratio(step - 1, image) + at;
+        A *d_b = d_b_ + all, *d_w = d_w_ + all, *du = d_u(step - 1, image) + at;
         gemm<A>({before, s_.padded, 1}, rows, s_.rank, Base::cc(image), s_.padded, s_.vectors, den, s_.padded, false);
         for (int64_t i = 0; i < rows * s_.padded; i += L) {
           const Vector<A> q = load<A>(d_b + i) / (load<A>(den + i) + epsilon<A>());
           store<A>(d_w + i, -q * load<A>(after + i));
-          store<A>(d_b + i, load<A>(d_b + i) * load<A>(du + i));
+          store<A>(d_b + i, load<A>(d_b + i) * load<A>(ratio + i));
           store<A>(du + i, q * load<A>(before + i));
         }
         gemm<A>({d_w, s_.padded, 1}, rows, s_.rank, Base::cc(image), s_.padded, s_.vectors, d_b, s_.padded, true);
@@ -168,7 +177,7 @@ class NmfBackward : public Nmf<A> {
     }
   }
 
-  void write_grad_x(bool one_step, const Matrices& grad_x) {
+  void write_grad_x(const Matrices& grad_x) {
     Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
       Tile<A> out(s_, grad_x.transposed);
       Buffer<A> scratch(out.scratch_size(s_));
@@ -176,8 +185,8 @@ class NmfBackward : public Nmf<A> {
         const int64_t image = item / s_.chunks;
         Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool) {
           out.product(s_, Base::bases(steps_, image), d_p(steps_, image, first), columns, false, scratch);
-          for (int64_t step = one_step ? 0 : steps_; step > 0; --step) {
-            out.product(s_, d_u(step, image), Base::coefficients(step, image, first), columns, true, scratch);
+          for (int64_t step = Base::kept_steps_; step > 0; --step) {
+            out.product(s_, d_u(step - 1, image), Base::coefficients(step, image, first), columns, true, scratch);
             out.product(s_, Base::bases(step - 1, image), d_p(step - 1, image, first), columns, true, scratch);
           }
           out.store_to(grad_x, image, first, columns);
@@ -186,23 +195,25 @@ class NmfBackward : public Nmf<A> {
     });
   }
 
-  void write_grad_bases(bool one_step, A* grad_bases) {
+  void write_grad_bases(A* grad_bases) {
     for (int64_t i = 0; i < x_.batch * s_.D; ++i) {
-      for (int64_t r = 0; r < s_.rank; ++r) grad_bases[i * s_.rank + r] = one_step ? 0 : d_b_[i * s_.padded + r];
+      for (int64_t r = 0; r < s_.rank; ++r) grad_bases[i * s_.rank + r] = one_step_ ? 0 : d_b_[i * s_.padded + r];
     }
   }
 
   const Matrices& grad_out_;
-  Buffer<A> d_c_, d_b_, d_w_, gram_;
+  const bool one_step_;
+  Buffer<A> d_c_, d_p_, d_b_, d_u_, d_w_, gram_;
 };
 
 }  // namespace
 
-void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool one_step,
-                  const Matrices& grad_x, void* grad_bases, const Parallel& parallel) {
+void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, const void* factors, int64_t rank,
+                  int64_t steps, bool one_step, const Matrices& grad_x, void* grad_bases, const Parallel& parallel) {
   with_accumulator(x.dtype, [&](auto* type) {
-    NmfBackward<std::remove_pointer_t<decltype(type)>> backward(grad_out, x, bases, rank, steps, parallel);
-    backward.run(one_step, grad_x, grad_bases);
+    NmfBackward<std::remove_pointer_t<decltype(type)>> backward(grad_out, x, factors, rank, steps, one_step, parallel);
+    if (factors == nullptr) backward.run_forward(bases);
+    backward.run(grad_x, grad_bases);
   });
 }
 

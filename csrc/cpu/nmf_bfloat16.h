@@ -10,8 +10,8 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
   friend class NmfOnTiles<NmfOfBFloat16>;
 
  public:
-  NmfOfBFloat16(const Matrices& x, const void* bases, int64_t rank, int64_t steps, const Parallel& parallel)
-      : NmfOnTiles(x, bases, rank, steps, parallel),
+  NmfOfBFloat16(const Matrices& x, int64_t rank, int64_t steps, const Parallel& parallel)
+      : NmfOnTiles(x, rank, steps, Keep::kNothing, nullptr, parallel),
         depth_(filled<BFloat16>(3 * s_.padded)),
         pairs_(x.batch * s_.N * s_.D),
         bases_(x.batch * s_.D * 2 * s_.padded),

@@ -16,12 +16,12 @@ namespace segnext {
 template <class Derived>
 class NmfOnTiles : public Nmf<float> {
  public:
-  NmfOnTiles(const Matrices& x, const void* bases, int64_t rank, int64_t steps, const Parallel& parallel)
-      : Nmf<float>(x, bases, rank, steps, false, parallel) {}
+  using Nmf<float>::Nmf;
 
   static bool serves(const Matrices& x) { return x.transposed && x.rows % kPanel == 0 && x.columns % amx::kDepth == 0; }
 
-  void run(const Matrices& y) {
+  void run(const void* bases, const Matrices& y) {
+    begin(bases);
     self().pack_bases(0);
     for (int64_t step = 0; step < steps_; ++step) {
       update_coefficients(step);
@@ -51,19 +51,19 @@ class NmfOnTiles : public Nmf<float> {
         for (int64_t first = start; first < stop; first += most) {
           const int64_t count = std::min(most, stop - first);
           typename Derived::Part part(self(), image, first, count);
-          float* c = coefficients(step, image, first);
+          float *before = coefficients(step, image, first), *after = coefficients(step + 1, image, first);
           part.project(num);
           if (step == 0) {
-            std::memcpy(c, num, sizeof(float) * count * R);
-            softmax_rows<float>(s_, c, count);
+            std::memcpy(before, num, sizeof(float) * count * R);
+            softmax_rows<float>(s_, before, count);
           }
-          gemm<float>({c, R, 1}, count, s_.rank, bb(image), R, s_.vectors, den, R, false);
-          scale(c, num, den, count * R, c, nullptr);
+          gemm<float>({before, R, 1}, count, s_.rank, bb(image), R, s_.vectors, den, R, false);
+          scale(before, num, den, count * R, after, c_ratio(step, image, first));
           if (y != nullptr) {
-            part.multiply(c, *y);
+            part.multiply(after, *y);
           } else {
-            add_to_cc(c, c, count, item, first > start);
-            part.add_products(c, xc_ + item * s_.D * R, first > start);
+            add_to_cc(after, after, count, item, first > start);
+            part.add_products(after, xc_ + item * s_.D * R, first > start);
           }
         }
       }

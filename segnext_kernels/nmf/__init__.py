@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _register, _select, _validate
@@ -25,10 +26,12 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", *, backen
         C = C * (x.mT @ B) / (C @ (B.mT @ B) + 1e-6)
         y = B @ C.mT
 
-    The factors are kept in float32 whatever x's dtype is (float64 for float64). Only ``x`` and ``bases`` are kept for backward.
-    Under autocast ``x`` is cast to autocast's dtype. On NVIDIA GPUs products with float32 ``x`` are made in TF32 where
-    ``torch.backends.cuda.matmul`` allows it. A NaN or infinity in a matrix makes that whole matrix of y non-finite
-    (with zero steps its column) and leaves the rest of the batch alone.
+    The factors are kept in float32 whatever x's dtype is (float64 for float64). Where a gradient is wanted, the CPU kernels
+    keep the factors of every step for backward besides ``x`` and ``bases``, (2 steps + 3) N R + (2 steps + 1) D R numbers a
+    matrix (with "one_step" 3 N R + D R) with R rounded up to a multiple of 16; the Triton kernels do the steps again. Under
+    autocast ``x`` is cast to autocast's dtype. On NVIDIA GPUs products with float32 ``x`` are made in TF32 where
+    ``torch.backends.cuda.matmul`` allows it. A NaN or infinity in a matrix makes that whole matrix of y non-finite (with zero
+    steps its column) and leaves the rest of the batch alone.
 
     Args:
         x: [B, D, N] >= 0 (not checked), float32, float64, bfloat16 or float16; contiguous or transposed (D fastest, as
@@ -57,4 +60,6 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", *, backen
     served = _select.select("nmf", backend, x, rank=bases.shape[2])
     if served == "reference":
         return _register.run_reference(_reference.nmf, _autograd.autocast, x, bases, steps, gradient)
-    return _register.operator("nmf", served)(x, bases, steps, gradient)
+    keep = served == "cpu" and torch.is_grad_enabled() and (x.requires_grad or bases.requires_grad)
+    y, _ = _register.operator("nmf", served)(x, bases, steps, gradient, keep)
+    return y

@@ -18,7 +18,7 @@ from ._steps import Factors, Problem, run
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, bases: Tensor, steps: int, gradient: str, need_x: bool, need_bases: bool
+    grad_out: Tensor, x: Tensor, bases: Tensor, factors: Tensor, steps: int, gradient: str, need_x: bool, need_bases: bool
 ) -> tuple[Tensor, Tensor]:
     exact = gradient == "exact"
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
@@ -27,21 +27,21 @@ def backward(
         grad_bases = torch.empty_like(bases) if exact and x.numel() > 0 else torch.zeros_like(bases)
     if x.numel() > 0 and (need_x or (need_bases and exact)):
         p = Problem.of(x, bases)
-        factors = run(p, x, bases, steps, keep=exact)
-        last = len(factors.bases) - 1
+        made = run(p, x, bases, steps, keep=exact)
+        last = len(made.bases) - 1
         back = _Back(p, bases, last + 1)
         for i in range(last, -1, -1):
             kind = {"LAST": i == last, "FIRST": steps == 0, "SOFTMAX": exact and i == 0, "EXACT": exact}
-            _step_back(p, back, grad_out, x, factors, i, **kind)
+            _step_back(p, back, grad_out, x, made, i, **kind)
             if exact:
-                _finish_back(p, back, factors, grad_bases if i == 0 and need_bases else back.carry, i, LAST=i == last)
+                _finish_back(p, back, made, grad_bases if i == 0 and need_bases else back.carry, i, LAST=i == last)
         if need_x:
             launch(
                 wrap_triton(gradient_of_x),
                 p.grid_of_tiles,
                 grad_x,
-                factors.coef,
-                factors.bases,
+                made.coef,
+                made.bases,
                 back.grad_logits,
                 back.grad_products,
                 last,
