@@ -99,8 +99,10 @@ def _transformed() -> bool:
 
 def select(operator: str, backend: str | None, x: Tensor, **details) -> str:
     """The named backend if it can serve the call (else ValueError), or the first that can."""
-    if backend is None:
-        return next(name for name in BACKENDS if why_not(name, operator, x, **details) is None)
+    if backend is None:  # GPU kernels refuse tensors elsewhere, which need not be said at every call
+        elsewhere = x.device.type == "cpu" and not _triton.interpreted
+        candidates = BACKENDS[BACKENDS.index("cpu") :] if elsewhere else BACKENDS
+        return next(name for name in candidates if why_not(name, operator, x, **details) is None)
     reason = why_not(backend, operator, x, **details)
     if reason is not None:
         raise ValueError(f"{operator}: backend {backend!r} cannot serve this call: {reason}")

@@ -47,34 +47,35 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor]) -> tuple[int, ...]:
             "msca_strips: weights must hold the 5x5 filter and bias, then row filter, bias, column filter and bias"
             f" for every branch (2 + 4 B tensors), got {len(weights)}"
         )
+    if not _alike(weights, x):
+        for i, weight in enumerate(weights):
+            _companion("msca_strips", f"weights[{i}]", weight, x)
     channels, sizes = x.shape[1], []
-    for i, weight in enumerate(weights):
-        name = f"weights[{i}]"
-        _companion("msca_strips", name, weight, x)
-        branch, role = divmod(i - 2, 4)
-        if i == 0:
-            expected = (channels, 1, 5, 5)
-        elif i == 1 or role % 2:
-            expected = (channels,)
-        elif role == 0:
-            size = weight.shape[-1] if weight.dim() == 4 else 0
-            if size % 2 == 0:
-                raise ValueError(
-                    f"msca_strips: {name} must be a row filter [{channels}, 1, 1, k] with odd k, got {list(weight.shape)}"
-                )
-            sizes.append(size)
-            expected = (channels, 1, 1, size)
-        else:
-            expected = (channels, 1, sizes[branch], 1)
-        _shape("msca_strips", name, weight, expected)
+    for i, row_filter in enumerate(weights[2::4]):
+        size = row_filter.shape[-1] if row_filter.dim() == 4 else 0
+        if size % 2 == 0:
+            raise ValueError(
+                f"msca_strips: weights[{2 + 4 * i}] must be a row filter [{channels}, 1, 1, k] with odd k,"
+                f" got {list(row_filter.shape)}"
+            )
+        sizes.append(size)
+    bias = (channels,)
+    expected = [(channels, 1, 5, 5), bias]
+    for size in sizes:
+        expected += [(channels, 1, 1, size), bias, (channels, 1, size, 1), bias]
+    if [weight.shape for weight in weights] != expected:
+        for i, (weight, shape) in enumerate(zip(weights, expected, strict=True)):
+            _shape("msca_strips", f"weights[{i}]", weight, shape)
     return tuple(sizes)
 
 
 def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Checks the arguments of dwconv_gelu."""
     _image("dwconv_gelu", x)
-    for name, tensor, expected in (("weight", weight, (x.shape[1], 1, 3, 3)), ("bias", bias, (x.shape[1],))):
-        _companion("dwconv_gelu", name, tensor, x)
+    channels, alike = x.shape[1], _alike((weight, bias), x)
+    for name, tensor, expected in (("weight", weight, (channels, 1, 3, 3)), ("bias", bias, (channels,))):
+        if not alike:
+            _companion("dwconv_gelu", name, tensor, x)
         _shape("dwconv_gelu", name, tensor, expected)
 
 
@@ -262,6 +263,13 @@ def _tensor(op: str, name: str, tensor: Tensor, layout: str) -> None:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
+def _alike(tensors: Sequence[object], x: Tensor) -> bool:
+    """Whether all are tensors of x's dtype and device, as they nearly always are: a small image takes less time than asking
+    for each of fourteen what else could be allowed."""
+    dtype, device = x.dtype, x.device
+    return all(isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.device == device for tensor in tensors)
+
+
 def _companion(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
     """What comes along with x has its dtype and device; under autocast the operator casts mixed dtypes but float64 itself."""
     if not isinstance(tensor, Tensor):
@@ -278,5 +286,5 @@ def _same_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
+    if tensor.shape != expected:
         raise ValueError(f"{op}: {name} must be {list(expected)}, got {list(tensor.shape)}")

@@ -75,8 +75,10 @@ class Tile {
       const int64_t outer = transposed_ ? columns : x.rows, length = transposed_ ? x.rows : columns;
       for (int64_t i = 0; i < outer; ++i) {
         T* row = matrix + (transposed_ ? (first + i) * x.rows : i * x.columns + first);
-        for (int64_t j = 0; j < length; j += L)
+        for (int64_t j = 0; j < length; j += L) {
+          if (!transposed_) __builtin_prefetch(row + 8 * x.columns + j);
           f(row + j, data_ + i * row_ + j, static_cast<int>(length - j < L ? length - j : L));
+        }
       }
     });
   }
