@@ -55,7 +55,7 @@ EMPTY_IMAGES = [(0, 3, 5, 5), (2, 3, 0, 5), (2, 17, 5, 0), (2, 0, 5, 5)]
 # [B, D, N, R] and steps: R above D and N, nothing a multiple of anything, empty
 MATRICES = [(1, 1, 1, 1, 6), (2, 5, 45, 3, 1), (1, 45, 300, 16, 6), (2, 33, 5, 17, 6), (1, 70, 513, 64, 6)]
 MATRICES += [(1, 120, 45, 100, 2), (3, 1, 45, 16, 6), (2, 300, 1, 3, 6), (1, 513, 300, 16, 1), (2, 5, 513, 1, 6)]
-MATRICES += [(2, 45, 64, 17, 0), (1, 5, 1, 100, 0)]
+MATRICES += [(2, 45, 64, 17, 0), (1, 5, 1, 100, 0), (1, 512, 96, 3, 1)]  # the last: columns that share a set of the caches
 MATRICES += [(2, 32, 64, 17, 3), (1, 96, 2080, 16, 6), (1, 64, 32, 100, 2)]  # whole tiles of the processor's matrix unit
 EMPTY_MATRICES = [(0, 5, 45, 3, 6), (2, 0, 45, 3, 6), (2, 5, 0, 16, 6)]
 

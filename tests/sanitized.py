@@ -18,6 +18,7 @@ SIZES = [(1, 1, 1, 1), (2, 3, 1, 40), (1, 17, 33, 2), (2, 16, 9, 13), (1, 33, 5,
 STRIPS = [25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1]
 MATRICES = [(1, 1, 1, 1, 0), (2, 5, 45, 3, 2), (1, 70, 130, 64, 1), (1, 33, 300, 17, 1), (2, 7, 16, 100, 1)]
 MATRICES += [(2, 32, 2080, 17, 2), (1, 64, 96, 16, 1)]  # whole tiles of the processor's matrix unit
+MATRICES += [(1, 512, 96, 3, 1)]  # columns that share a set of the caches
 
 
 def normal(shape, dtype):

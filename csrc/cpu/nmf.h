@@ -4,89 +4,9 @@
 // it updates the tile's rows of C and adds the tile's share to x C and C^T C. Sums over N are kept per chunk and then added in
 // order.
 #pragma once
-#include <algorithm>
-
-#include "cpu/gemm.h"
-#include "cpu/kernels.h"
+#include "cpu/nmf_columns.h"
 
 namespace segnext {
-
-inline constexpr int64_t kRowBlock = 64;  // rows of B that are one item
-
-// One matrix' share of the work, by its shape alone.
-template <class A>
-struct NmfShape {
-  int64_t D, N, rank, vectors, padded;  // padded: the rank in whole vectors
-  int64_t chunk, chunks, tile, row_blocks;
-
-  NmfShape(const Matrices& x, int64_t rank_) : D(x.rows), N(x.columns), rank(rank_) {
-    constexpr int L = kLanes<A>;
-    vectors = (rank + L - 1) / L;
-    padded = vectors * L;
-    chunk = N / 16 > 128 ? ((N + 15) / 16 + 31) / 32 * 32 : 128;
-    chunks = (N + chunk - 1) / chunk;
-    const int64_t fits = 49152 / (D > 0 ? D : 1);  // a tile of x takes about 200 KB
-    const int64_t most = fits < 32 ? 32 : fits;
-    const int64_t tiles = (chunk + most - 1) / most;
-    tile = ((chunk + tiles - 1) / tiles + L - 1) / L * L;
-    row_blocks = (D + kRowBlock - 1) / kRowBlock;
-  }
-};
-
-// A tile of a matrix as accumulators, [D][tile] or [tile][D] as in memory.
-template <class A>
-class Tile {
- public:
-  Tile(const NmfShape<A>& shape, bool transposed)
-      : transposed_(transposed),
-        row_((((transposed ? shape.D : shape.tile) + kLanes<A> - 1) / kLanes<A> | 1) * kLanes<A>),  // odd, for the caches' sake
-        data_((transposed ? shape.tile : shape.D) * row_) {}
-
-  void load_from(const Matrices& x, int64_t image, int64_t first, int64_t columns) {
-    move(x, image, first, columns, [](auto* outer, A* inner, int count) {
-      store<A>(inner, count == kLanes<A> ? load_as<A>(outer) : load_some<A>(outer, count));
-    });
-  }
-  void store_to(const Matrices& x, int64_t image, int64_t first, int64_t columns) {
-    move(x, image, first, columns, [](auto* outer, A* inner, int count) {
-      count == kLanes<A> ? store_as<A>(outer, load<A>(inner)) : store_some<A>(outer, load<A>(inner), count);
-    });
-  }
-  Strided<A> by_row() const { return transposed_ ? Strided<A>{data_, 1, row_} : Strided<A>{data_, row_, 1}; }
-  Strided<A> by_column() const { return transposed_ ? Strided<A>{data_, row_, 1} : Strided<A>{data_, 1, row_}; }
-
-  // this (+)= left [D][padded] * right [columns][padded]^T
-  void product(const NmfShape<A>& s, const A* left, const A* right, int64_t columns, bool add, Buffer<A>& scratch) {
-    constexpr int L = kLanes<A>;
-    const A *inner = transposed_ ? left : right, *outer = transposed_ ? right : left;
-    const int64_t inner_rows = transposed_ ? s.D : columns, outer_rows = transposed_ ? columns : s.D;
-    transpose_rows<A>(inner, s.padded, inner_rows, s.rank, scratch, row_);
-    gemm<A>({outer, s.padded, 1}, outer_rows, s.rank, scratch, row_, (inner_rows + L - 1) / L, data_, row_, add);
-  }
-  int64_t scratch_size(const NmfShape<A>& s) const { return s.rank * row_; }
-
- private:
-  template <class F>
-  void move(const Matrices& x, int64_t image, int64_t first, int64_t columns, const F& f) {
-    constexpr int L = kLanes<A>;
-    with_storage<A>(x.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      T* matrix = static_cast<T*>(x.data) + image * x.rows * x.columns;
-      const int64_t outer = transposed_ ? columns : x.rows, length = transposed_ ? x.rows : columns;
-      for (int64_t i = 0; i < outer; ++i) {
-        T* row = matrix + (transposed_ ? (first + i) * x.rows : i * x.columns + first);
-        for (int64_t j = 0; j < length; j += L) {
-          if (!transposed_) __builtin_prefetch(row + 8 * x.columns + j);
-          f(row + j, data_ + i * row_ + j, static_cast<int>(length - j < L ? length - j : L));
-        }
-      }
-    });
-  }
-
-  bool transposed_;
-  int64_t row_;
-  Buffer<A> data_;
-};
 
 template <class A>
 SEGNEXT_INLINE Vector<A> epsilon() {
@@ -136,7 +56,8 @@ class Nmf {
         b_ratio_(b_ + (kept_steps_ + 1) * b_size_),
         xc_(x.batch * s_.chunks * s_.D * s_.padded),
         cc_(x.batch * s_.chunks * rank * s_.padded),
-        bb_(x.batch * s_.row_blocks * rank * s_.padded) {}
+        bb_(x.batch * s_.row_blocks * rank * s_.padded),
+        gathered_(x.transposed ? 0 : x.batch * s_.N * s_.odd_row) {}
 
   void begin(const void* bases) {
     const A* given = static_cast<const A*>(bases);
@@ -161,12 +82,12 @@ class Nmf {
   // C of step + 1 from C and B of step.
   void update_coefficients(int64_t step, Then then, const Matrices* y = nullptr) {
     parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
-      Tile<A> x(s_, x_.transposed);
+      Tile<A> x(s_);
       Buffer<A> num(s_.tile * s_.padded), den(s_.tile * s_.padded), scratch(x.scratch_size(s_));
       for (int64_t item = begin; item < end; ++item) {
         const int64_t image = item / s_.chunks;
         for_tiles_of(item, [&](int64_t first, int64_t columns, bool add) {
-          x.load_from(x_, image, first, columns);
+          take(x, image, first, columns);
           const A* b = bases(step, image);
           A *before = coefficients(step, image, first), *after = coefficients(step + 1, image, first);
           gemm<A>(x.by_column(), columns, s_.D, b, s_.padded, s_.vectors, num, s_.padded, false);
@@ -186,6 +107,7 @@ class Nmf {
         });
       }
     });
+    has_gathered_ = true;
   }
 
   // B of step + 1 from B of step and the sums over C of step + 1; x C is what products(image, first
@@ -209,6 +131,21 @@ class Nmf {
 
  protected:
   static constexpr int L = kLanes<A>;
+
+  // The tile <- columns of x. Where rows are apart in memory, gathering costs more than most products, so it is done in the
+  // first pass and kept.
+  void take(Tile<A>& tile, int64_t image, int64_t first, int64_t columns) const {
+    const bool same = x_.dtype == Dtype::kFloat64 || (x_.dtype == Dtype::kFloat32 && sizeof(A) == sizeof(float));
+    if (!x_.transposed) {
+      A* kept = gathered_ + (image * s_.N + first) * s_.odd_row;
+      if (!has_gathered_) gather_columns<A>(x_, image, first, columns, kept, s_.odd_row);
+      tile.view(kept, s_.odd_row);
+    } else if (same && !s_.conflicts(s_.D)) {
+      tile.view(matrix_of<const A>(x_, image) + first * s_.D, s_.D);
+    } else {
+      tile.load_from(x_, image, first, columns);
+    }
+  }
 
   // after = before * num / (den + eps)
   static void scale(const A* before, const A* num, const A* den, int64_t size, A* after, A* ratio) {
@@ -305,7 +242,8 @@ class Nmf {
   A *const c_, *const c_ratio_, *const b_, *const b_ratio_;
 
  protected:
-  Buffer<A> xc_, cc_, bb_;
+  Buffer<A> xc_, cc_, bb_, gathered_;
+  bool has_gathered_ = false;
 };
 
 }  // namespace segnext

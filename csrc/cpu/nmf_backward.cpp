@@ -60,7 +60,7 @@ class NmfBackward : public Nmf<A> {
   void back_through_coefficients(int64_t step) {
     Base::sum_bb(step);
     Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
-      Tile<A> x(s_, x_.transposed), grad(s_, grad_out_.transposed);
+      Tile<A> x(s_), grad(s_);
       Buffer<A> den(s_.tile * s_.padded), d_q(s_.tile * s_.padded);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t image = item / s_.chunks;
@@ -69,7 +69,7 @@ class NmfBackward : public Nmf<A> {
           const A *before = Base::coefficients(step, image, first), *after = Base::coefficients(step + 1, image, first);
           const A* ratio = Base::c_ratio(step, image, first);
           A *d_c = d_c_ + at, *dp = d_p(step, image, first);
-          if (!one_step_) x.load_from(x_, image, first, columns);
+          if (!one_step_) Base::take(x, image, first, columns);
           if (step == steps_) {
             grad.load_from(grad_out_, image, first, columns);
             gemm<A>(grad.by_column(), columns, s_.D, Base::bases(step, image), s_.padded, s_.vectors, d_c, s_.padded, false);
@@ -93,6 +93,7 @@ class NmfBackward : public Nmf<A> {
         });
       }
     });
+    Base::has_gathered_ = true;
   }
 
   // The first coefficients are a softmax of x^T B, the same product as P.
@@ -179,7 +180,7 @@ class NmfBackward : public Nmf<A> {
 
   void write_grad_x(const Matrices& grad_x) {
     Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
-      Tile<A> out(s_, grad_x.transposed);
+      Tile<A> out(s_);
       Buffer<A> scratch(out.scratch_size(s_));
       for (int64_t item = begin; item < end; ++item) {
         const int64_t image = item / s_.chunks;

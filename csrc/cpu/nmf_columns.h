@@ -1,0 +1,136 @@
+// How nmf cuts a matrix into chunks and tiles of columns, and how a tile comes to lie as the products want it: [columns][D].
+#pragma once
+#include <algorithm>
+#include <numeric>
+
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+
+namespace segnext {
+
+inline constexpr int64_t kRowBlock = 64;  // rows of B that are one item
+
+// One matrix' share of the work, by its shape alone.
+template <class A>
+struct NmfShape {
+  int64_t D, N, rank, vectors, padded;  // padded: the rank in whole vectors
+  int64_t chunk, chunks, tile, row_blocks;
+  int64_t odd_row;  // elements of a column in a copy: an odd number of vectors, for the caches' sake
+
+  NmfShape(const Matrices& x, int64_t rank_) : D(x.rows), N(x.columns), rank(rank_) {
+    constexpr int L = kLanes<A>;
+    vectors = (rank + L - 1) / L;
+    padded = vectors * L;
+    chunk = N / 16 > 128 ? ((N + 15) / 16 + 31) / 32 * 32 : 128;
+    chunks = (N + chunk - 1) / chunk;
+    const int64_t fits = 49152 / (D > 0 ? D : 1);  // a tile of x takes about 200 KB
+    const int64_t most = fits < 32 ? 32 : fits;
+    const int64_t tiles = (chunk + most - 1) / most;
+    tile = ((chunk + tiles - 1) / tiles + L - 1) / L * L;
+    row_blocks = (D + kRowBlock - 1) / kRowBlock;
+    odd_row = ((D + L - 1) / L | 1) * L;
+  }
+  // Whether the columns that a product reads side by side would drive each other out of the first cache, `row` elements apart.
+  bool conflicts(int64_t row) const {
+    constexpr int64_t kPeriod = 4096, kWays = 6;  // bytes between addresses that share a set, lines in a set and some to spare
+    const int64_t together = (kRegisters == 32 ? 24 : 12) / (vectors >= 4 ? 4 : vectors);
+    return together > kWays * kPeriod / std::gcd(kPeriod, row * static_cast<int64_t>(sizeof(A)));
+  }
+};
+
+template <class A>
+inline int lanes_of(int64_t left) {
+  return static_cast<int>(left < kLanes<A> ? left : kLanes<A>);
+}
+
+// The first of an image's elements.
+template <class T>
+T* matrix_of(const Matrices& x, int64_t image) {
+  return static_cast<T*>(x.data) + image * x.rows * x.columns;
+}
+
+// out [columns][out_row] <- some columns of x, whose rows are apart in memory
+template <class A>
+void gather_columns(const Matrices& x, int64_t image, int64_t first, int64_t columns, A* out, int64_t out_row) {
+  constexpr int L = kLanes<A>;
+  with_storage<A>(x.dtype, [&](auto* type) {
+    const auto* from = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first;
+    for (int64_t d = 0; d < x.rows; d += L) {
+      for (int64_t n = 0; n < columns; n += L) {
+        Vector<A> block[L];
+        for (int i = 0; i < L; ++i)
+          block[i] = d + i < x.rows ? load_lanes<A>(from + (d + i) * x.columns + n, lanes_of<A>(columns - n)) : Vector<A>{};
+        transpose<A>(block);
+        for (int i = 0; i < L && n + i < columns; ++i)
+          store_lanes<A>(out + (n + i) * out_row + d, block[i], lanes_of<A>(x.rows - d));
+      }
+    }
+  });
+}
+
+// The reverse; what `in` has beyond the columns' ends is not stored.
+template <class A>
+void scatter_columns(const Matrices& x, int64_t image, int64_t first, int64_t columns, const A* in, int64_t in_row) {
+  constexpr int L = kLanes<A>;
+  with_storage<A>(x.dtype, [&](auto* type) {
+    auto* to = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first;
+    for (int64_t d = 0; d < x.rows; d += L) {
+      for (int64_t n = 0; n < columns; n += L) {
+        Vector<A> block[L];
+        for (int i = 0; i < L; ++i) block[i] = n + i < columns ? load<A>(in + (n + i) * in_row + d) : Vector<A>{};
+        transpose<A>(block);
+        for (int i = 0; i < L && d + i < x.rows; ++i)
+          store_lanes<A>(to + (d + i) * x.columns + n, block[i], lanes_of<A>(columns - n));
+      }
+    }
+  });
+}
+
+// Some columns of a matrix as accumulators [columns][D]: a view of where they lie so, or a copy.
+template <class A>
+class Tile {
+ public:
+  explicit Tile(const NmfShape<A>& shape) : D_(shape.D), row_(shape.odd_row), data_(shape.tile * row_) {}
+
+  void view(const A* columns, int64_t row) { values_ = {columns, row, 1}; }
+
+  void load_from(const Matrices& x, int64_t image, int64_t first, int64_t columns) {
+    view(data_, row_);
+    if (!x.transposed) return gather_columns<A>(x, image, first, columns, data_, row_);
+    with_storage<A>(x.dtype, [&](auto* type) {
+      const auto* from = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first * D_;
+      for (int64_t n = 0; n < columns; ++n) {
+        for (int64_t d = 0; d < D_; d += kLanes<A>)
+          store<A>(data_ + n * row_ + d, load_lanes<A>(from + n * D_ + d, lanes_of<A>(D_ - d)));
+      }
+    });
+  }
+
+  void store_to(const Matrices& x, int64_t image, int64_t first, int64_t columns) const {
+    if (!x.transposed) return scatter_columns<A>(x, image, first, columns, data_, row_);
+    with_storage<A>(x.dtype, [&](auto* type) {
+      auto* to = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first * D_;
+      for (int64_t n = 0; n < columns; ++n) {
+        for (int64_t d = 0; d < D_; d += kLanes<A>)
+          store_lanes<A>(to + n * D_ + d, load<A>(data_ + n * row_ + d), lanes_of<A>(D_ - d));
+      }
+    });
+  }
+
+  Strided<A> by_row() const { return {values_.data, 1, values_.row}; }
+  Strided<A> by_column() const { return values_; }
+
+  // The copy (+)= left [D][padded] * right [columns][padded]^T
+  void product(const NmfShape<A>& s, const A* left, const A* right, int64_t columns, bool add, Buffer<A>& scratch) {
+    transpose_rows<A>(left, s.padded, D_, s.rank, scratch, row_);
+    gemm<A>({right, s.padded, 1}, columns, s.rank, scratch, row_, row_ / kLanes<A>, data_, row_, add);
+  }
+  int64_t scratch_size(const NmfShape<A>& s) const { return s.rank * row_; }
+
+ private:
+  const int64_t D_, row_;
+  Buffer<A> data_;
+  Strided<A> values_ = {};
+};
+
+}  // namespace segnext
