@@ -265,6 +265,19 @@ def test_two_processes_in_one_folder(trained):
         pass
 
 
+def test_a_process_that_reads_pictures_does_not_keep_the_folder(trained):
+    """It lives some seconds longer than a training that was killed."""
+    context = multiprocessing.get_context("fork")
+    runs = context.Event()
+    with run.opened(trained, 6):
+        reader = context.Process(target=lambda: (runs.set(), time.sleep(60)))
+        reader.start()
+        assert runs.wait(60)
+    with run.opened(trained, 6):
+        assert reader.is_alive()
+    reader.kill()
+
+
 def test_a_failed_beginning_can_be_repeated(tmp_path, data):
     with pytest.raises(WeightsError):
         train([replace(SHORT, encoder="absent.pth")], [data], tmp_path / "run", HERE)
