@@ -49,6 +49,7 @@ class Run:
         for file in self.files.values():
             file.close()
         self.board.close()
+        _locks.discard(self.lock)
         os.close(self.lock)
 
     def log_step(self, step: Step, mean_loss: float) -> None:
@@ -124,6 +125,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+_locks: set[int] = set()  # what _locked returned; a forked process, which may outlive this one, keeps none of them
+os.register_at_fork(after_in_child=lambda: [os.close(_locks.pop()) for _ in range(len(_locks))])
+
+
 def _locked(folder: Path) -> int:
     """A descriptor of the folder, which no other process has while this one keeps it.
 
@@ -138,6 +143,7 @@ def _locked(folder: Path) -> int:
         raise RecipeError(f"another process is training in {folder}") from None
     except OSError:  # a network's file system may have no locks
         pass
+    _locks.add(descriptor)
     return descriptor
 
 

@@ -1,18 +1,23 @@
 """What a process of a training on several machines does, or one process alone: run by tests/test_distributed.py.
 
-Writes what came out of it to a file.
+Each run's processes are forked, so that what they import is imported once, and get what torchrun would tell them. Writes what
+came out of each to a file.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import os
+import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import small
 import torch
+import torch.multiprocessing
 
 from segnext import distributed
 from segnext.data import Scenes
@@ -36,17 +41,17 @@ class Counted(Scenes):
         return image, labels
 
 
-def trainer(accumulate: int = 1, **changes) -> Trainer:
+def trainer(**changes) -> Trainer:
     model = small.model(num_classes=10, dropout=0.0, drop_path=0.0)
     bases = torch.rand(1, small.CONFIG.decoder_channels, small.CONFIG.rank, generator=torch.Generator().manual_seed(0))
     forward = model.forward
     model.forward = lambda images: forward(images, bases.expand(len(images), -1, -1))  # not drawn anew by each process
-    return Trainer(model, Counted(7, (32, 48)), replace(RECIPE, **changes), accumulate=accumulate)
+    return Trainer(model, Counted(7, (32, 48)), replace(RECIPE, **changes))
 
 
-def compare(accumulate: int, sync_norm: bool) -> dict:
+def compare(sync_norm: bool) -> dict:
     """What is to be the same for any number of processes."""
-    loop = trainer(accumulate, sync_norm=sync_norm)
+    loop = trainer(sync_norm=sync_norm)
     loop.optimizer.zero_grad = lambda: None  # so that the last step's gradients are left to look at
     losses = []
     for step in loop.steps():
@@ -72,11 +77,30 @@ def resume() -> dict:
     return {"unbroken": unbroken.model.state_dict(), "resumed": second.model.state_dict(), "done": second.done}
 
 
-def main(out: Path, what: str, *arguments: str) -> None:
+RUNS = {
+    "one": (1, lambda: compare(sync_norm=True)),
+    "two": (2, lambda: compare(sync_norm=True)),
+    "plain": (2, lambda: compare(sync_norm=False)),
+    "three": (3, resume),
+}
+
+
+def process(rank: int, processes: int, port: int, what: Callable[[], dict], out: Path) -> None:
+    if processes > 1:
+        names = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in names.items()}
     with distributed.processes("cpu"):
-        result = resume() if what == "resume" else compare(int(arguments[0]), arguments[1] == "sync")
-        torch.save(result, out / f"{distributed.rank()}.pt")
+        torch.save(what(), out / f"{distributed.rank()}.pt")
+
+
+def main(out: Path) -> None:
+    for name, (processes, what) in RUNS.items():
+        (out / name).mkdir()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        arguments = (processes, port, what, out / name)
+        torch.multiprocessing.start_processes(process, arguments, processes, start_method="fork")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]))

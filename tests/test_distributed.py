@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them, train and evaluate like one with the same total batch."""
+"""Several processes, forked or started by torchrun, train and evaluate like one with the same total batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import segnext
-from segnext import distributed
+from segnext import cli, distributed
 from segnext.run import read_csv
 
 TESTS = Path(__file__).parent
@@ -32,20 +32,24 @@ def start(processes: int, *program) -> None:
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 
-def run(out: Path, processes: int, *what: str) -> list[dict]:
-    out.mkdir()
-    start(processes, TESTS / "distributed_run.py", out, *what)
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, list[dict]]:
+    """Of every run in distributed_run.py what each process found."""
+    out = tmp_path_factory.mktemp("runs")
+    start(1, TESTS / "distributed_run.py", out)
+    return {run.name: [torch.load(path, weights_only=True) for path in sorted(run.iterdir())] for run in out.iterdir()}
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory) -> dict:
-    return run(tmp_path_factory.mktemp("runs") / "one", 1, "compare", "1", "sync")[0]
+def one(found) -> dict:
+    (one,) = found["one"]
+    return one
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict]:
-    return run(tmp_path_factory.mktemp("runs") / "two", 2, "compare", "1", "sync")
+def two(found) -> list[dict]:
+    first, second = found["two"]
+    return [first, second]
 
 
 def test_losses_and_gradients_are_those_of_one_process(one, two):
@@ -70,9 +74,9 @@ def test_evaluation_counts_every_picture_once(one, two):
     assert (two[0]["confusion"] - one["confusion"]).abs().sum() < 0.02 * pixels  # the weights differ in the last bits
 
 
-def test_norms_that_are_not_synchronised_see_less(one, tmp_path):
+def test_norms_that_are_not_synchronised_see_less(one, found):
     """The test above would notice it; and all processes evaluate the first one's statistics."""
-    first, second = run(tmp_path / "plain", 2, "compare", "1", "plain")
+    first, second = found["plain"]
     assert first["losses"] != pytest.approx(one["losses"], rel=1e-4)
     assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
 
@@ -84,9 +88,9 @@ def test_the_command_in_two_processes_computes_what_it_does_in_two_parts(tmp_pat
         "--recipe scratch --iterations 4 --batch 4 --crop 32x32 --scale 64x32 --precision float32 --no-sync-norm --dropout 0.5"
     )
     options += " --drop-path 0.3 --log-every 1 --save-every 2 --evaluate-every 3 --workers 0"
-    command = ["-m", "segnext", "train", "--data", data, *options.split()]
+    command = ["-m", "segnext", "train", "--data", str(data), *options.split()]
     start(2, *command, "--out", tmp_path / "two")
-    start(1, *command, "--out", tmp_path / "one", "--accumulate", 2)
+    assert cli.main([*command[2:], "--out", str(tmp_path / "one"), "--accumulate", "2"]) == 0
     losses = [[float(row["loss"]) for row in read_csv(tmp_path / name / "train.csv")] for name in ("one", "two")]
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=2e-3)
     assert [row["step"] for row in read_csv(tmp_path / "two" / "val.csv")] == ["3", "4"]
@@ -95,9 +99,10 @@ def test_the_command_in_two_processes_computes_what_it_does_in_two_parts(tmp_pat
     start(2, "-m", "segnext", "train", "--resume", tmp_path / "two")  # it has ended: nothing happens, in neither process
 
 
-def test_three_processes_go_on_with_the_same_bits(tmp_path):
+def test_three_processes_go_on_with_the_same_bits(found):
     """Three numbers can be added in another order, two cannot."""
-    for result in run(tmp_path / "three", 3, "resume"):
+    assert len(found["three"]) == 3
+    for result in found["three"]:
         assert result["done"] == 4
         for name, value in result["unbroken"].items():
             assert torch.equal(result["resumed"][name], value), name

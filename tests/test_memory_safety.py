@@ -31,13 +31,14 @@ sanitizers = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Of the module raw_kernels, built with sanitizers for this processor."""
+    """Of the module raw_kernels, built with sanitizers for this processor; with -O0 no access is optimized away, and it is
+    built in half the time."""
     folder = tmp_path_factory.mktemp("sanitized")
     includes = subprocess.run(
         [sys.executable, "-m", "pybind11", "--includes"], check=True, capture_output=True, text=True
     ).stdout.split()
     sources = [HERE / "raw_kernels.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
-    flags = ["-O1", "-g1", "-std=c++20", "-shared", "-fPIC", "-march=native", "-w"]
+    flags = ["-O0", "-g1", "-std=c++20", "-shared", "-fPIC", "-march=native", "-w"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     output = ["-o", folder / "raw_kernels.so"]
     subprocess.run([COMPILER, *flags, *sanitizers, f"-I{CSRC}", *includes, *sources, *output], check=True)

@@ -1,5 +1,6 @@
-"""The Triton kernels compiled for GPUs that are not there: all configurations, no spills, few launches; and traced.
+"""The Triton kernels compiled for GPUs that are not there: no spills, few launches; and traced.
 
+What is compiled is a sample, chosen in triton_sample.py; ``python -m bench triton-static`` compiles everything.
 In processes of their own, for here the kernels are interpreted.
 """
 
@@ -26,36 +27,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 NMF = {"finish", "step", "approximate", "step_backward", "finish_backward", "gradient_of_x"}
 
-COMPILE = """
-import json
-from dataclasses import asdict
-import torch
-from bench import triton_static as static
-
-if __name__ == "__main__":
-    jobs = []
-    for target in static.TARGETS:
-        dtype, last = (torch.float32, False) if target in ("sm_80", "gfx942") else (torch.bfloat16, True)
-        for call in static.calls(dtype, last, whole=False).values():
-            jobs += [(launch, target) for launch in static.distinct(call, target)]
-    half, brain, single = torch.float16, torch.bfloat16, torch.float32
-    # Of B's and L's decomposition every target one dtype, of ranks above 64 another: all of them are 1000 things to compile.
-    for target, dtype, rows, rank in (
-        ("sm_80", brain, 512, 64), ("sm_90", half, 1024, 64), ("sm_100", single, 512, 64), ("gfx942", brain, 1024, 64),
-        ("sm_80", single, 40, 65), ("sm_90", brain, 512, 128), ("sm_100", half, 512, 100), ("gfx942", single, 512, 128),
-    ):
-        call = lambda: static.decomposition((2, rows, 4096), rank, dtype, gradients=("exact",))
-        jobs += [(launch, target) for launch in static.distinct(call, target)]
-    # The most that a step holds in registers, and the least that it does not
-    for target, dtype, rows, rank in (
-        ("sm_80", brain, 128, 16), ("sm_90", single, 128, 16), ("sm_90", brain, 512, 16), ("sm_100", half, 256, 16),
-    ):
-        call = lambda: static.decomposition((2, rows, 4096), rank, dtype, gradients=("one_step",))
-        jobs += [(launch, target) for launch in static.distinct(call, target) if launch.kernel == "step"]
-    found = static.compile_all(list(dict.fromkeys(jobs)))
-    print(json.dumps([asdict(c) | {"fits": c.fits} for c in found]))
-"""
-
 LAUNCHES = """
 import torch
 from bench import triton_static as static
@@ -76,10 +47,10 @@ def run(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    return json.loads(run("-c", COMPILE).splitlines()[-1])
+    return json.loads(run("tests/triton_sample.py").splitlines()[-1])
 
 
-def test_every_configuration_compiles_without_spills_and_fits(compiled):
+def test_all_compile_without_spills_and_fit(compiled):
     assert not [c for c in compiled if not c["fits"]]
 
 
@@ -92,8 +63,17 @@ def test_every_kernel_is_compiled_for_every_target(compiled):
     }
 
 
+def test_every_kernel_of_images_is_compiled_for_every_dtype_and_both_layouts(compiled):
+    of_factors = {"finish", "finish_backward", "reduce", "add_weights"}
+    for name in {c["kernel"] for c in compiled} - of_factors:
+        some = [c["configuration"] for c in compiled if c["kernel"] == name]
+        assert {c.split()[0] for c in some} == {"fp32", "bf16", "fp16"}, name
+        if name in ("strips", "gradients", "activate", "differentiate"):
+            assert {"LAST=True" in c for c in some} == {True, False}, name
+
+
 def test_products_of_16_bits_are_made_on_tensor_cores(compiled):
-    steps = [c for c in compiled if c["kernel"] == "step" and c["configuration"].startswith("bf16")]
+    steps = [c for c in compiled if c["kernel"] == "step" and c["configuration"].startswith(("bf16", "fp16"))]
     assert {c["target"] for c in steps} == set(triton_static.TARGETS) and all(c["tensor_cores"] for c in steps)
 
 
