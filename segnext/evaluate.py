@@ -18,7 +18,8 @@ from tqdm import tqdm
 from . import distributed
 from .checkpoint import WeightsError, replacing
 from .data import Pairs, open_dataset
-from .data.loader import deaths_told, one_by_one
+from .data.loader import one_by_one
+from .data.workers import deaths_told
 from .fuse import inference_model
 from .images import write_png
 from .model import SegNeXt

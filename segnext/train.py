@@ -17,8 +17,9 @@ from tqdm import tqdm
 from . import distributed, recipes
 from .data import open_dataset
 from .data.augment import augmentation
-from .data.loader import deaths_told, mixed_seed, one_by_one
+from .data.loader import mixed_seed, one_by_one
 from .data.pairs import Pairs
+from .data.workers import deaths_told
 from .evaluate import Scores, evaluate, view_of
 from .fuse import inference_model
 from .images import image_size

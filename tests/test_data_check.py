@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +30,14 @@ def tree(tmp_path) -> Path:
         photo(tmp_path / split / "images" / f"{name}.png", labels)
         save(tmp_path / split / "masks" / f"{name}.png", labels)
     return tmp_path
+
+
+def test_a_process_that_dies_is_told(tree, capsys, monkeypatch):
+    """As from want of memory; nothing is said to be healthy then."""
+    monkeypatch.setattr("segnext.data.check.read_image", lambda file: os.kill(os.getpid(), signal.SIGKILL))
+    assert cli.main(["data", "check", str(tree), "--workers", "1"]) != 0
+    printed = capsys.readouterr()
+    assert "a process that reads pictures died" in printed.err and "faults: 0" not in printed.out
 
 
 def test_healthy_tree(tree, capsys):

@@ -11,7 +11,8 @@ import torch
 from torchvision.transforms import v2
 
 from segnext.data import DataError
-from segnext.data.loader import Order, batches, deaths_told, mixed_seed, one_by_one
+from segnext.data.loader import Order, batches, mixed_seed, one_by_one
+from segnext.data.workers import deaths_told
 from segnext.images import ImageError
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..images import ImageError, read_image
 from .pairs import DataError, MissingError, Pairs, require_same_size
 from .registry import kind
-from .workers import each
+from .workers import deaths_told, each
 
 
 @dataclass
@@ -48,13 +48,18 @@ class Report:
 
 
 def check(pairs: Pairs, workers: int = 0) -> Report:
-    """Reads every image and every mask, in ``workers`` processes, and goes on after faults."""
+    """Reads every image and every mask, in ``workers`` processes, and goes on after faults.
+
+    Raises:
+        DataError: one of the processes died.
+    """
     report = Report(pairs.classes, len(pairs), list(pairs.faults))
-    for faults, pixels, size in each(_Inspected(pairs), workers, "checking"):
-        report.faults += faults
-        report.pixels += pixels
-        if size:
-            report.sizes.add(tuple(size))
+    with deaths_told():
+        for faults, pixels, size in each(_Inspected(pairs), workers, "checking"):
+            report.faults += faults
+            report.pixels += pixels
+            if size:
+                report.sizes.add(tuple(size))
     if not pairs:
         report.faults.append("there is no image with a mask")
     return report
@@ -90,18 +95,20 @@ def check_splits(name: str, root: Path, splits: Sequence[str] = (), workers: int
     """A report for every split of the data set ``name``; by default those that exist.
 
     Raises:
-        DataError: no such data set, no such split, or none at all.
+        DataError: no such data set, no such split, or none at all, or a process died.
     """
     dataset, reports, missing = kind(name), {}, None
     for split in splits or dataset.splits:
         try:
-            reports[split] = check(dataset.find(root, split), workers)
+            pairs = dataset.find(root, split)
         except MissingError as error:
             if splits:
                 raise
             missing = missing or error
         except DataError as error:  # the split is there, but nothing in it can be paired
             reports[split] = Report(faults=[str(error)])
+        else:
+            reports[split] = check(pairs, workers)
     if not reports:
         raise missing
     return reports

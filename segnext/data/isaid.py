@@ -17,7 +17,7 @@ from .find import by_name, find_root, first_of, match
 from .legend import legend
 from .masks import identity_table, look_up
 from .pairs import DataError, MissingError, Pairs, require_same_size
-from .workers import each
+from .workers import deaths_told, each
 
 ENDING = "_instance_color_RGB.png"
 SPLITS, MASKS = ("train", "val"), ("Semantic_masks/images/images", "Semantic_masks/images", "images")
@@ -71,7 +71,7 @@ def cut_isaid(source: Path, out: Path, size: int = 896, stride: int = 512, worke
         How many patches were written.
 
     Raises:
-        DataError: no images, unpaired ones, files that are no images, unknown colours.
+        DataError: no images, unpaired ones, files that are no images, unknown colours, or a process died.
     """
     splits = [split for split in SPLITS if (source / split / "images").is_dir()]
     if not splits:
@@ -79,10 +79,11 @@ def cut_isaid(source: Path, out: Path, size: int = 896, stride: int = 512, worke
     written = 0
     for split in splits:
         pictures = _Pictures(_large(source / split), [out / kind / split for kind in ("img_dir", "ann_dir")], size, stride)
-        for patches, fault in each(pictures, workers, f"cutting {split}"):
-            if fault:
-                raise DataError(fault)
-            written += patches
+        with deaths_told():
+            for patches, fault in each(pictures, workers, f"cutting {split}"):
+                if fault:
+                    raise DataError(fault)
+                written += patches
     return written
 
 

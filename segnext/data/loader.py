@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -134,24 +132,3 @@ def _checked(items: Augmented, order: Iterable, workers: int, pin_memory: bool =
         if isinstance(batch, Exception):
             raise batch
         yield batch
-
-
-@contextlib.contextmanager
-def deaths_told() -> Iterator[None]:
-    """Turns the errors by which the death of a worker shows into one sentence.
-
-    Torch raises one of its own from a signal handler, wherever the main process is, so this has to be around all that is done
-    meanwhile; if it was reading what the worker sent, the connection's error comes first.
-    """
-    try:
-        yield
-    except (EOFError, ConnectionError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
-            raise
-        told = error
-        try:
-            time.sleep(0.5)  # for the handler, if it was not the first
-        except RuntimeError as later:
-            told = later
-        reason = (str(told) or type(told).__name__).splitlines()[0]
-        raise DataError(f"a process that reads pictures died (out of memory?): {reason}") from error
