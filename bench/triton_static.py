@@ -253,8 +253,8 @@ def decomposition(
     x = torch.empty(batch, columns, rows, dtype=dtype).mT if last else torch.empty(shape, dtype=dtype)
     bases = torch.empty(batch, rows, rank)
     for gradient in gradients:
-        nmf.forward(x, bases, 2, gradient, False)
-        nmf.backward(x, x, bases, bases[:0], 2, gradient, True, True)
+        nmf.forward(x, bases, 2, gradient)
+        nmf.backward(x, x, bases, None, 2, gradient, True, True)
 
 
 def distinct(call: Callable[[], object], target: str) -> list[Launch]:

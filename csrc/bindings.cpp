@@ -111,31 +111,41 @@ void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps, const std:
                   gradient);
 }
 
-std::tuple<Tensor, Tensor> nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient, bool keep) {
+Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
+  const Matrices in = matrices(x, "x");
+  check_nmf(bases, in, steps, gradient);
+  Tensor y = torch::stable::empty_like(x);
+  if (x.numel() > 0) {
+    segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, false, nullptr, matrices_like(y, in, "y"), parallel());
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor> nmf_and_factors(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
   const Matrices in = matrices(x, "x");
   check_nmf(bases, in, steps, gradient);
   const bool one_step = gradient == "one_step";
   Tensor y = torch::stable::empty_like(x);
-  const int64_t kept = keep ? segnext::nmf_factors_size(in, bases.size(2), steps, one_step) : 0;
-  Tensor factors = torch::stable::new_empty(bases, {kept});
+  Tensor factors = torch::stable::new_empty(bases, {segnext::nmf_factors_size(in, bases.size(2), steps, one_step)});
   if (x.numel() == 0) return {y, torch::stable::zero_(factors)};
-  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, one_step, keep ? factors.data_ptr() : nullptr,
-                       matrices_like(y, in, "y"), parallel());
+  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, one_step, factors.data_ptr(), matrices_like(y, in, "y"),
+                       parallel());
   return {y, factors};
 }
 
-std::tuple<Tensor, Tensor> nmf_backward(const Tensor& grad_out, const Tensor& x, const Tensor& bases, const Tensor& factors,
-                                        int64_t steps, const std::string& gradient, bool need_x, bool need_bases) {
+std::tuple<Tensor, Tensor> nmf_backward(const Tensor& grad_out, const Tensor& x, const Tensor& bases,
+                                        const std::optional<Tensor>& factors, int64_t steps, const std::string& gradient,
+                                        bool need_x, bool need_bases) {
   const Matrices in = matrices(x, "x"), grad = matrices_like(grad_out, in, "grad_out");
   check_nmf(bases, in, steps, gradient);
-  const bool one_step = gradient == "one_step", kept = factors.numel() > 0;
-  STD_TORCH_CHECK(!kept || (factors.is_cpu() && factors.is_contiguous() && factors.scalar_type() == bases.scalar_type() &&
-                            factors.numel() == segnext::nmf_factors_size(in, bases.size(2), steps, one_step)),
-                  "segnext_kernels: factors must be as nmf returned them for the same arguments, or empty");
+  const bool one_step = gradient == "one_step";
+  STD_TORCH_CHECK(!factors || (factors->is_cpu() && factors->is_contiguous() && factors->scalar_type() == bases.scalar_type() &&
+                               factors->numel() == segnext::nmf_factors_size(in, bases.size(2), steps, one_step)),
+                  "segnext_kernels: factors must be as nmf_and_factors returned them for the same arguments");
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   Tensor grad_bases = need_bases ? contiguous_like(bases) : empty(bases);
   if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_bases)};
-  segnext::nmf_backward(grad, in, bases.data_ptr(), kept ? factors.data_ptr() : nullptr, bases.size(2), steps, one_step,
+  segnext::nmf_backward(grad, in, bases.data_ptr(), factors ? factors->data_ptr() : nullptr, bases.size(2), steps, one_step,
                         need_x ? matrices_like(grad_x, in, "grad_x") : Matrices{}, need_bases ? grad_bases.data_ptr() : nullptr,
                         parallel());
   return {grad_x, grad_bases};
@@ -194,6 +204,7 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
   m.impl("scale_add", TORCH_BOX(&scale_add));
   m.impl("scale_add_backward", TORCH_BOX(&scale_add_backward));
   m.impl("nmf", TORCH_BOX(&nmf));
+  m.impl("nmf_and_factors", TORCH_BOX(&nmf_and_factors));
   m.impl("nmf_backward", TORCH_BOX(&nmf_backward));
   m.impl("upsample_argmax", TORCH_BOX(&upsample_argmax));
   m.impl("upsample_cross_entropy", TORCH_BOX(&upsample_cross_entropy));

@@ -18,40 +18,43 @@ library = torch.library.Library(NAMESPACE, "DEF")
 
 def register(
     schema: str,
-    backward_schema: str,
+    backward_schema: str | None,
     *,
     fake: Callable,
-    backward_fake: Callable,
+    backward_fake: Callable | None = None,
     setup_context: Callable,
     backward: Callable,
     autocast: Callable,
     triton: ModuleType | None = None,
-    triton_fake: Callable | None = None,
 ) -> None:
     """Registers an operator and its backward operator; their kernels come from the compiled libraries, and from Triton.
 
     Args:
         schema: of the forward operator, without the namespace.
-        backward_schema: of the backward operator; it has no derivative of its own and says so.
+        backward_schema: of the backward operator; it has no derivative of its own and says so. None where another operator's
+            serves, which was registered before.
         fake, backward_fake: shapes, dtypes and strides of the outputs.
         setup_context, backward: as in ``torch.library.register_autograd``; ``backward`` gets the operators' namespace before.
         autocast: ``(dtype, *args) -> args`` casts the arguments to autocast's dtype.
         triton: has ``forward`` and ``backward`` with the schemas' arguments; they make the same operators in a namespace of
             their own.
-        triton_fake: where its forward's outputs are others than ``fake``'s.
     """
-    name, backward_name = _name(schema), _name(backward_schema)
     libraries = [_define(schema, fake)]
-    _define(backward_schema, backward_fake)
     if triton is not None:
-        libraries.append(_triton.define(schema, triton.forward, triton_fake or fake))
-        _triton.define(backward_schema, triton.backward, backward_fake)
+        libraries.append(_triton.define(schema, triton.forward, fake))
     for lib in libraries:
         own = partial(backward, getattr(torch.ops, lib.ns))
-        torch.library.register_autograd(f"{lib.ns}::{name}", own, setup_context=setup_context, lib=lib)
-        torch.library.register_autograd(f"{lib.ns}::{backward_name}", _no_double_backward(name), lib=lib)
+        torch.library.register_autograd(f"{lib.ns}::{_name(schema)}", own, setup_context=setup_context, lib=lib)
         for device in AUTOCAST_DEVICES:
-            _register_autocast(lib, name, device, autocast)
+            _register_autocast(lib, _name(schema), device, autocast)
+    if backward_schema is None:
+        return
+    _define(backward_schema, backward_fake)
+    if triton is not None:
+        _triton.define(backward_schema, triton.backward, backward_fake)
+    for lib in libraries:
+        refuse = _no_double_backward(_name(schema))
+        torch.library.register_autograd(f"{lib.ns}::{_name(backward_schema)}", refuse, lib=lib)
 
 
 def register_inference(schema: str, fake: Callable, triton: ModuleType | None = None) -> None:

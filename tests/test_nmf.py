@@ -124,11 +124,11 @@ def test_no_double_backward(gradient, backend):
 def test_opcheck(shape, dtype, layout, gradient, backend):
     x, bases = arranged(sample_of(*shape).to(dtype), layout).leaves
     how = shape[-1], gradient
-    leaves = x.detach().requires_grad_(), bases.detach().requires_grad_()
-    _, factors = torch.ops.segnext_kernels.nmf(x, bases, *how, True)
-    for need, kept in (((True, True), factors), ((True, False), factors[:0]), ((False, True), factors)):
-        backward = (torch.ones_like(x), x, bases, kept, *how, *need)
-        checks.check_registration("nmf", (*leaves, *how, kept.numel() > 0), backward)
+    forward = (x.detach().requires_grad_(), bases.detach().requires_grad_(), *how)
+    torch.library.opcheck(torch.ops.segnext_kernels.nmf_and_factors.default, forward)
+    _, factors = torch.ops.segnext_kernels.nmf_and_factors(x, bases, *how)
+    for need, kept in (((True, True), factors), ((True, False), None), ((False, True), factors)):
+        checks.check_registration("nmf", forward, (torch.ones_like(x), x, bases, kept, *how, *need))
 
 
 @gradients
@@ -137,15 +137,15 @@ def test_opcheck(shape, dtype, layout, gradient, backend):
 def test_kept_factors(layout, gradient, backend):
     """Backward with what forward kept is backward without it, and leaves it as it is; nothing is kept in vain."""
     x, bases = arranged(sample_of(2, 33, 300, 17, 3).to(torch.float32), layout).leaves
-    y, factors = torch.ops.segnext_kernels.nmf(x, bases, 3, gradient, True)
+    y, factors = torch.ops.segnext_kernels.nmf_and_factors(x, bases, 3, gradient)
     steps = 3 if gradient == "exact" else 0
     assert factors.numel() == 2 * ((2 * steps + 3) * 300 + (2 * steps + 1) * 33) * 32
     assert_same([y], [nmf(x, bases, 3, gradient, backend=backend)])
-    before, without = factors.clone(), factors[:0]
+    before = factors.clone()
     for kept in (factors, factors):
         arguments = (3, gradient, True, True)
         got = torch.ops.segnext_kernels.nmf_backward(torch.ones_like(x), x, bases, kept, *arguments)
-        assert_same(got, torch.ops.segnext_kernels.nmf_backward(torch.ones_like(x), x, bases, without, *arguments))
+        assert_same(got, torch.ops.segnext_kernels.nmf_backward(torch.ones_like(x), x, bases, None, *arguments))
     assert_same([factors], [before])
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda t: t):
@@ -319,9 +319,9 @@ def test_bad_input(change, exception, message):
 def test_unknown_gradient_for_the_operator_itself(backend):
     x, bases = sample_of(2, 5, 9, 3, 2).leaves
     with pytest.raises(RuntimeError, match="gradient.*last"):
-        torch.ops.segnext_kernels.nmf(x, bases, 2, "last", False)
+        torch.ops.segnext_kernels.nmf(x, bases, 2, "last")
     with pytest.raises(RuntimeError, match="gradient.*last"):
-        torch.ops.segnext_kernels.nmf_backward(x, x, bases, bases[:0], 2, "last", True, True)
+        torch.ops.segnext_kernels.nmf_backward(x, x, bases, None, 2, "last", True, True)
 
 
 @gradients

@@ -184,7 +184,7 @@ def test_operators_called_directly_stay_within_their_memory(backend):
     x, *weights = msca_strips_sample((2, 4, 9, 8)).leaves
     _, weight, bias = dwconv_gelu_sample((2, 4, 9, 8)).leaves
     matrix, bases = nmf_sample(2, 5, 9, 3, 2).leaves
-    none, (_, kept) = bases.new_empty(0), operators.nmf(matrix, bases, 2, "exact", True)
+    _, kept = operators.nmf_and_factors(matrix, bases, 2, "exact")
     strided = kept.repeat_interleave(2)[::2]
     calls = {
         "too few weights": lambda: operators.msca_strips(x, weights[:-1]),
@@ -194,10 +194,10 @@ def test_operators_called_directly_stay_within_their_memory(backend):
         "smaller gradient": lambda: operators.msca_strips_backward(x[:1], x, weights, True, True),
         "short filter": lambda: operators.dwconv_gelu(x, weight[:2], bias),
         "short bias": lambda: operators.dwconv_gelu_backward(x, x, weight, bias[:1], True, True),
-        "fewer rows": lambda: operators.nmf(matrix, bases[:, :2], 2, "exact", False),
-        "fewer matrices": lambda: operators.nmf_backward(matrix, matrix, bases[:1], none, 2, "exact", True, True),
-        "strided bases": lambda: operators.nmf(matrix, bases.mT.contiguous().mT, 2, "exact", True),
-        "negative steps": lambda: operators.nmf(matrix, bases, -1, "exact", False),
+        "fewer rows": lambda: operators.nmf(matrix, bases[:, :2], 2, "exact"),
+        "fewer matrices": lambda: operators.nmf_backward(matrix, matrix, bases[:1], None, 2, "exact", True, True),
+        "strided bases": lambda: operators.nmf(matrix, bases.mT.contiguous().mT, 2, "exact"),
+        "negative steps": lambda: operators.nmf(matrix, bases, -1, "exact"),
         "other factors": lambda: operators.nmf_backward(matrix, matrix, bases, kept[:-1], 2, "exact", True, True),
         "strided factors": lambda: operators.nmf_backward(matrix, matrix, bases, strided, 2, "exact", True, True),
     }

@@ -7,6 +7,7 @@ In processes of their own, for here the kernels are interpreted.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,13 +35,13 @@ from segnext_kernels.nmf import triton as nmf
 
 for steps in (0, 1, 7):
     for rank in (16, 64):
-        sizes = (2, 256, 4096), (2, 256, rank)
-        print(len(static.record(lambda: nmf.forward(*map(torch.empty, sizes), steps, "exact", False))))
+        print(len(static.record(lambda: nmf.forward(torch.empty(2, 256, 4096), torch.empty(2, 256, rank), steps, "exact"))))
 """
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # where bench is
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -72,7 +72,7 @@ def calls(operator: str) -> list[tuple[Callable[..., object], set[str]]]:
         ),
         "nmf": (
             lambda x, b: sk.nmf(x, b, 2, backend="triton"),
-            lambda x, b: backward(x, x, b, b.new_empty(0), 2, "exact", True, True),
+            lambda x, b: backward(x, x, b, None, 2, "exact", True, True),
         ),
         "upsample_cross_entropy": (
             lambda x, t: sk.upsample_cross_entropy(x, t, backend="triton"),

@@ -60,6 +60,7 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", *, backen
     served = _select.select("nmf", backend, x, rank=bases.shape[2])
     if served == "reference":
         return _register.run_reference(_reference.nmf, _autograd.autocast, x, bases, steps, gradient)
-    keep = served == "cpu" and torch.is_grad_enabled() and (x.requires_grad or bases.requires_grad)
-    y, _ = _register.operator("nmf", served)(x, bases, steps, gradient, keep)
-    return y
+    if served == "cpu" and torch.is_grad_enabled() and (x.requires_grad or bases.requires_grad):
+        y, _ = _register.operator("nmf_and_factors", served)(x, bases, steps, gradient)
+        return y
+    return _register.operator("nmf", served)(x, bases, steps, gradient)

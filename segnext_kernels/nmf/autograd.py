@@ -1,4 +1,7 @@
-"""Schema, fake, autograd and autocast of nmf."""
+"""Schema, fake, autograd and autocast of nmf.
+
+``nmf_and_factors`` is the same with what backward then need not compute again; only the CPU has it.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ from .. import _triton
 from .._register import cast_floating, like_layout, register
 
 
-def _fake(x, bases, steps, gradient, keep):
-    return torch.empty_like(x), bases.new_empty(_kept(x, bases, steps, gradient) if keep else 0)
+def _fake(x, bases, steps, gradient):
+    return torch.empty_like(x)
 
 
-def _kept(x, bases, steps, gradient):
-    """Numbers that the CPU kernels keep for backward, the rank in whole vectors (nmf_factors_size in csrc/cpu/nmf.cpp)."""
-    batch, rows, columns = x.shape
-    steps = steps if gradient == "exact" else 0
-    return batch * ((2 * steps + 3) * columns + (2 * steps + 1) * rows) * ((bases.shape[2] + 15) // 16 * 16)
+def _fake_and_factors(x, bases, steps, gradient):
+    """The factors are numbers in the kernels' own order, the rank in whole vectors (nmf_factors_size in csrc/cpu/nmf.cpp)."""
+    (batch, rows, columns), rank = x.shape, (bases.shape[2] + 15) // 16 * 16
+    kept = steps if gradient == "exact" else 0
+    return torch.empty_like(x), bases.new_empty(batch * ((2 * kept + 3) * columns + (2 * kept + 1) * rows) * rank)
 
 
 def _backward_fake(grad_out, x, bases, factors, steps, gradient, need_x, need_bases):
@@ -27,32 +30,37 @@ def _backward_fake(grad_out, x, bases, factors, steps, gradient, need_x, need_ba
 
 
 def _setup_context(ctx, inputs, output):
-    x, bases, ctx.steps, ctx.gradient, keep = inputs
+    x, bases, ctx.steps, ctx.gradient = inputs
+    ctx.save_for_backward(x, bases)
+
+
+def _setup_context_and_factors(ctx, inputs, output):
+    x, bases, ctx.steps, ctx.gradient = inputs
     _, factors = output
     ctx.mark_non_differentiable(factors)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, bases, *([factors] if keep else []))
+    ctx.set_materialize_grads(False)  # zeros as many as the factors are
+    ctx.save_for_backward(x, bases, factors)
 
 
-def _backward(operators, ctx, grad_out, _):
-    x, bases, *kept = ctx.saved_tensors
+def _backward(operators, ctx, grad_out, _=None):
     if grad_out is None:
-        return None, None, None, None, None
-    factors = kept[0] if kept else bases.new_empty(0)
+        return None, None, None, None
+    x, bases, *kept = ctx.saved_tensors
+    factors = kept[0] if kept else None
     need_x, need_bases = ctx.needs_input_grad[:2]
     grad_x, grad_bases = operators.nmf_backward(
         like_layout(grad_out, x), x, bases, factors, ctx.steps, ctx.gradient, need_x, need_bases
     )
-    return grad_x if need_x else None, grad_bases if need_bases else None, None, None, None
+    return grad_x if need_x else None, grad_bases if need_bases else None, None, None
 
 
-def autocast(dtype, x, bases, *rest):
-    return cast_floating(x, dtype), bases, *rest  # the factors stay in float32
+def autocast(dtype, x, bases, steps, gradient):
+    return cast_floating(x, dtype), bases, steps, gradient  # the factors stay in float32
 
 
 register(
-    "nmf(Tensor x, Tensor bases, int steps, str gradient, bool keep) -> (Tensor y, Tensor factors)",
-    "nmf_backward(Tensor grad_out, Tensor x, Tensor bases, Tensor factors, int steps, str gradient, bool need_x,"
+    "nmf(Tensor x, Tensor bases, int steps, str gradient) -> Tensor",
+    "nmf_backward(Tensor grad_out, Tensor x, Tensor bases, Tensor? factors, int steps, str gradient, bool need_x,"
     " bool need_bases) -> (Tensor, Tensor)",
     fake=_fake,
     backward_fake=_backward_fake,
@@ -60,5 +68,12 @@ register(
     backward=_backward,
     autocast=autocast,
     triton=_triton.kernels(__package__),
-    triton_fake=lambda x, bases, *_: (torch.empty_like(x), bases.new_empty(0)),
+)
+register(
+    "nmf_and_factors(Tensor x, Tensor bases, int steps, str gradient) -> (Tensor y, Tensor factors)",
+    None,
+    fake=_fake_and_factors,
+    setup_context=_setup_context_and_factors,
+    backward=_backward,
+    autocast=autocast,
 )
