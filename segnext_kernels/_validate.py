@@ -72,10 +72,8 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor]) -> tuple[int, ...]:
 def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Checks the arguments of dwconv_gelu."""
     _image("dwconv_gelu", x)
-    channels, alike = x.shape[1], _alike((weight, bias), x)
-    for name, tensor, expected in (("weight", weight, (channels, 1, 3, 3)), ("bias", bias, (channels,))):
-        if not alike:
-            _companion("dwconv_gelu", name, tensor, x)
+    for name, tensor, expected in (("weight", weight, (x.shape[1], 1, 3, 3)), ("bias", bias, (x.shape[1],))):
+        _companion("dwconv_gelu", name, tensor, x)
         _shape("dwconv_gelu", name, tensor, expected)
 
 
@@ -272,6 +270,8 @@ def _alike(tensors: Sequence[object], x: Tensor) -> bool:
 
 def _companion(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
     """What comes along with x has its dtype and device; under autocast the operator casts mixed dtypes but float64 itself."""
+    if _alike((tensor,), x):
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     mended = autocasts(x) and torch.float64 not in (x.dtype, tensor.dtype)

@@ -153,6 +153,39 @@ struct RowAccess {
   }
 };
 
+// out [width], `pixel` elements apart, <- the first kLanes of the channels, `plane` elements apart in memory; lanes past the
+// last channel become zero
+template <class A, class T>
+SEGNEXT_INLINE void gather_channels(const T* in, int64_t plane, int64_t channels, int64_t width, A* out, int64_t pixel) {
+  constexpr int L = kLanes<A>;
+  for (int64_t w = 0; w < width; w += L) {
+    const int count = static_cast<int>(width - w < L ? width - w : L);
+    Vector<A> block[L];
+    for (int lane = 0; lane < L; ++lane) {
+      const T* from = in + lane * plane + w;
+      block[lane] = lane >= channels ? Vector<A>{} : count == L ? load_as<A>(from) : load_some<A>(from, count);
+    }
+    transpose<A>(block);
+    for (int i = 0; i < count; ++i) store<A>(out + (w + i) * pixel, block[i]);
+  }
+}
+
+// The reverse.
+template <class A, class T>
+SEGNEXT_INLINE void scatter_channels(const A* in, int64_t pixel, int64_t width, T* out, int64_t plane, int64_t channels) {
+  constexpr int L = kLanes<A>;
+  for (int64_t w = 0; w < width; w += L) {
+    const int count = static_cast<int>(width - w < L ? width - w : L);
+    Vector<A> block[L];
+    for (int i = 0; i < L; ++i) block[i] = i < count ? load<A>(in + (w + i) * pixel) : Vector<A>{};
+    transpose<A>(block);
+    for (int lane = 0; lane < L && lane < channels; ++lane) {
+      T* to = out + lane * plane + w;
+      count == L ? store_as<A>(to, block[lane]) : store_some<A>(to, block[lane], count);
+    }
+  }
+}
+
 // out [width][kLanes] <- one row of the channels from c on; lanes past the last channel become zero. More groups of channels
 // follow at multiples of `out_group`: in channels_last they lie side by side in memory.
 template <class A>
@@ -171,18 +204,8 @@ void load_row(const Image& x, int64_t n, int64_t c, int64_t row, A* out, int64_t
       }
       return;
     }
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t w = 0; w < in.width; w += L) {
-        const int count = static_cast<int>(in.width - w < L ? in.width - w : L);
-        Vector<A> block[L];
-        for (int lane = 0; lane < L; ++lane) {
-          const T* from = in.first + (g * L + lane) * in.plane + w;
-          block[lane] = g * L + lane >= in.channels ? Vector<A>{} : count == L ? load_as<A>(from) : load_some<A>(from, count);
-        }
-        transpose<A>(block);
-        for (int i = 0; i < count; ++i) store<A>(out + g * out_group + (w + i) * L, block[i]);
-      }
-    }
+    for (int64_t g = 0; g < groups; ++g)
+      gather_channels<A>(in.first + g * L * in.plane, in.plane, in.channels - g * L, in.width, out + g * out_group, L);
   });
 }
 
@@ -203,18 +226,8 @@ void store_row(const Image& y, int64_t n, int64_t c, int64_t row, const A* in, i
       }
       return;
     }
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t w = 0; w < out.width; w += L) {
-        const int count = static_cast<int>(out.width - w < L ? out.width - w : L);
-        Vector<A> block[L];
-        for (int i = 0; i < L; ++i) block[i] = i < count ? load<A>(in + g * in_group + (w + i) * L) : Vector<A>{};
-        transpose<A>(block);
-        for (int lane = 0; lane < L && g * L + lane < out.channels; ++lane) {
-          T* to = out.first + (g * L + lane) * out.plane + w;
-          count == L ? store_as<A>(to, block[lane]) : store_some<A>(to, block[lane], count);
-        }
-      }
-    }
+    for (int64_t g = 0; g < groups; ++g)
+      scatter_channels<A>(in + g * in_group, L, out.width, out.first + g * L * out.plane, out.plane, out.channels - g * L);
   });
 }
 

@@ -135,7 +135,7 @@ class Nmf {
   // The tile <- columns of x. Where rows are apart in memory, gathering costs more than most products, so it is done in the
   // first pass and kept.
   void take(Tile<A>& tile, int64_t image, int64_t first, int64_t columns) const {
-    const bool same = x_.dtype == Dtype::kFloat64 || (x_.dtype == Dtype::kFloat32 && sizeof(A) == sizeof(float));
+    const bool same = x_.dtype == Dtype::kFloat64 || x_.dtype == Dtype::kFloat32;  // as accumulators
     if (!x_.transposed) {
       A* kept = gathered_ + (image * s_.N + first) * s_.odd_row;
       if (!has_gathered_) gather_columns<A>(x_, image, first, columns, kept, s_.odd_row);

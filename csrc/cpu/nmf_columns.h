@@ -49,40 +49,23 @@ T* matrix_of(const Matrices& x, int64_t image) {
   return static_cast<T*>(x.data) + image * x.rows * x.columns;
 }
 
-// out [columns][out_row] <- some columns of x, whose rows are apart in memory
+// out [columns][out_row] <- some columns of x, whose rows are apart in memory; out_row are whole vectors
 template <class A>
 void gather_columns(const Matrices& x, int64_t image, int64_t first, int64_t columns, A* out, int64_t out_row) {
-  constexpr int L = kLanes<A>;
   with_storage<A>(x.dtype, [&](auto* type) {
     const auto* from = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first;
-    for (int64_t d = 0; d < x.rows; d += L) {
-      for (int64_t n = 0; n < columns; n += L) {
-        Vector<A> block[L];
-        for (int i = 0; i < L; ++i)
-          block[i] = d + i < x.rows ? load_lanes<A>(from + (d + i) * x.columns + n, lanes_of<A>(columns - n)) : Vector<A>{};
-        transpose<A>(block);
-        for (int i = 0; i < L && n + i < columns; ++i)
-          store_lanes<A>(out + (n + i) * out_row + d, block[i], lanes_of<A>(x.rows - d));
-      }
-    }
+    for (int64_t d = 0; d < x.rows; d += kLanes<A>)
+      gather_channels<A>(from + d * x.columns, x.columns, x.rows - d, columns, out + d, out_row);
   });
 }
 
-// The reverse; what `in` has beyond the columns' ends is not stored.
+// The reverse.
 template <class A>
 void scatter_columns(const Matrices& x, int64_t image, int64_t first, int64_t columns, const A* in, int64_t in_row) {
-  constexpr int L = kLanes<A>;
   with_storage<A>(x.dtype, [&](auto* type) {
     auto* to = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first;
-    for (int64_t d = 0; d < x.rows; d += L) {
-      for (int64_t n = 0; n < columns; n += L) {
-        Vector<A> block[L];
-        for (int i = 0; i < L; ++i) block[i] = n + i < columns ? load<A>(in + (n + i) * in_row + d) : Vector<A>{};
-        transpose<A>(block);
-        for (int i = 0; i < L && d + i < x.rows; ++i)
-          store_lanes<A>(to + (d + i) * x.columns + n, block[i], lanes_of<A>(columns - n));
-      }
-    }
+    for (int64_t d = 0; d < x.rows; d += kLanes<A>)
+      scatter_channels<A>(in + d, in_row, columns, to + d * x.columns, x.columns, x.rows - d);
   });
 }
 
