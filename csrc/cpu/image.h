@@ -269,7 +269,7 @@ class RowAhead {
 
 // A filter [C][count] seen as an image of one row: load_row and store_row then move it to and from taps [count][kLanes].
 inline Image filter_row(void* filter, Dtype dtype, int64_t channels, int64_t count) {
-  return {filter, dtype, false, 1, channels, 1, count};
+  return {filter, dtype, count == 1, 1, channels, 1, count};  // one tap: channels lie side by side, no transposing
 }
 
 }  // namespace segnext

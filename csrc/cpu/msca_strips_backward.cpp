@@ -25,7 +25,7 @@ SEGNEXT_INLINE void for_chunks(const F& f) {
 
 // grad[t] += sum over w of u[w] * a[w + t - K / 2]
 template <class A, int K>
-void row_grad(const A* u, const A* a, int64_t width, A* grad) {
+SEGNEXT_ALONE void row_grad(const A* u, const A* a, int64_t width, A* grad) {
   constexpr int L = kLanes<A>;
   for_chunks<K>([&](int first, auto size) {
     constexpr int count = size;
@@ -42,7 +42,7 @@ void row_grad(const A* u, const A* a, int64_t width, A* grad) {
 
 // grad[t] += sum over rows j < kStripRows and w of q_j[w] * a[j + t - K / 2][w]; a's rows outside the image are null
 template <class A, int K>
-void column_grad(const A* const (&q)[kStripRows], const Window<A>& a, int64_t width, A* grad) {
+SEGNEXT_ALONE void column_grad(const A* const (&q)[kStripRows], const Window<A>& a, int64_t width, A* grad) {
   constexpr int L = kLanes<A>;
   for_chunks<K>([&](int first, auto size) {
     constexpr int count = size;
@@ -68,11 +68,11 @@ void column_grad(const A* const (&q)[kStripRows], const Window<A>& a, int64_t wi
 
 // out[w] = sum over t of taps[t] * row[w + t - K / 2]
 template <class A, int K>
-void strip(const A* row, const A* taps, int64_t width, A* out) {
+SEGNEXT_ALONE void strip(const A* row, const A* taps, int64_t width, A* out) {
   for_tiles<kTile>(width, [&](int64_t w, auto size) {
     constexpr int tile = size;
     Vector<A> acc[tile] = {};
-    strip_tile<A, K, tile>(row, taps, w, acc);
+    strip_tile<A, K>(row, taps, w, width, acc);
     SEGNEXT_UNROLL
     for (int i = 0; i < tile; ++i) store<A>(out + (w + i) * kLanes<A>, acc[i]);
   });
@@ -168,7 +168,7 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
   const Groups<A> groups(x);
   const int64_t width = x.width, height = x.height;
   Buffer<A> taps(kTaps * L), transposed(kTaps * L), out(width * L);
-  RowRing<A> g_rows(kWindow, width, kReach), da_rows(5, width, 2);
+  RowRing<A> g_rows(kWindow, width, kApart), da_rows(5, width, 2);
   StripRows<A> u(width);
   std::optional<TapGrads<A>> grads;
   if (partial != nullptr) grads.emplace(x, taps);

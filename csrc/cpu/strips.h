@@ -10,6 +10,8 @@ namespace segnext {
 
 inline constexpr int kStripRows = 4;  // output rows computed together, so that a row read from the ring serves several
 inline constexpr int kWindow = kStripRows + 2 * kReach;
+inline constexpr int kApart =
+    1;  // pixels more between rows: at distances of whole pages they would share few places in a cache
 
 // Where each tensor's taps lie in one group's [kTaps][kLanes].
 constexpr int tensor_offset(int tensor) {
@@ -54,90 +56,116 @@ struct Window {
   }
 };
 
-// Buffers [branch][kStripRows] of rows padded by kReach zero pixels: the column pass writes them, the row pass reads them.
+// Rows [branch][kStripRows][width + kApart]: the column pass writes them, the row pass reads them.
 template <class A>
 class StripRows {
  public:
-  explicit StripRows(int64_t width) : ring_(kBranches * kStripRows, width, kReach) {}
-  A* operator()(int branch, int row) const { return ring_[branch * kStripRows + row]; }
+  explicit StripRows(int64_t width) : row_size_((width + kApart) * kLanes<A>), rows_(kBranches * kStripRows * row_size_) {}
+  A* operator()(int branch, int row) const { return rows_ + (branch * kStripRows + row) * row_size_; }
 
  private:
-  RowRing<A> ring_;
+  int64_t row_size_;
+  Buffer<A> rows_;
 };
 
-// out(b, j)[w] = sum over t of taps_b[t] * row (j + t - k_b / 2)[w], for kStripRows rows j and all branches
-template <class A>
-void column_pass(const Window<A>& window, const A* taps, int64_t width, const StripRows<A>& out) {
+// column_pass for one branch on the pixels w ... w + Tile - 1; row i of the branch's window is rows[i].
+template <class A, int K, int Tile>
+SEGNEXT_ALONE void column_tile(const A* const* rows, const A* taps, int64_t w, const StripRows<A>& out, int branch) {
   constexpr int L = kLanes<A>;
-  constexpr int kPixels = kRegisters == 32 ? 2 : 1;
-  for_tiles<kPixels>(width, [&](int64_t w, auto size) {
-    constexpr int tile = size;
-    Vector<A> acc[kBranches][kStripRows][tile] = {};
+  Vector<A> acc[kStripRows][Tile] = {}, tap[K];
+  SEGNEXT_UNROLL
+  for (int i = 0; i < kStripRows + K - 1; ++i) {
+    if (i < K) tap[i] = load<A>(taps + i * L);
+    if (rows[i] == nullptr) continue;
     SEGNEXT_UNROLL
-    for (int i = 0; i < kWindow; ++i) {
-      if (window.rows[i] == nullptr) continue;
-      Vector<A> v[tile];
-      SEGNEXT_UNROLL
-      for (int p = 0; p < tile; ++p) v[p] = load<A>(window.rows[i] + (w + p) * L);
-      SEGNEXT_UNROLL
-      for (int b = 0; b < kBranches; ++b) {
-        SEGNEXT_UNROLL
-        for (int j = 0; j < kStripRows; ++j) {
-          const int t = i - j - kReach + kBranchTaps[b] / 2;
-          if (t < 0 || t >= kBranchTaps[b]) continue;
-          const Vector<A> tap = load<A>(taps + (kColumnTaps[b] + t) * L);
-          SEGNEXT_UNROLL
-          for (int p = 0; p < tile; ++p) acc[b][j][p] += tap * v[p];
-        }
-      }
-    }
-    SEGNEXT_UNROLL
-    for (int b = 0; b < kBranches; ++b) {
+    for (int p = 0; p < Tile; ++p) {
+      const Vector<A> v = load<A>(rows[i] + (w + p) * L);
       SEGNEXT_UNROLL
       for (int j = 0; j < kStripRows; ++j) {
-        SEGNEXT_UNROLL
-        for (int p = 0; p < tile; ++p) store<A>(out(b, j) + (w + p) * L, acc[b][j][p]);
+        if (i - j >= 0 && i - j < K) acc[j][p] += tap[i - j] * v;
       }
     }
+  }
+  SEGNEXT_UNROLL
+  for (int j = 0; j < kStripRows; ++j) {
+    SEGNEXT_UNROLL
+    for (int p = 0; p < Tile; ++p) store<A>(out(branch, j) + (w + p) * L, acc[j][p]);
+  }
+}
+
+// out(b, j)[w] = sum over t of taps_b[t] * row (j + t - k_b / 2)[w], for kStripRows rows j and all branches, which take turns
+// on few pixels, as long as the window's rows are in the first cache there
+template <class A>
+void column_pass(const Window<A>& window, const A* taps, int64_t width, const StripRows<A>& out) {
+  constexpr int kPixels = kRegisters == 32 ? 4 : 2;
+  for_tiles<kTile>(width, [&](int64_t first, auto size) {
+    constexpr int tile = size < kPixels ? size : kPixels;
+    for_branches([&](auto b) {
+      constexpr int K = kBranchTaps[b];
+      for (int64_t w = first; w < first + size; w += tile) {
+        column_tile<A, K, tile>(window.rows + kReach - K / 2, taps + kColumnTaps[b] * kLanes<A>, w, out, b);
+      }
+    });
   });
 }
 
-// acc[i] += sum over t of taps[t] * row[w + i + t - K / 2]
-template <class A, int K, int Tile>
-SEGNEXT_INLINE void strip_tile(const A* row, const A* taps, int64_t w, Vector<A> (&acc)[Tile]) {
+// What strip_tile does, with all of the tile's pixels in reach known to be inside the row or not.
+template <class A, int K, bool Inside, int Tile>
+SEGNEXT_INLINE void strip_tile_at(const A* row, const A* taps, int64_t w, int64_t width, Vector<A> (&acc)[Tile]) {
   constexpr int L = kLanes<A>;
-  row += (w - K / 2) * L;
+  constexpr bool kHold = kRegisters == 32;  // a part of the taps is held in registers, else each is read where it is used
+  constexpr int kPart = kHold ? 12 : K;
   SEGNEXT_UNROLL
-  for (int i = 0; i < Tile + K - 1; ++i) {
-    const Vector<A> v = load<A>(row + i * L);
+  for (int first = 0; first < K; first += kPart) {
+    const int count = K - first < kPart ? K - first : kPart;
+    const int64_t from = w - K / 2 + first;
+    Vector<A> held[kPart];
     SEGNEXT_UNROLL
-    for (int t = 0; t < K; ++t) {
-      if (i - t >= 0 && i - t < Tile) acc[i - t] += load<A>(taps + t * L) * v;
+    for (int t = 0; kHold && t < count; ++t) held[t] = load<A>(taps + (first + t) * L);
+    SEGNEXT_UNROLL
+    for (int i = 0; i < Tile + count - 1; ++i) {
+      if (!Inside && (from + i < 0 || from + i >= width)) continue;
+      const Vector<A> v = load<A>(row + (from + i) * L);
+      SEGNEXT_UNROLL
+      for (int t = 0; t < count; ++t) {
+        if (i - t >= 0 && i - t < Tile) acc[i - t] += (kHold ? held[t] : load<A>(taps + (first + t) * L)) * v;
+      }
     }
   }
 }
 
+// acc[i] += sum over t of taps[t] * row[w + i + t - K / 2], in which pixels outside the row are left out
+template <class A, int K, int Tile>
+SEGNEXT_INLINE void strip_tile(const A* row, const A* taps, int64_t w, int64_t width, Vector<A> (&acc)[Tile]) {
+  if (w >= K / 2 && w + Tile + K / 2 <= width) return strip_tile_at<A, K, true>(row, taps, w, width, acc);
+  strip_tile_at<A, K, false>(row, taps, w, width, acc);
+}
+
 // put(w, sums) <- (start + base + sum over branches of taps_b * strips(b, row))[w ...], a tile of pixels at a time
 template <class A, class F>
-void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base, Vector<A> start, int64_t width, const F& put) {
+SEGNEXT_ALONE void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base, Vector<A> start, int64_t width,
+                            const F& put) {
   constexpr int L = kLanes<A>;
   for_tiles<kTile>(width, [&](int64_t w, auto size) {
     constexpr int tile = size;
     Vector<A> acc[tile];
     SEGNEXT_UNROLL
     for (int i = 0; i < tile; ++i) acc[i] = start + load<A>(base + (w + i) * L);
-    for_branches([&](auto b) { strip_tile<A, kBranchTaps[b], tile>(strips(b, row), taps + kRowTaps[b] * L, w, acc); });
+    for_branches([&](auto b) { strip_tile<A, kBranchTaps[b]>(strips(b, row), taps + kRowTaps[b] * L, w, width, acc); });
     put(w, acc);
   });
 }
 
-// Computes a = W5 * x + b5 row by row, staging x on the way. The caller may read a window of rows of a, and the rows of x
-// around the window's middle rows if `keep_x`.
+// Computes a = W5 * x + b5 row by row, staging x on the way. The caller may read a window of rows of a and, if `for_gradients`
+// of taps, kReach zero pixels at their ends and the rows of x around the window's middle rows.
 template <class A>
 class StemRows {
  public:
-  StemRows(const Image& x, const A* taps, bool keep_x)
-      : x_(x), taps_(taps), x_rows_(keep_x ? kStripRows + kReach + 5 : 5, x.width, 2), a_rows_(kWindow, x.width, kReach) {}
+  StemRows(const Image& x, const A* taps, bool for_gradients)
+      : x_(x),
+        taps_(taps),
+        x_rows_(for_gradients ? kStripRows + kReach + 5 : 5, x.width, 2),
+        a_rows_(kWindow, x.width, for_gradients ? kReach : kApart) {}
   // Begins with another group of channels, at row `first` of a (clipped to the image).
   void restart(int64_t n, int64_t c, int64_t first) {
     n_ = n;
