@@ -111,12 +111,13 @@ void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps, const std:
                   gradient);
 }
 
-Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
+Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient, bool round_factors) {
   const Matrices in = matrices(x, "x");
   check_nmf(bases, in, steps, gradient);
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() > 0) {
-    segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, false, nullptr, matrices_like(y, in, "y"), parallel());
+    segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, round_factors, false, nullptr, matrices_like(y, in, "y"),
+                         parallel());
   }
   return y;
 }
@@ -128,8 +129,8 @@ std::tuple<Tensor, Tensor> nmf_and_factors(const Tensor& x, const Tensor& bases,
   Tensor y = torch::stable::empty_like(x);
   Tensor factors = torch::stable::new_empty(bases, {segnext::nmf_factors_size(in, bases.size(2), steps, one_step)});
   if (x.numel() == 0) return {y, torch::stable::zero_(factors)};
-  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, one_step, factors.data_ptr(), matrices_like(y, in, "y"),
-                       parallel());
+  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, false, one_step, factors.data_ptr(),
+                       matrices_like(y, in, "y"), parallel());
   return {y, factors};
 }
 

@@ -181,6 +181,7 @@ class FusedHead(nn.Module):
         if self.hamburger:
             self.ham_in = ConvAct(head.hamburger.ham_in.conv, dtype, "relu")
             self.ham = copy.deepcopy(head.hamburger.ham)
+            self.ham.round_factors = dtype == torch.bfloat16
             self.ham_out, self.ham_norm = ConvAct(head.hamburger.ham_out.conv, dtype), GroupNormReLU(head.hamburger.ham_out.gn)
         else:
             self.attention = FusedAttention(head.attention, dtype, None, None)

@@ -72,6 +72,7 @@ class NMF2D(nn.Module):
             same answer; "random" draws anew at every call, as the official code does. Training always draws anew.
         seed: of the fixed bases.
         gradient: "exact" or "one_step", see :func:`segnext_kernels.nmf`.
+        round_factors: see there.
 
     Shape: x [N, C, H, W] >= 0 -> [N, C, H, W], in x's layout; optionally bases [N, C, rank].
     Source: ``NMF2D`` of the official code.
@@ -86,18 +87,19 @@ class NMF2D(nn.Module):
         bases: str = "fixed",
         seed: int = 0,
         gradient: str = "exact",
+        round_factors: bool = False,
     ) -> None:
         super().__init__()
         if bases not in ("fixed", "random"):
             raise ValueError(f"NMF2D: bases must be 'fixed' or 'random', got {bases!r}")
         self.rank, self.train_steps, self.eval_steps = rank, train_steps, eval_steps
-        self.bases, self.seed, self.gradient = bases, seed, gradient
+        self.bases, self.seed, self.gradient, self.round_factors = bases, seed, gradient, round_factors
 
     def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
         if bases is None:
             bases = self.initial_bases(x)
         steps = self.train_steps if self.training else self.eval_steps
-        return nmf(x.flatten(2), bases, steps, self.gradient).view(x.shape)
+        return nmf(x.flatten(2), bases, steps, self.gradient, round_factors=self.round_factors).view(x.shape)
 
     def initial_bases(self, x: Tensor) -> Tensor:
         """Columns of length one, uniform before that: [N, C, rank] for x [N, C, H, W]."""

@@ -84,11 +84,11 @@ PYBIND11_MODULE(raw_kernels, m) {
   });
   // without elements, factors are not kept, or not given
   auto kept = [](py::array factors) { return factors.size() > 0 ? data(factors) : nullptr; };
-  m.def("nmf",
-        [kept](py::array x, py::array bases, int64_t steps, bool one_step, py::array factors, py::array y, bool transposed) {
-          nmf_forward(matrices(x, transposed), data(bases), bases.shape(2), steps, one_step, kept(factors),
-                      matrices(y, transposed), kSerial);
-        });
+  m.def("nmf", [kept](py::array x, py::array bases, int64_t steps, bool rounded, bool one_step, py::array factors, py::array y,
+                      bool transposed) {
+    nmf_forward(matrices(x, transposed), data(bases), bases.shape(2), steps, rounded, one_step, kept(factors),
+                matrices(y, transposed), kSerial);
+  });
   m.def("nmf_backward", [kept](py::array grad_out, py::array x, py::array bases, py::array factors, int64_t steps,
                                bool one_step, py::array grad_x, py::array grad_bases, bool transposed) {
     nmf_backward(matrices(grad_out, transposed), matrices(x, transposed), data(bases), kept(factors), bases.shape(2), steps,

@@ -250,6 +250,31 @@ def test_factors_are_not_rounded(shape, dtype, layout, backend):
     assert ((got - want).abs() - rounding).max() <= 2e-5 * want.abs().max()
 
 
+ROUNDED = [(1, 256, 1024, 64, 7), (2, 96, 2080, 50, 6), (2, 64, 32, 32, 0), (1, 64, 96, 17, 2), (1, 33, 300, 64, 3)]
+
+
+@matrix_layouts
+@pytest.mark.parametrize("shape", ROUNDED, ids=str)
+def test_rounded_factors(shape, layout, backend):
+    """Every element of y is off by three roundings, its own and those of the factors whose product it is."""
+    sample = arranged(sample_of(*shape).to(torch.bfloat16), layout)
+    got, want = nmf(*sample.leaves, shape[-1], round_factors=True, backend=backend).double(), sample.exact()[0]
+    rounding = want.abs() * torch.finfo(torch.bfloat16).eps / 2
+    assert ((got - want).abs() - 3 * rounding).max() <= 2e-5 * want.abs().max()
+
+
+@matrix_layouts
+@dtypes
+def test_factors_are_rounded_for_bfloat16_without_gradient_only(dtype, layout, backend):
+    sample = arranged(sample_of(2, 96, 64, 64, 3).to(dtype), layout)
+    x, bases = sample.leaves
+    if dtype != torch.bfloat16:
+        assert_same([nmf(x, bases, 3, round_factors=True, backend=backend)], [sample(backend)])
+    wanted = nmf(x, bases.detach().requires_grad_(), 3, round_factors=True, backend=backend)
+    assert_same([wanted.detach()], results(sample, backend)[:1])
+    wanted.sum().backward()
+
+
 @matrix_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_values(dtype, layout, backend):

@@ -50,9 +50,10 @@ struct Matrices {
   int64_t batch, rows, columns;
 };
 // bases [B, D, rank] are accumulators, and so are the factors that forward may leave for backward, in an order of their own.
+// rounded: in products with bfloat16 x the factors may be rounded to it, where nothing is left for backward.
 // one_step: backward differentiates the last update of the coefficients alone.
 int64_t nmf_factors_size(const Matrices& x, int64_t rank, int64_t steps, bool one_step);
-void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool one_step, void* factors,
+void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool rounded, bool one_step, void* factors,
                  const Matrices& y, const Parallel& parallel);
 // factors may be null, and are then computed again; so may grad_x.data and grad_bases, which are then not wanted.
 void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, const void* factors, int64_t rank,

@@ -1,7 +1,9 @@
 // nmf forward: steps + 1 passes over x.
 #include "cpu/nmf.h"
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 #include "cpu/nmf_bfloat16.h"
+#endif
+#if defined(__AMX_BF16__)
 #include "cpu/nmf_float32.h"
 #endif
 
@@ -13,13 +15,15 @@ int64_t nmf_factors_size(const Matrices& x, int64_t rank, int64_t steps, bool on
   return x.batch * ((2 * kept + 3) * x.columns + (2 * kept + 1) * x.rows) * padded;
 }
 
-void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool one_step, void* factors,
+void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool rounded, bool one_step, void* factors,
                  const Matrices& y, const Parallel& parallel) {
   const Keep keep = factors == nullptr ? Keep::kNothing : one_step ? Keep::kLast : Keep::kAll;
+#if defined(__AVX512BF16__)
+  // What is kept is kept in float32's precision, more than products of bfloat16 have.
+  if (x.dtype == Dtype::kBFloat16 && factors == nullptr && NmfOfBFloat16::serves(x, rank, rounded))
+    return NmfOfBFloat16(x, rank, steps, rounded, parallel).run(bases, y);
+#endif
 #if defined(__AMX_BF16__)
-  // What is kept is kept in float32's precision, more than tiles of bfloat16 have.
-  if (x.dtype == Dtype::kBFloat16 && factors == nullptr && NmfOfBFloat16::serves(x))
-    return NmfOfBFloat16(x, rank, steps, parallel).run(bases, y);
   if (x.dtype == Dtype::kFloat32 && NmfOfFloat32::serves(x))
     return NmfOfFloat32(x, rank, steps, keep, factors, parallel).run(bases, y);
 #endif

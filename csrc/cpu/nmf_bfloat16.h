@@ -1,6 +1,6 @@
-// nmf of bfloat16 on the processor's matrix tiles. x is a product's left side for x^T B, and its rows in pairs are the right
-// side for (x C)^T = C^T x. The factors stay in float32: each enters a product as the sum of two bfloat16, the value and what
-// rounding took from it, which leaves an error of 2^-17.
+// nmf of bfloat16 with products of bfloat16. x is a product's left side for x^T B, and its rows in pairs are the right side for
+// (x C)^T = C^T x. The factors stay in float32: each enters a product as the sum of two bfloat16, the value and what rounding
+// took from it, which leaves an error of 2^-17, or is rounded.
 #pragma once
 #include "cpu/nmf_tiles.h"
 
@@ -10,16 +10,26 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
   friend class NmfOnTiles<NmfOfBFloat16>;
 
  public:
-  NmfOfBFloat16(const Matrices& x, int64_t rank, int64_t steps, const Parallel& parallel)
+  // Dot products have twice the rate of float32, so they only pay for rounded factors.
+  static bool serves(const Matrices& x, int64_t rank, bool rounded) {
+    constexpr bool kTiles = kDepthStep<BFloat16> > 2;
+    return NmfOnTiles::serves(x) && (kTiles || parts_of(NmfShape<float>(x, rank), rounded) == 1);
+  }
+
+  NmfOfBFloat16(const Matrices& x, int64_t rank, int64_t steps, bool rounded, const Parallel& parallel)
       : NmfOnTiles(x, rank, steps, Keep::kNothing, nullptr, parallel),
-        depth_(filled<BFloat16>(3 * s_.padded)),
+        parts_(parts_of(s_, rounded)),
+        depth_(filled<BFloat16>((parts_ == 1 ? 1 : 3) * s_.padded)),
         pairs_(x.batch * s_.N * s_.D),
-        bases_(x.batch * s_.D * 2 * s_.padded),
+        bases_(x.batch * s_.D * parts_ * s_.padded),
         transposed_(x.batch * s_.D * depth_) {
     pair_rows();
   }
 
  private:
+  // How many bfloat16 a factor is in a product: two where one would leave half a panel empty.
+  static int parts_of(const NmfShape<float>& s, bool rounded) { return rounded && s.padded % kPanel == 0 ? 1 : 2; }
+
   // value [kLanes] as two bfloat16
   struct Split {
     VectorN<uint16_t, L> high, low;
@@ -66,21 +76,21 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
     });
   }
 
-  // bases_ [panels][D / 2][32][2], the columns of B's high parts and then those of its low parts
+  // bases_ [panels][D / 2][32][2], the columns of B's high parts and then those of its low parts, if any
   void pack_bases(int64_t step) {
     for_base_pairs(step, [&](int64_t image, int64_t d, int64_t r, Vector<float> even, Vector<float> odd) {
       const Split a(even), b(odd);
       auto put = [&](int64_t column, VectorN<uint16_t, L> even, VectorN<uint16_t, L> odd) {
         const auto bits = pair<L>(even, odd);
-        BFloat16* panels = bases_ + image * s_.D * 2 * s_.padded;
+        BFloat16* panels = bases_ + image * s_.D * parts_ * s_.padded;
         std::memcpy(panels + (column / kPanel * s_.D + d) * kPanel + column % kPanel * 2, &bits, sizeof bits);
       };
       put(r, a.high, b.high);
-      put(s_.padded + r, a.low, b.low);
+      if (parts_ == 2) put(s_.padded + r, a.low, b.low);
     });
   }
 
-  // transposed_ [panels][depth_ / 2][32][2], rows of B^T: the high parts, these again, the low parts
+  // transposed_ [panels][depth_ / 2][32][2], rows of B^T: the high parts and, for two parts, these again and the low parts
   void pack_transposed() {
     std::memset(transposed_, 0, sizeof(BFloat16) * x_.batch * s_.D * depth_);
     for_base_pairs(steps_, [&](int64_t image, int64_t d, int64_t r, Vector<float> even, Vector<float> odd) {
@@ -91,6 +101,7 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
         for (int lane = 0; lane < L; ++lane) {
           auto put = [&](int64_t k, uint16_t bits) { panel[k / 2 * 2 * kPanel + k % 2] = {bits}; };
           put(r + lane, rows[i].high[lane]);
+          if (parts_ == 1) continue;
           put(s_.padded + r + lane, rows[i].high[lane]);
           put(2 * s_.padded + r + lane, rows[i].low[lane]);
         }
@@ -104,9 +115,11 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
         : nmf_(nmf), D_(nmf.s_.D), R_(nmf.s_.padded), image_(image), first_(first), count_(count) {}
 
     void project(float* num) const {
-      const Packed<BFloat16> b(nmf_.bases_ + image_ * D_ * 2 * R_, D_, 2 * R_);
+      const Packed<BFloat16> b(nmf_.bases_ + image_ * D_ * nmf_.parts_ * R_, D_, nmf_.parts_ * R_);
+      const Pixels<BFloat16> x{nmf_.x_row(image_, first_), D_, count_, D_};
+      if (nmf_.parts_ == 1) return matmul_sum<BFloat16>(x, b, num, R_, false);
       Buffer<float> both(count_ * 2 * R_);
-      matmul_sum<BFloat16>({nmf_.x_row(image_, first_), D_, count_, D_}, b, both, 2 * R_, false);
+      matmul_sum<BFloat16>(x, b, both, 2 * R_, false);
       for (int64_t n = 0; n < count_; ++n) {
         for (int64_t r = 0; r < R_; r += L) {
           const float* from = both + n * 2 * R_ + r;
@@ -126,10 +139,10 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
       }
       const Packed<BFloat16> x = Packed<BFloat16>(nmf_.pairs(image_), nmf_.s_.N, D_).rows(first_, first_ + count_);
       matmul_sum<BFloat16>({high, count_, R_, count_}, x, sums, D_, add);
-      matmul_sum<BFloat16>({low, count_, R_, count_}, x, sums, D_, true);
+      if (nmf_.parts_ == 2) matmul_sum<BFloat16>({low, count_, R_, count_}, x, sums, D_, true);
     }
 
-    // C B^T = (high + low) B_high + high B_low
+    // C B^T = (high + low) B_high + high B_low, or the product of the high parts
     void multiply(const float* c, const Matrices& y) const {
       const int64_t depth = nmf_.depth_;
       Buffer<BFloat16> left(count_ * depth);
@@ -139,6 +152,7 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
           const Split split(load<float>(c + n * R_ + r));
           BFloat16* to = left + n * depth + r;
           store_bits(to, split.high);
+          if (nmf_.parts_ == 1) continue;
           store_bits(to + R_, split.low);
           store_bits(to + 2 * R_, split.high);
         }
@@ -157,6 +171,7 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
     const int64_t D_, R_, image_, first_, count_;
   };
 
+  const int parts_;
   const int64_t depth_;
   Buffer<BFloat16> pairs_, bases_, transposed_;
 };

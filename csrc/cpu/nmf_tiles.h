@@ -1,5 +1,5 @@
-// nmf on the processor's matrix tiles, forward, of x whose channels are innermost in memory. Derived::Part multiplies a part of
-// x with the factors:
+// nmf with the products of matmul.h, forward, of x whose channels are innermost in memory. Derived::Part multiplies a part of x
+// with the factors:
 //
 //   Part(derived, image, first row of x^T, rows)
 //   project(num)                 num [rows][padded] <- x^T B
@@ -18,7 +18,7 @@ class NmfOnTiles : public Nmf<float> {
  public:
   using Nmf<float>::Nmf;
 
-  static bool serves(const Matrices& x) { return x.transposed && x.rows % kPanel == 0 && x.columns % amx::kDepth == 0; }
+  static bool serves(const Matrices& x) { return x.transposed && x.rows % kPanel == 0 && x.columns % kPanel == 0; }
 
   void run(const void* bases, const Matrices& y) {
     begin(bases);

@@ -11,7 +11,7 @@ from .. import _triton
 from .._register import cast_floating, like_layout, register
 
 
-def _fake(x, bases, steps, gradient):
+def _fake(x, bases, steps, gradient, round_factors=False):
     return torch.empty_like(x)
 
 
@@ -30,7 +30,7 @@ def _backward_fake(grad_out, x, bases, factors, steps, gradient, need_x, need_ba
 
 
 def _setup_context(ctx, inputs, output):
-    x, bases, ctx.steps, ctx.gradient = inputs
+    x, bases, ctx.steps, ctx.gradient, *_ = inputs
     ctx.save_for_backward(x, bases)
 
 
@@ -43,23 +43,24 @@ def _setup_context_and_factors(ctx, inputs, output):
 
 
 def _backward(operators, ctx, grad_out, _=None):
+    others = (None,) * (len(ctx.needs_input_grad) - 2)
     if grad_out is None:
-        return None, None, None, None
+        return None, None, *others
     x, bases, *kept = ctx.saved_tensors
     factors = kept[0] if kept else None
     need_x, need_bases = ctx.needs_input_grad[:2]
     grad_x, grad_bases = operators.nmf_backward(
         like_layout(grad_out, x), x, bases, factors, ctx.steps, ctx.gradient, need_x, need_bases
     )
-    return grad_x if need_x else None, grad_bases if need_bases else None, None, None
+    return grad_x if need_x else None, grad_bases if need_bases else None, *others
 
 
-def autocast(dtype, x, bases, steps, gradient):
-    return cast_floating(x, dtype), bases, steps, gradient  # the factors stay in float32
+def autocast(dtype, x, *args):
+    return cast_floating(x, dtype), *args  # the factors stay in float32
 
 
 register(
-    "nmf(Tensor x, Tensor bases, int steps, str gradient) -> Tensor",
+    "nmf(Tensor x, Tensor bases, int steps, str gradient, bool round_factors=False) -> Tensor",
     "nmf_backward(Tensor grad_out, Tensor x, Tensor bases, Tensor? factors, int steps, str gradient, bool need_x,"
     " bool need_bases) -> (Tensor, Tensor)",
     fake=_fake,

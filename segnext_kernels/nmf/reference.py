@@ -8,7 +8,7 @@ from torch import Tensor
 EPS = 1e-6
 
 
-def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact") -> Tensor:
+def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", round_factors: bool = False) -> Tensor:
     """Multiplicative updates of x ~ bases coefᵀ, then their product. See the public function."""
     dtype, x = x.dtype, x.to(bases.dtype)
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "exact"):

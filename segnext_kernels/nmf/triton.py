@@ -29,7 +29,7 @@ from ._steps import Problem, run
 from .triton_backward import backward  # noqa: F401  the operator's other half
 
 
-def forward(x: Tensor, bases: Tensor, steps: int, gradient: str) -> Tensor:
+def forward(x: Tensor, bases: Tensor, steps: int, gradient: str, round_factors: bool = False) -> Tensor:
     y = torch.empty_like(x)
     if x.numel() > 0:
         p = Problem.of(x, bases)
