@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm import tqdm
 
 from . import distributed
@@ -73,6 +72,8 @@ class Scores:
 
 def confusion_matrix(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Counts of pixels, int64 [classes, classes], for every true (row) and predicted (column) label; truth 255 is left out."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix  # whose import takes 2 to 4 seconds
+
     assigned = truth.clamp(max=classes)  # one more class for 255, since torchmetrics takes three times as long to leave it out
     return multiclass_confusion_matrix(prediction, assigned, classes + 1, validate_args=False)[:classes, :classes]
 
