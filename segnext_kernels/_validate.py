@@ -96,7 +96,7 @@ def scale_add(x: Tensor, y: Tensor, scale: Tensor, keep: Tensor | None) -> torch
     return torch.promote_types(torch.promote_types(x.dtype, y.dtype), scale.dtype)
 
 
-def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str) -> None:
+def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str, round_factors: bool) -> None:
     """Checks the arguments of nmf."""
     _tensor("nmf", "x", x, "[B, D, N]")
     _tensor("nmf", "bases", bases, "[B, D, R]")
@@ -114,6 +114,8 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str) -> None:
         raise ValueError(f"nmf: steps must be at least 0, got {steps}")
     if gradient not in GRADIENTS:
         raise ValueError(f"nmf: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    if not isinstance(round_factors, bool):
+        raise TypeError(f"nmf: round_factors must be a bool, got {type(round_factors).__name__}")
 
 
 def upsample_argmax(logits: Tensor, size: Sequence[int]) -> tuple[int, int]:

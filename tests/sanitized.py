@@ -17,7 +17,7 @@ PACKED_DTYPES = ("float32", "bfloat16")
 SIZES = [(1, 1, 1, 1), (2, 3, 1, 40), (1, 17, 33, 2), (2, 16, 9, 13), (1, 33, 5, 37), (1, 1, 3, 8)]
 STRIPS = [25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1]
 MATRICES = [(1, 1, 1, 1, 0), (2, 5, 45, 3, 2), (1, 70, 130, 64, 1), (1, 33, 300, 17, 1), (2, 7, 16, 100, 1)]
-MATRICES += [(2, 32, 2080, 17, 2), (1, 64, 96, 16, 1)]  # whole tiles of the processor's matrix unit
+MATRICES += [(2, 32, 2080, 17, 2), (1, 64, 96, 16, 1), (2, 64, 96, 64, 1)]  # whole tiles of the processor's matrix unit
 MATRICES += [(1, 512, 96, 3, 1)]  # columns that share a set of the caches
 
 
@@ -71,7 +71,7 @@ def matrices(dtype, size, transposed):
         matrix = x.swapaxes(1, 2) if transposed else x
         size = raw_kernels.nmf_factors_size(matrix, rank, steps, one_step) if keep else 0
         factors = np.full(size, np.nan, DTYPES[accumulator])
-        rounded = one_step  # forward alone knows no gradient, so half of the calls try this
+        rounded = one_step  # where nothing is kept, forward knows no one_step; so half of these calls round
         raw_kernels.nmf(x, bases, steps, rounded, one_step, factors, y, transposed)
         raw_kernels.nmf_backward(grad_out, x, bases, factors, steps, one_step, grad_x, grad_bases, transposed)
         if dtype.startswith("float"):

@@ -1,6 +1,7 @@
 // nmf of bfloat16 with products of bfloat16. x is a product's left side for x^T B, and its rows in pairs are the right side for
 // (x C)^T = C^T x. The factors stay in float32: each enters a product as the sum of two bfloat16, the value and what rounding
-// took from it, which leaves an error of 2^-17, or is rounded.
+// took from it, which leaves an error of 2^-17, or is rounded. The first product is never rounded, since it is the softmax's
+// logits, whose absolute error counts.
 #pragma once
 #include "cpu/nmf_tiles.h"
 
@@ -21,7 +22,7 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
         parts_(parts_of(s_, rounded)),
         depth_(filled<BFloat16>((parts_ == 1 ? 1 : 3) * s_.padded)),
         pairs_(x.batch * s_.N * s_.D),
-        bases_(x.batch * s_.D * parts_ * s_.padded),
+        bases_(x.batch * s_.D * 2 * s_.padded),
         transposed_(x.batch * s_.D * depth_) {
     pair_rows();
   }
@@ -78,15 +79,16 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
 
   // bases_ [panels][D / 2][32][2], the columns of B's high parts and then those of its low parts, if any
   void pack_bases(int64_t step) {
+    packed_parts_ = step == 0 ? 2 : parts_;
     for_base_pairs(step, [&](int64_t image, int64_t d, int64_t r, Vector<float> even, Vector<float> odd) {
       const Split a(even), b(odd);
       auto put = [&](int64_t column, VectorN<uint16_t, L> even, VectorN<uint16_t, L> odd) {
         const auto bits = pair<L>(even, odd);
-        BFloat16* panels = bases_ + image * s_.D * parts_ * s_.padded;
+        BFloat16* panels = bases_ + image * s_.D * packed_parts_ * s_.padded;
         std::memcpy(panels + (column / kPanel * s_.D + d) * kPanel + column % kPanel * 2, &bits, sizeof bits);
       };
       put(r, a.high, b.high);
-      if (parts_ == 2) put(s_.padded + r, a.low, b.low);
+      if (packed_parts_ == 2) put(s_.padded + r, a.low, b.low);
     });
   }
 
@@ -115,9 +117,10 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
         : nmf_(nmf), D_(nmf.s_.D), R_(nmf.s_.padded), image_(image), first_(first), count_(count) {}
 
     void project(float* num) const {
-      const Packed<BFloat16> b(nmf_.bases_ + image_ * D_ * nmf_.parts_ * R_, D_, nmf_.parts_ * R_);
+      const int64_t columns = nmf_.packed_parts_ * R_;
+      const Packed<BFloat16> b(nmf_.bases_ + image_ * D_ * columns, D_, columns);
       const Pixels<BFloat16> x{nmf_.x_row(image_, first_), D_, count_, D_};
-      if (nmf_.parts_ == 1) return matmul_sum<BFloat16>(x, b, num, R_, false);
+      if (columns == R_) return matmul_sum<BFloat16>(x, b, num, R_, false);
       Buffer<float> both(count_ * 2 * R_);
       matmul_sum<BFloat16>(x, b, both, 2 * R_, false);
       for (int64_t n = 0; n < count_; ++n) {
@@ -130,16 +133,17 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
 
     void add_products(const float* c, float* sums, bool add) const {
       Buffer<float> transposed(R_ * count_);
-      Buffer<BFloat16> high(R_ * count_), low(R_ * count_);
+      const bool both = nmf_.parts_ == 2;
+      Buffer<BFloat16> high(R_ * count_), low(both ? R_ * count_ : 0);
       transpose_rows<float>(c, R_, count_, R_, transposed, count_);
       for (int64_t i = 0; i < R_ * count_; i += L) {
         const Split split(load<float>(transposed + i));
         store_bits(high + i, split.high);
-        store_bits(low + i, split.low);
+        if (both) store_bits(low + i, split.low);
       }
       const Packed<BFloat16> x = Packed<BFloat16>(nmf_.pairs(image_), nmf_.s_.N, D_).rows(first_, first_ + count_);
       matmul_sum<BFloat16>({high, count_, R_, count_}, x, sums, D_, add);
-      if (nmf_.parts_ == 2) matmul_sum<BFloat16>({low, count_, R_, count_}, x, sums, D_, true);
+      if (both) matmul_sum<BFloat16>({low, count_, R_, count_}, x, sums, D_, true);
     }
 
     // C B^T = (high + low) B_high + high B_low, or the product of the high parts
@@ -171,7 +175,8 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
     const int64_t D_, R_, image_, first_, count_;
   };
 
-  const int parts_;
+  const int parts_;       // of a factor in all products but the first
+  int packed_parts_ = 2;  // of the bases that are packed
   const int64_t depth_;
   Buffer<BFloat16> pairs_, bases_, transposed_;
 };

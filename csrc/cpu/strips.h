@@ -10,8 +10,8 @@ namespace segnext {
 
 inline constexpr int kStripRows = 4;  // output rows computed together, so that a row read from the ring serves several
 inline constexpr int kWindow = kStripRows + 2 * kReach;
-inline constexpr int kApart =
-    1;  // pixels more between rows: at distances of whole pages they would share few places in a cache
+// Pixels more between rows: at distances of whole pages they would share few places in a cache.
+inline constexpr int kApart = 1;
 
 // Where each tensor's taps lie in one group's [kTaps][kLanes].
 constexpr int tensor_offset(int tensor) {

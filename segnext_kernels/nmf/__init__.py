@@ -49,9 +49,11 @@ def nmf(
         steps: how often C and B are updated, >= 0. SegNeXt: 6 in training, 7 in evaluation.
         gradient: "exact" differentiates through all steps (what the official code does), "one_step" only through the last
             update of C (what the Hamburger paper proposes; the gradient for ``bases`` is then zero).
-        round_factors: whether products with bfloat16 ``x`` may take the factors rounded to bfloat16. Where CPUs multiply
-            bfloat16, high ranks then take about half the time, and an element of y is off by up to three roundings instead of
-            one, a tenth more on average. Without effect elsewhere, and where a gradient is wanted.
+        round_factors: whether products with bfloat16 ``x`` may take the factors rounded to bfloat16, all but the first, whose
+            result is the softmax's logits. Where CPUs multiply bfloat16, high ranks then take little more than half the time,
+            and an element of y is off by up to four roundings instead of its own one; the mean error grows by a twentieth for
+            values around one, and at most doubles where the softmax is sharp. Without effect elsewhere, and where a gradient is
+            wanted.
         backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
 
     Returns:
@@ -66,12 +68,13 @@ def nmf(
         "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), section 2.2.2 (the one-step gradient: 2.3); ``NMF2D`` of
         the official SegNeXt code.
     """
-    _validate.nmf(x, bases, steps, gradient)
+    _validate.nmf(x, bases, steps, gradient, round_factors)
     x, bases = _validate.dense_matrix(x), bases.to(_validate.accumulator(x.dtype)).contiguous()
     served = _select.select("nmf", backend, x, rank=bases.shape[2])
     if served == "reference":
         return _register.run_reference(_reference.nmf, _autograd.autocast, x, bases, steps, gradient)
-    if served == "cpu" and torch.is_grad_enabled() and (x.requires_grad or bases.requires_grad):
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or bases.requires_grad)
+    if served == "cpu" and differentiated:
         y, _ = _register.operator("nmf_and_factors", served)(x, bases, steps, gradient)
         return y
-    return _register.operator("nmf", served)(x, bases, steps, gradient, round_factors)
+    return _register.operator("nmf", served)(x, bases, steps, gradient, round_factors and not differentiated)

@@ -1,6 +1,7 @@
 """Schema, fake, autograd and autocast of nmf.
 
-``nmf_and_factors`` is the same with what backward then need not compute again; only the CPU has it.
+``nmf_and_factors`` is the same with what backward then need not compute again; only the CPU has it. Backward is that of factors
+that are not rounded, so ``round_factors`` is for calls without gradient.
 """
 
 from __future__ import annotations
