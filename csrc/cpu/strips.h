@@ -93,8 +93,8 @@ SEGNEXT_ALONE void column_tile(const A* const* rows, const A* taps, int64_t w, c
   }
 }
 
-// out(b, j)[w] = sum over t of taps_b[t] * row (j + t - k_b / 2)[w], for kStripRows rows j and all branches, which take turns
-// on few pixels, as long as the window's rows are in the first cache there
+// out(b, j)[w] = sum over t of taps_b[t] * row (j + t - k_b / 2)[w], for kStripRows rows j and all branches. These take turns
+// on few pixels, where the window's rows are then in the first cache.
 template <class A>
 void column_pass(const Window<A>& window, const A* taps, int64_t width, const StripRows<A>& out) {
   constexpr int kPixels = kRegisters == 32 ? 4 : 2;
