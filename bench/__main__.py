@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("report", help="time the cases and print Markdown")
     timing.add_argument("--case", default="*", metavar="PATTERN", help="only cases with this in the name, e.g. 'msca*float32'")
     timing.add_argument("--without", default=[], nargs="+", metavar="NAME", help="contenders to leave out, e.g. torch.compile")
-    timing.add_argument("--device", default="cpu", help="cpu, or cuda for the operators alone")
+    timing.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="which cases, and where (default: cpu)")
     timing.set_defaults(run=_report)
     growth = commands.add_parser("scaling", help="time of SegNeXt-T against image size, batch and threads")
     growth.set_defaults(run=_scaling)
@@ -70,10 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    chosen = cases.select(arguments.case)
-    if arguments.device != "cpu":
-        torch.set_default_device(arguments.device)
-        chosen = [case for case in chosen if not case.model and case.gradients]
+    chosen = cases.select(arguments.case, arguments.device)
+    torch.set_default_device(arguments.device)
     turns = sorted(((case, direction) for case in chosen for direction in case.directions), key=_place)
     limits, absent = ceilings.measure(min(arguments.seconds, 1.0)), missing(chosen)
     table, progress = [], tqdm(turns)

@@ -55,12 +55,38 @@ def _registry() -> Iterable[Case]:
         yield training_case("train_t", SIZES["t"], (512, 512), dtype, batch=2)
 
 
+def _gpu_registry() -> Iterable[Case]:
+    """As many images at a time as fill a GPU; of the operators with kernels in CUDA and in Triton both."""
+    batch, both = 16, ("cuda", "triton")
+    for dtype in DTYPES:
+        for channels, side in (*T_STAGES, *B_STAGES):
+            yield msca_strips_case(channels, side, side, dtype, batch, both)
+    for dtype in DTYPES:
+        for channels, side in T_MLPS:
+            yield dwconv_gelu_case(channels, side, side, dtype, batch, both)
+    for dtype in DTYPES:
+        for depth, rank in ((256, 16), (1024, 64)):
+            yield nmf_case(depth, 4096, rank, 7, ("forward",), dtype, batch)
+            yield nmf_case(depth, 4096, rank, 6, ("backward", "step"), dtype, batch)
+    for dtype in DTYPES:
+        yield upsample_cross_entropy_case(150, (64, 64), (512, 512), dtype, batch)
+    for dtype in DTYPES:
+        yield upsample_argmax_case(150, (64, 64), (512, 512), dtype, batch)
+    for images in (1, batch):
+        for size, config in SIZES.items():
+            yield logits_case(f"segnext_{size}", config, (512, 512), torch.bfloat16, images, on_gpu=True)
+    for dtype in DTYPES:
+        yield training_case("train_t", SIZES["t"], (512, 512), dtype, batch)
+
+
 CASES: dict[str, Case] = {case.name: case for case in _registry()}
+GPU_CASES: dict[str, Case] = {case.name: case for case in _gpu_registry()}
 
 
-def select(pattern: str = "*") -> list[Case]:
-    """The registered cases whose name contains the shell pattern; ValueError if there is none."""
-    found = [case for name, case in CASES.items() if fnmatchcase(name, f"*{pattern}*")]
+def select(pattern: str = "*", device: str = "cpu") -> list[Case]:
+    """The cases registered for the device whose name contains the shell pattern; ValueError if there is none."""
+    cases = CASES if device == "cpu" else GPU_CASES
+    found = [case for name, case in cases.items() if fnmatchcase(name, f"*{pattern}*")]
     if not found:
-        raise ValueError(f"no benchmark case fits {pattern!r}; the first of {len(CASES)} is {next(iter(CASES))}")
+        raise ValueError(f"no benchmark case fits {pattern!r}; the first of {len(cases)} is {next(iter(cases))}")
     return found

@@ -8,8 +8,7 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
-from .case import Work
-from .measure import waiter
+from .case import Work, device
 
 COPY = 256 << 20  # bytes
 SIDE = 2048  # of the matrices
@@ -26,7 +25,7 @@ def measure(seconds: float = 1.0) -> dict[str, float]:
     target = torch.empty_like(source)
     found = {"copy_gbytes_per_s": 2 * COPY / _quickest(lambda: target.copy_(source), seconds) / 1e9}
     for name, dtype in DTYPES.items():
-        found[f"{name}_gflops_per_s"] = 2 * SIDE**3 / min(_quickest(f, seconds) for f in _products(dtype)) / 1e9
+        found[f"{name}_gflops_per_s"] = 2 * _side() ** 3 / min(_quickest(f, seconds) for f in _products(dtype)) / 1e9
     return found
 
 
@@ -45,15 +44,20 @@ def share(ceilings: dict[str, float], work: Work, dtype: torch.dtype, seconds: f
 
 def _products(dtype: torch.dtype) -> tuple[Callable[[], object], ...]:
     """The same product as two libraries offer it: of matrices, and as a 1x1 convolution in channels_last."""
-    a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
-    x = a.view(1, SIDE, 1, SIDE).permute(0, 3, 1, 2)  # [1, channels, 1, pixels]
+    a, b = (torch.randn(_side(), _side()).to(dtype) for _ in range(2))
+    x = a.view(1, _side(), 1, _side()).permute(0, 3, 1, 2)  # [1, channels, 1, pixels]
     return lambda: torch.mm(a, b), lambda: F.conv2d(x, b[:, :, None, None])
 
 
+def _side() -> int:
+    return 4 * SIDE if device().type == "cuda" else SIDE
+
+
 @torch.no_grad()
+@torch.backends.cudnn.flags(allow_tf32=False)  # which is not float32
 def _quickest(call: Callable[[], object], seconds: float) -> float:
     call()
-    finish = waiter()
+    finish = torch.cuda.synchronize if device().type == "cuda" else lambda: None
     times, end = [], perf_counter() + seconds
     while perf_counter() < end or len(times) < 3:
         finish()

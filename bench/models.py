@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -45,9 +46,23 @@ class PlainModel(nn.Module):
         return plain.upsample_argmax(logits, images.shape[-2:]) if self.labels else logits
 
 
-def logits_case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int = 1) -> Case:
+class FusedModel(nn.Module):
+    """:func:`network` as it is on a GPU, where its operators are fused and no more: the same as :class:`PlainModel`."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, labels: bool) -> None:
+        super().__init__()
+        model = copy.deepcopy(network(config)).to(dtype, memory_format=torch.channels_last)
+        self.model, self.dtype = model.predict if labels else model, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.to(self.dtype))
+
+
+def logits_case(
+    name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int = 1, on_gpu: bool = False
+) -> Case:
     """Images [batch, 3, *image_size] to logits at stride 8."""
-    return _case(name, config, image_size, dtype, batch, labels=False)
+    return _case(name, config, image_size, dtype, batch, labels=False, on_gpu=on_gpu)
 
 
 def labels_case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int = 1) -> Case:
@@ -55,7 +70,15 @@ def labels_case(name: str, config: Config, image_size: tuple[int, int], dtype: t
     return _case(name, config, image_size, dtype, batch, labels=True)
 
 
-def _case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int, labels: bool) -> Case:
+def _case(
+    name: str,
+    config: Config,
+    image_size: tuple[int, int],
+    dtype: torch.dtype,
+    batch: int,
+    labels: bool,
+    on_gpu: bool = False,
+) -> Case:
     shape = (batch, config.in_channels, *image_size)
     return Case(
         name,
@@ -63,7 +86,7 @@ def _case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.d
         dtype,
         lambda: [torch.randn(shape, generator=generator(), dtype=torch.float64)],
         lambda images: PlainModel(config, torch.float64, labels)(images),
-        _contenders(config, shape, dtype, labels),
+        _contenders(config, shape, dtype, labels, on_gpu),
         ("forward",),
         lambda direction: _work(config, shape, dtype, labels),
         gradients=False,
@@ -72,10 +95,36 @@ def _case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.d
     )
 
 
-def _contenders(config: Config, shape: tuple[int, ...], dtype: torch.dtype, labels: bool) -> tuple[Contender, ...]:
+class Graphed:
+    """A function of one tensor on the GPU, captured at its first call and launched as one afterwards."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function, self.graph = function, None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries are loaded, kernels compiled and chosen
+                for _ in range(3):
+                    self.function(images)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.images, self.graph = images.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.function(self.images)
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.result
+
+
+def _contenders(
+    config: Config, shape: tuple[int, ...], dtype: torch.dtype, labels: bool, on_gpu: bool
+) -> tuple[Contender, ...]:
     """The fused model and the same weights elsewhere; torch.compile where it is faster, in channels_last."""
 
     def fused() -> Callable[[Tensor], Tensor]:
+        if on_gpu:
+            return FusedModel(config, dtype, labels)
         model = segnext.fuse(network(config), dtype)
         return model.predict if labels else model
 
@@ -90,6 +139,16 @@ def _contenders(config: Config, shape: tuple[int, ...], dtype: torch.dtype, labe
     def file() -> str:
         return exported.onnx_file((config, shape, labels), lambda: PlainModel(config, torch.float32, labels), shape)
 
+    if on_gpu:
+        return (
+            Contender("fused", None, fused, ours=True),
+            Contender("fused, CUDA graph", None, lambda: Graphed(fused()), ours=True),
+            Contender("PyTorch", "contiguous", partial(pytorch, "contiguous")),
+            Contender("PyTorch", "channels_last", partial(pytorch, "channels_last")),
+            Contender("PyTorch, CUDA graph", "channels_last", lambda: Graphed(pytorch("channels_last"))),
+            Contender("torch.compile", "channels_last", compiled),
+            Contender("torch.compile, CUDA graph", "channels_last", lambda: Graphed(compiled())),
+        )
     onnx = Contender("ONNX Runtime", None, lambda: onnx_runtime(file()), packages=ONNX_RUNTIME)
     return (
         Contender("fused", None, fused, ours=True),

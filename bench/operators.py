@@ -21,17 +21,23 @@ from .case import DIRECTIONS, LAYOUTS, Case, Contender, Work, generator, image_s
 BRANCHES = (7, 11, 21)
 
 
-def contenders(fused: Callable[..., Tensor], plain: Callable[..., Tensor]) -> tuple[Contender, ...]:
+Backends = tuple[str | None, ...]  # of the operator, each a contender of its own; None for the one that serves
+
+
+def contenders(
+    fused: Callable[..., Tensor], plain: Callable[..., Tensor], backends: Backends = (None,)
+) -> tuple[Contender, ...]:
     """The fused operator, what users write in plain PyTorch, and that compiled, each in both layouts."""
-    compiled = partial(torch.compile, plain, fullgraph=True, dynamic=False)
+    ways = {f"fused {backend}" if backend else "fused": partial(_same, partial(fused, backend=backend)) for backend in backends}
+    ways |= {"PyTorch": partial(_same, plain), "torch.compile": partial(torch.compile, plain, fullgraph=True, dynamic=False)}
     return tuple(
-        Contender(name, layout, build, ours=name == "fused")
-        for name, build in (("fused", lambda: fused), ("PyTorch", lambda: plain), ("torch.compile", compiled))
-        for layout in LAYOUTS
+        Contender(name, layout, build, ours=name.startswith("fused")) for name, build in ways.items() for layout in LAYOUTS
     )
 
 
-def msca_strips_case(channels: int, height: int, width: int, dtype: torch.dtype, batch: int = 1) -> Case:
+def msca_strips_case(
+    channels: int, height: int, width: int, dtype: torch.dtype, batch: int = 1, backends: Backends = (None,)
+) -> Case:
     """msca_strips on [batch, channels, height, width]."""
 
     def setup() -> list[Tensor]:
@@ -41,8 +47,8 @@ def msca_strips_case(channels: int, height: int, width: int, dtype: torch.dtype,
             inputs += [draw(channels, 1, 1, k) / k**0.5, draw(channels), draw(channels, 1, k, 1) / k**0.5, draw(channels)]
         return inputs
 
-    def fused(x: Tensor, *weights: Tensor) -> Tensor:
-        return segnext_kernels.msca_strips(x, weights)
+    def fused(x: Tensor, *weights: Tensor, backend: str | None) -> Tensor:
+        return segnext_kernels.msca_strips(x, weights, backend=backend)
 
     def reference(x: Tensor, *weights: Tensor) -> Tensor:
         return msca_strips_reference(x, weights)
@@ -56,13 +62,15 @@ def msca_strips_case(channels: int, height: int, width: int, dtype: torch.dtype,
         dtype,
         setup,
         reference,
-        contenders(fused, plain.msca_strips),
+        contenders(fused, plain.msca_strips, backends),
         DIRECTIONS,
         _work(pixels, filters, flops, dtype),
     )
 
 
-def dwconv_gelu_case(channels: int, height: int, width: int, dtype: torch.dtype, batch: int = 1) -> Case:
+def dwconv_gelu_case(
+    channels: int, height: int, width: int, dtype: torch.dtype, batch: int = 1, backends: Backends = (None,)
+) -> Case:
     """dwconv_gelu on [batch, channels, height, width]; GELU's own operations are not counted."""
 
     def setup() -> list[Tensor]:
@@ -76,7 +84,7 @@ def dwconv_gelu_case(channels: int, height: int, width: int, dtype: torch.dtype,
         dtype,
         setup,
         dwconv_gelu_reference,
-        contenders(segnext_kernels.dwconv_gelu, plain.dwconv_gelu),
+        contenders(segnext_kernels.dwconv_gelu, plain.dwconv_gelu, backends),
         ("forward", "backward"),
         _work(pixels, 10 * channels, 18 * pixels, dtype),
     )
@@ -92,7 +100,7 @@ def scale_add_case(channels: int, height: int, width: int, dtype: torch.dtype, b
         return [draw(*image), draw(*image), draw(channels)]
 
     def keeping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda x, y, scale: function(x, y, scale, keep.to(x.dtype))
+        return lambda x, y, scale, **options: function(x, y, scale, keep.to(x.dtype), **options)
 
     pixels = batch * channels * height * width
     return Case(
@@ -114,31 +122,32 @@ def nmf_case(
     steps: int,
     directions: tuple[str, ...] = DIRECTIONS,
     dtype: torch.dtype = torch.float32,
+    batch: int = 1,
 ) -> Case:
-    """nmf of [1, depth, pixels], with the exact gradient."""
+    """nmf of [batch, depth, pixels], with the exact gradient; the bases are in the same dtype."""
 
     def setup() -> list[Tensor]:
         draw = partial(torch.rand, generator=generator(), dtype=torch.float64)
-        return [draw(1, depth, pixels), F.normalize(draw(1, depth, rank), dim=1)]
+        return [draw(batch, depth, pixels), F.normalize(draw(batch, depth, rank), dim=1)]
 
-    def fused(x: Tensor, bases: Tensor) -> Tensor:
-        return segnext_kernels.nmf(x, bases, steps)
+    def fused(x: Tensor, bases: Tensor, backend: str | None) -> Tensor:
+        return segnext_kernels.nmf(x, bases.float(), steps, backend=backend)
 
     def reference(x: Tensor, bases: Tensor) -> Tensor:
         return nmf_reference(x, bases, steps)
 
     product = 2 * depth * pixels * rank  # of x or y with a factor
     gram = 2 * (depth + pixels) * rank * rank  # of a factor with itself, and of that with the other factor
-    flops = (3 + 2 * steps) * product + (1 + 2 * steps) * gram
+    flops = batch * ((3 + 2 * steps) * product + (1 + 2 * steps) * gram)
     return Case(
         "nmf",
-        f"{depth}x{pixels}-r{rank}-{steps}steps",
+        f"{image_shape(batch, depth, pixels)}-r{rank}-{steps}steps",
         dtype,
         setup,
         reference,
         contenders(fused, partial(plain.nmf, steps=steps)),
         directions,
-        _work(depth * pixels, depth * rank, flops, dtype),
+        _work(batch * depth * pixels, batch * depth * rank, flops, dtype),
     )
 
 
@@ -191,6 +200,10 @@ def upsample_argmax_case(
         lambda direction: Work(small * dtype.itemsize + large * 8, 8 * classes * large),
         gradients=False,
     )
+
+
+def _same(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
 
 
 def _resized_shape(batch: int, classes: int, size: tuple[int, int], target_size: tuple[int, int]) -> str:

@@ -81,7 +81,7 @@ class Step:
         self.forward = torch.compile(self._forward, dynamic=False) if compiled else self._forward
 
     def _forward(self, images: Tensor, bases: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
             logits = self.model(images, bases)
         return self.loss(logits, target)
 

@@ -43,6 +43,11 @@ def define(schema: str, function: Callable, fake: Callable) -> torch.library.Lib
     return _library
 
 
+def wrap_triton(kernel):
+    """``torch.library.wrap_triton``, which in older torch refuses kernels that are interpreted."""
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
 def launch(
     kernel,
     grid: Callable[[dict], tuple],
@@ -55,7 +60,7 @@ def launch(
     """Launches a kernel in the first of its configurations; with ``torch.backends.cudnn.benchmark`` in the fastest.
 
     Args:
-        kernel: from ``torch.library.wrap_triton``.
+        kernel: from :func:`wrap_triton`.
         grid: the number of programs, from the configuration's values.
         args: of the kernel, the first a tensor on the device to run on.
         configs: the first must be a sensible choice for the problem.

@@ -109,7 +109,7 @@ def check_threads(sample: Sample, set_threads: Callable[[int], None]) -> None:
 
 def poisoned(tensor: Tensor) -> Tensor:
     """The same values and strides, as a view into a buffer that is NaN before and after."""
-    buffer = torch.full((tensor.numel() + 2 * POISON,), torch.nan, dtype=tensor.dtype)
+    buffer = torch.full((tensor.numel() + 2 * POISON,), torch.nan, dtype=tensor.dtype, device=tensor.device)
     view = buffer.as_strided(tensor.shape, tensor.stride(), POISON)
     return view.copy_(tensor)
 
@@ -126,7 +126,7 @@ def check_autocast(sample: Sample, backend: str, dtype: torch.dtype) -> None:
     """Under autocast x has autocast's dtype in the operator, and float32 leaves get float32 gradients: as if cast by hand."""
     grad_out = grad_like(sample.x).to(dtype)
     leaves = tuple(leaf.detach().requires_grad_() for leaf in sample.leaves)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(sample.x.device.type, dtype=dtype):
         y = replace(sample, leaves=leaves)(backend)
     assert y.dtype == dtype
     grads = torch.autograd.grad(y, leaves, grad_out)

@@ -84,6 +84,9 @@ class Sample:
         x, *rest = self.leaves
         return replace(self, leaves=(x.to(dtype), *(leaf.to(others) for leaf in rest)))
 
+    def on(self, device: str) -> Sample:
+        return replace(self, leaves=tuple(leaf.to(device) for leaf in self.leaves))
+
     def with_x(self, x: Tensor) -> Sample:
         return replace(self, leaves=(x, *self.leaves[1:]))
 
@@ -172,7 +175,7 @@ def arranged(sample: Sample, layout: str) -> Sample:
 
 
 def grad_like(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y.dtype)
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y)
 
 
 def results(sample: Sample, backend: str | None = None, grad_out: Tensor | None = None) -> list[Tensor]:

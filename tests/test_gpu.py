@@ -1,16 +1,25 @@
-"""The CUDA kernels on a GPU: ``make gpu-test``. Everything that can be seen without one is in test_cuda_kernels.py."""
+"""The CUDA and the Triton kernels on a GPU: ``make gpu-test``.
+
+What can be seen without one is in test_cuda_kernels.py and test_triton_*.py. Triton compiles every kernel it is asked for, up
+to half a minute each, so that its kernels get fewer shapes here; the values of all others are compared by its interpreter.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import checks
 import pytest
 import torch
+import upsample
 from operators import (
     BRANCH_SIZES,
     EMPTY_IMAGES,
     FUNCTIONS,
+    GPU_DTYPES,
+    GRADIENTS,
     IMAGES,
     Sample,
     arranged,
@@ -18,69 +27,146 @@ from operators import (
     check,
     dwconv_gelu_sample,
     error,
+    gpu_dtypes,
     grad_like,
     image_layouts,
     msca_strips_sample,
+    nmf_sample,
     results,
     tolerance,
 )
+from torch import Tensor, nn
 
-from segnext_kernels import _load, _select, explain
+import segnext
+from segnext_kernels import _load, _select, _triton, explain, upsample_argmax, upsample_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SAMPLES = {"msca_strips": msca_strips_sample, "dwconv_gelu": dwconv_gelu_sample}
-operators = pytest.mark.parametrize("operator", SAMPLES)
-dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+float32, bfloat16, float16 = GPU_DTYPES
+IMAGE_OPERATORS = {"msca_strips": msca_strips_sample, "dwconv_gelu": dwconv_gelu_sample}
+SERVED = [(backend, operator) for backend in ("cuda", "triton") for operator in IMAGE_OPERATORS] + [("triton", "nmf")]
+image_operators = pytest.mark.parametrize("operator", IMAGE_OPERATORS)
+served = pytest.mark.parametrize(("backend", "operator"), SERVED)
+
+# Odd; cut into channels, strips and columns; all of 16 bytes
+TRITON_IMAGES = [((2, 17, 5, 37), float32), ((1, 64, 12, 24), bfloat16), ((2, 24, 70, 70), float16)]
+TRITON_IMAGES += [((4, 64, 64, 64), float32), ((1, 2, 3, 300), bfloat16), ((16, 32, 64, 64), bfloat16)]
+# [B, D, N, R] and steps: one element, odd, R above D, a high rank, those of T and of L
+MATRICES = [((1, 1, 1, 1, 2), float32), ((2, 33, 5, 17, 2), bfloat16), ((1, 70, 513, 100, 3), float16)]
+MATRICES += [((2, 256, 4096, 16, 6), dtype) for dtype in GPU_DTYPES]
+MATRICES += [((1, 1024, 4096, 64, 6), dtype) for dtype in (float32, bfloat16)]
 
 
-def sample_of(operator: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cuda") -> Sample:
-    sample = SAMPLES[operator](shape).to(dtype)
-    return replace(sample, leaves=tuple(leaf.to(device) for leaf in sample.leaves))
+def sample_of(operator: str, shape: tuple[int, ...], dtype: torch.dtype = float32, device: str = "cuda") -> Sample:
+    return IMAGE_OPERATORS[operator](shape).to(dtype).on(device)
+
+
+def a_sample(operator: str, dtype: torch.dtype = float32, layout: str = "contiguous") -> Sample:
+    """One of the operator's, large enough for many blocks."""
+    if operator == "nmf":
+        return arranged(nmf_sample(2, 64, 1000, 16, 3).to(dtype).on("cuda"), layout.replace("channels_last", "transposed"))
+    return arranged(sample_of(operator, (4, 64, 64, 64), dtype), layout)
+
+
+@pytest.fixture
+def autotuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
 
 
 def test_the_kernels_serve():
-    assert _load.cuda_failure is None
-    for operator in SAMPLES:
-        assert explain(operator, sample_of(operator, (1, 3, 5, 4)).x)["cuda"] == "serves"
+    assert _load.cuda_failure is None and _triton.failure is None and not _triton.interpreted
+    for operator in IMAGE_OPERATORS:
+        found = explain(operator, sample_of(operator, (1, 3, 5, 4)).x)
+        assert (found["cuda"], found["triton"]) == ("serves", "could serve")
     other = explain("msca_strips", torch.ones(1, 2, 3, 4, device="cuda"), branch_sizes=(3, 5))["cuda"]
     assert other == f"the compiled kernels have branch sizes {BRANCH_SIZES}, got (3, 5)"
+    for operator in ("nmf", "upsample_argmax", "upsample_cross_entropy"):
+        assert explain(operator, torch.ones(1, 2, 3, 4, device="cuda")[0 if operator == "nmf" else ...])["triton"] == "serves"
 
 
-@operators
+@image_operators
 @pytest.mark.parametrize("shape", [*IMAGES, (2, 24, 70, 70), (16, 64, 64, 64), *EMPTY_IMAGES], ids=str)
-@dtypes
+@gpu_dtypes
 @image_layouts
 def test_values_and_gradients(operator, shape, dtype, layout):
     sample = arranged(sample_of(operator, shape, dtype), layout)
-    check(sample, "cuda", grad_like(sample.x.cpu()).cuda())
+    check(sample, "cuda", grad_like(sample.x))
 
 
-@operators
+@image_operators
+@pytest.mark.parametrize(("shape", "dtype"), TRITON_IMAGES, ids=str)
 @image_layouts
-def test_what_every_operator_must_do(operator, layout):
-    sample = arranged(sample_of(operator, (2, 17, 13, 9)), layout)
-    checks.check_saved_tensors(sample, "cuda")
-    checks.check_nothing_needed(sample, "cuda")
-    checks.check_fake(sample, "cuda")
-    y, grad_x, *_ = results(sample, "cuda")
-    assert y.stride() == grad_x.stride() == sample.x.stride()
-    x, *filters = sample.leaves
+def test_values_and_gradients_of_triton(operator, shape, dtype, layout):
+    sample = arranged(sample_of(operator, shape, dtype), layout)
+    check(sample, "triton", grad_like(sample.x))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), MATRICES, ids=str)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_nmf(shape, dtype, gradient, layout):
+    if layout == "transposed" and gradient == "one_step":
+        pytest.skip("the layout has its turn with the exact gradient")
+    sample = arranged(nmf_sample(*shape, gradient).to(dtype).on("cuda"), layout)
+    check(sample, "triton", grad_like(sample.x))
+
+
+def test_nmf_as_torch_allows_tf32(monkeypatch):
+    """TF32 has 10 bits, so that it shows and is still near."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    sample = nmf_sample(2, 256, 1000, 16, 6).to(float32).on("cuda")
+    assert tolerance(float32) < error(sample("triton"), sample.exact()[0]) < 2e-3
+
+
+@pytest.mark.parametrize(("shape", "size"), [*upsample.CASES, ((2, 150, 64, 64), (512, 512)), *upsample.EMPTY], ids=str)
+@image_layouts
+def test_upsampled_logits(shape, size, layout):
+    dtype = GPU_DTYPES[sum(size) % 3]
+    logits, target = upsample.draw_logits(shape, dtype, layout).cuda(), upsample.draw_target(shape, size).cuda()
+    upsample.check_labels(logits, size, "triton")
+    if target.numel() and logits.numel():
+        weight = torch.linspace(0.1, 1, shape[1], device="cuda") if size[0] % 2 else None
+        upsample.check_loss(logits, target, weight, "triton")
+
+
+@served
+@image_layouts
+def test_what_every_operator_must_do(backend, operator, layout):
+    sample = a_sample(operator, layout=layout)
+    checks.check_layout(sample, backend)
+    checks.check_saved_tensors(sample, backend)
+    checks.check_nothing_needed(sample, backend)
+    checks.check_fake(sample, backend)
+    checks.check_poison(sample, backend)
+    checks.check_no_double_backward(sample, backend)
+
+
+@image_operators
+@image_layouts
+def test_registration(operator, layout):
+    x, *filters = arranged(sample_of(operator, (2, 17, 13, 9)), layout).leaves
     weights = (x, filters) if operator == "msca_strips" else (x, *filters)
     checks.check_registration(operator, weights, (torch.ones_like(x), *weights, True, True))
 
 
-@operators
+@served
 @image_layouts
-def test_the_same_bits_from_run_to_run(operator, layout):
-    sample = arranged(sample_of(operator, (8, 64, 64, 64)), layout)
+def test_the_same_bits_from_run_to_run(backend, operator, layout):
+    sample = a_sample(operator, layout=layout)
     grad_out = torch.randn_like(sample.x)
-    want = results(sample, "cuda", grad_out)
+    want = results(sample, backend, grad_out)
     for _ in range(5):
-        assert_same(results(sample, "cuda", grad_out), want)
+        assert_same(results(sample, backend, grad_out), want)
 
 
-@operators
+@pytest.mark.parametrize("operator", [*IMAGE_OPERATORS, "nmf"])
+def test_tuned_kernels(operator, autotuned):
+    """Triton's kernels in the fastest of their configurations."""
+    sample = a_sample(operator, bfloat16)
+    check(sample, "triton", grad_like(sample.x))
+
+
+@image_operators
 def test_one_compiled_graph(operator):
     samples = [sample_of(operator, shape) for shape in ((2, 5, 9, 12), (3, 5, 8, 31), (4, 5, 40, 7))]
 
@@ -93,49 +179,72 @@ def test_one_compiled_graph(operator):
         torch.testing.assert_close(compiled(*sample.leaves), sample("cuda"))
 
 
-@operators
-@dtypes
-def test_autocast(operator, dtype):
-    sample = sample_of(operator, (2, 17, 13, 9))
-    with torch.autocast("cuda", dtype=dtype):
-        y = sample("cuda")
-    assert_same([y], [sample.to(dtype)("cuda")])
+@pytest.mark.parametrize("operator", [*IMAGE_OPERATORS, "nmf"])
+def test_torch_compile_sees_through_triton(operator):
+    """Forward and backward, launched by Inductor."""
+    sample = a_sample(operator)
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in sample.leaves)
+    grad_out = grad_like(sample.x)
+
+    def function(*leaves):
+        return FUNCTIONS[operator](*leaves, **sample.options, backend="triton")
+
+    torch._dynamo.reset()
+    y = torch.compile(function, fullgraph=True)(*leaves)
+    got = [y.detach(), *torch.autograd.grad(y, leaves, grad_out)]
+    for value, want in zip(got, results(sample, "triton", grad_out), strict=True):
+        torch.testing.assert_close(value, want, rtol=0, atol=tolerance(float32) * float(want.abs().max()))
 
 
-@operators
-def test_the_current_stream_is_used(operator):
+def test_torch_compile_of_upsampled_logits():
+    logits, target = upsample.draw_logits((2, 19, 16, 16), float32).cuda(), upsample.draw_target((2, 19), (64, 64)).cuda()
+    leaf = logits.requires_grad_()
+
+    @torch.compile(fullgraph=True)
+    def function(z):
+        return upsample_cross_entropy(z, target, backend="triton"), upsample_argmax(z.detach(), (64, 64), backend="triton")
+
+    torch._dynamo.reset()
+    loss, labels = function(leaf)
+    (grad,) = torch.autograd.grad(2.5 * loss, leaf)
+    want, want_grad = upsample.loss_and_gradient(logits, target, backend="triton")
+    torch.testing.assert_close((loss.detach(), grad), (want, want_grad))
+    assert_same([labels], [upsample_argmax(logits.detach(), (64, 64), backend="triton")])
+
+
+@served
+@pytest.mark.parametrize("dtype", [bfloat16, float16], ids=str)
+def test_autocast(backend, operator, dtype):
+    checks.check_autocast(a_sample(operator), backend, dtype)
+
+
+@served
+def test_the_current_stream_is_used(backend, operator):
     """Work on another stream waits for what that stream does before."""
-    sample, stream = sample_of(operator, (8, 64, 64, 64)), torch.cuda.Stream()
-    want = sample("cuda")
+    sample, stream = a_sample(operator), torch.cuda.Stream()
+    want = sample(backend)
     x = torch.full_like(sample.x, torch.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         x.copy_(sample.x)
-        y = sample.with_x(x)("cuda")
+        y = sample.with_x(x)(backend)
     stream.synchronize()
     assert_same([y], [want])
 
 
-@operators
+@served
 @image_layouts
-def test_graphs_capture_forward_and_backward(operator, layout):
-    sample = arranged(sample_of(operator, (2, 17, 40, 70)), layout)
+def test_graphs_capture_forward_and_backward(backend, operator, layout):
+    sample = a_sample(operator, layout=layout)
     leaves = tuple(leaf.detach().requires_grad_() for leaf in sample.leaves)
     grad_out = torch.randn_like(sample.x)
 
     def step():
-        y = replace(sample, leaves=leaves)("cuda")
+        y = replace(sample, leaves=leaves)(backend)
         return [y, *torch.autograd.grad(y, leaves, grad_out)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    captured, graph = capture(step)
     with torch.no_grad():
         leaves[0].mul_(0.5)
     graph.replay()
@@ -143,7 +252,7 @@ def test_graphs_capture_forward_and_backward(operator, layout):
     assert_same([t.detach() for t in captured], [t.detach() for t in step()])
 
 
-@operators
+@image_operators
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_device_of_x_is_used(operator):
     first, second = (sample_of(operator, (2, 17, 13, 9), device=f"cuda:{i}") for i in (0, 1))
@@ -153,21 +262,75 @@ def test_the_device_of_x_is_used(operator):
     assert_same([y.cpu()], [first("cuda").cpu()])
 
 
-@operators
+@pytest.mark.parametrize(("backend", "operator"), SERVED[:-1])
 @image_layouts
-def test_offsets_beyond_32_bits(operator, layout):
+def test_offsets_beyond_32_bits(backend, operator, layout):
     if torch.cuda.get_device_properties(0).total_memory < 20e9:
         pytest.skip("needs 20 GB of GPU memory")
-    small = sample_of(operator, (1, 16, 512, 512), torch.float16)
+    small = sample_of(operator, (1, 16, 512, 512), float16)
     shape = (1, 8208, 512, 512)
     fmt = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x = torch.zeros(shape, dtype=torch.float16, device="cuda").to(memory_format=fmt)
+    x = torch.empty(shape, dtype=float16, device="cuda", memory_format=fmt).zero_()
     x[:, -16:] = small.x
     filters = [leaf.repeat(8208 // 16, *[1] * (leaf.dim() - 1)) for leaf in small.leaves[1:]]
-    y = replace(small, leaves=(x, *filters))("cuda")
-    assert error(y[:, -16:], small.exact()[0]) <= tolerance(torch.float16)
+    y = replace(small, leaves=(x, *filters))(backend)
+    assert error(y[:, -16:], small.exact()[0]) <= tolerance(float16)
 
 
 def test_float64_goes_to_the_reference():
     x = torch.ones(1, 2, 3, 4, dtype=torch.float64, device="cuda")
     assert _select.select("msca_strips", None, x) == "reference"
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return segnext.create("t", num_classes=19).eval()
+
+
+def test_a_model_says_on_the_gpu_what_it_says_on_the_cpu(network):
+    images = torch.randn(2, 3, 128, 160)
+    on_gpu = copy.deepcopy(network).to("cuda", memory_format=torch.channels_last)
+    with torch.inference_mode():
+        logits = network(images)
+        got = on_gpu(images.cuda())
+        assert error(got.cpu(), logits) < 1e-4
+        labels = on_gpu.predict(images.cuda()).cpu()
+    assert (labels == network.predict(images)).float().mean() > 0.999
+
+
+def test_a_captured_model(network):
+    """A CUDA graph of a whole model: nothing in it waits for the GPU, or reads what only the CPU has."""
+    model = copy.deepcopy(network).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+    images = torch.randn(1, 3, 128, 160, device="cuda", dtype=bfloat16)
+    with torch.inference_mode():
+        captured, graph = capture(lambda: [model(images)])
+        images.normal_()
+        graph.replay()
+        assert_same(captured, [model(images)])
+
+
+def test_training_on_the_gpu_is_training_on_the_cpu(network):
+    """A step's loss and the gradient of the first convolution, to which all the others contribute."""
+    images, target = torch.randn(2, 3, 96, 128), torch.randint(0, 19, (2, 96, 128))
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
+        loss = upsample_cross_entropy(model(images.to(device)), target.to(device))
+        loss.backward()
+        found[device] = loss.detach().cpu(), next(model.parameters()).grad.cpu()
+    for got, want in zip(found["cuda"], found["cpu"], strict=True):
+        assert error(got, want) < 1e-3
+
+
+def capture(call: Callable[[], list[Tensor]]) -> tuple[list[Tensor], torch.cuda.CUDAGraph]:
+    """What a call made in a CUDA graph returns, and the graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    return captured, graph

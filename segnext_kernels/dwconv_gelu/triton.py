@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._stencil import REDUCE, Tiles, add_up, cut, lanes_of, push, scratch_rows, store_sums, warps, zeros
-from .._triton import config, is_channels_last, launch, power_of_2
+from .._triton import config, is_channels_last, launch, power_of_2, wrap_triton
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

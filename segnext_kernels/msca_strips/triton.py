@@ -16,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._stencil import Tiles, lanes_of, load_rows, load_taps, scratch_rows, store_rows, warps, zeros
-from .._triton import config, is_channels_last, launch
+from .._triton import config, is_channels_last, launch, wrap_triton
 from ._filters import (
     BRANCHES,
     HALO,

@@ -17,10 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._stencil import REDUCE, Tiles, add_up, store_sums, warps
-from .._triton import config, is_channels_last, launch
+from .._triton import config, is_channels_last, launch, wrap_triton
 from ._filters import (
     BRANCHES,
     HALO,

@@ -8,10 +8,9 @@ from functools import cached_property
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .. import _triton
-from .._triton import config, launch, power_of_2
+from .._triton import config, launch, power_of_2, wrap_triton
 from ._forward import finish, step
 
 PROGRAMS = 128  # that fill a GPU

@@ -21,9 +21,8 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .._triton import launch
+from .._triton import launch, wrap_triton
 from ._forward import approximate
 from ._steps import Problem, run
 from .triton_backward import backward  # noqa: F401  the operator's other half

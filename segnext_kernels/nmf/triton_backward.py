@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
-from .._triton import launch
+from .._triton import launch, wrap_triton
 from ._backward import finish_backward, gradient_of_x, step_backward
 from ._steps import Factors, Problem, run
 

@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._bilinear import around_gap, resized, row_weights, rows_at_a_time, source
-from .._triton import config, launch
+from .._triton import config, launch, wrap_triton
 
 
 def forward(logits: Tensor, height: int, width: int) -> Tensor:

@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._bilinear import around_gap, resized, row_weights, source
-from .._triton import config, launch, power_of_2
+from .._triton import config, launch, power_of_2, wrap_triton
 from ._pixels import LOG2_E, log_sum_exp, pixel_weight, tiles
 from .triton_backward import backward  # noqa: F401  is registered with forward
 
