@@ -92,9 +92,9 @@ class Case:
 
         They are drawn on the CPU and lie on the default device.
         """
-        given = self.input_dtype or self.dtype
+        given, where = self.input_dtype or self.dtype, device()
         with torch.device("cpu"):
-            drawn = [tensor.to(device()) for tensor in self.setup()]
+            drawn = [tensor.to(where) for tensor in self.setup()]
         inputs = [tensor.to(given).to(dtype or given) if tensor.is_floating_point() else tensor for tensor in drawn]
         shape = inputs[0].shape
         inputs = [lay_out(tensor, layout or "contiguous") if tensor.shape == shape else tensor for tensor in inputs]

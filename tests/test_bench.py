@@ -84,6 +84,12 @@ def test_contender_gets_its_layout(case):
         assert (min(strides) == strides[1]) == (contender.layout == "channels_last")
 
 
+def test_inputs_lie_on_the_default_device():
+    case = operators.nmf_case(6, 35, 3, 2)
+    with torch.device("meta"):
+        assert {tensor.device.type for tensor in case.inputs()} == {"meta"}
+
+
 def test_registry_has_every_stage_of_t_and_b():
     for dtype in ("float32", "bfloat16"):
         for channels, side in ((32, 128), (64, 64), (160, 32), (256, 16), (64, 128), (128, 64), (320, 32), (512, 16)):

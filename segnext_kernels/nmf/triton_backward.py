@@ -17,7 +17,14 @@ from ._steps import Factors, Problem, run
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, bases: Tensor, factors: None, steps: int, gradient: str, need_x: bool, need_bases: bool
+    grad_out: Tensor,
+    x: Tensor,
+    bases: Tensor,
+    factors: Tensor | None,
+    steps: int,
+    gradient: str,
+    need_x: bool,
+    need_bases: bool,
 ) -> tuple[Tensor, Tensor]:
     exact = gradient == "exact"
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
