@@ -54,7 +54,7 @@ def _side() -> int:
 
 
 @torch.no_grad()
-@torch.backends.cudnn.flags(allow_tf32=False)  # which is not float32
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # which is not float32
 def _quickest(call: Callable[[], object], seconds: float) -> float:
     call()
     finish = torch.cuda.synchronize if device().type == "cuda" else lambda: None

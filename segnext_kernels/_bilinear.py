@@ -9,11 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._triton import ceil_div
+
 
 def rows_at_a_time(rows: int, height: int) -> int:
     """How many rows of a gap to compute together: few of them idle, and little else to compute for them."""
-    gap = triton.cdiv(height, rows)
-    return min((8, 4, 2, 1), key=lambda together: triton.cdiv(gap, together) * (together + 1))
+    gap = ceil_div(height, rows)
+    return min((8, 4, 2, 1), key=lambda together: ceil_div(gap, together) * (together + 1))
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def _why_not_cuda(operator: str, x: Tensor) -> str | None:
         return _load.cuda_failure
     if x.dtype not in GPU_DTYPES:
         return _other_dtype("CUDA", x)
-    if torch.compiler.is_compiling() or not torch.cuda.is_available():  # tensors without a GPU are fake ones
+    if torch.compiler.is_compiling() or not _triton.has_gpu():  # tensors without a GPU are fake ones
         return None
     return _load.why_not_on_gpu(x.get_device())
 

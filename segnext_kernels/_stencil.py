@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import config, power_of_2
+from ._triton import ceil_div, config, power_of_2
 
 REDUCE = (config(4, SUMS=16, CHANNELS=16, PARTS=8),)  # of add_up
 
@@ -70,10 +70,10 @@ def cut(shape: Sequence[int], channels: int, columns: int, reach: int, least_row
     images, _, height, width = shape
     channels = min(channels, power_of_2(shape[1]))
     halo = reach if width > columns else 0
-    blocks, across = triton.cdiv(shape[1], channels), triton.cdiv(width, columns - 2 * halo)
-    strips = min(triton.cdiv(enough, images * blocks * across), max(height // least_rows, 1))
-    rows = triton.cdiv(height, strips)
-    strips = triton.cdiv(height, rows)
+    blocks, across = ceil_div(shape[1], channels), ceil_div(width, columns - 2 * halo)
+    strips = min(ceil_div(enough, images * blocks * across), max(height // least_rows, 1))
+    rows = ceil_div(height, strips)
+    strips = ceil_div(height, rows)
     return Tiles(channels, columns, halo, blocks, across, strips, rows, images * across * strips)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -95,6 +96,11 @@ def config(warps: int, registers: int | None = None, **values: int) -> triton.Co
     return triton.Config(values, num_warps=warps, num_stages=1, maxnreg=registers if torch.version.hip is None else None)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """``triton.cdiv``, which takes a hundred times as long where it is called outside of kernels."""
+    return -(-a // b)
+
+
 def power_of_2(number: int, at_least: int = 1) -> int:
     """The smallest power of two that is no less than both, by comparisons: a size may be one that torch.compile keeps open."""
     power = at_least
@@ -105,7 +111,11 @@ def power_of_2(number: int, at_least: int = 1) -> int:
 
 def capability(x: Tensor) -> tuple[int, int]:
     """Of the GPU that x is on; where there is none, the least that Triton serves."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda and torch.cuda.is_available() else (8, 0)
+    return _capability(x.device) if x.is_cuda and has_gpu() else (8, 0)
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
+has_gpu = functools.cache(torch.cuda.is_available)  # which asks the driver every time
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -223,7 +223,9 @@ def test_planted_bugs_are_found(file, old, new, kind, said, sanitized, tmp_path)
 
 
 STAGES = sorted({stage for model in (cuda_traffic.T, cuda_traffic.B) for stages in model.values() for stage in stages})
-MOST_TRAFFIC = {("forward", 16): 1.15, ("forward", 1): 1.5, ("backward", 16): 1.3}  # part of what must be moved
+# Part of what must be moved; the second where whole rows of tiles make less than a block for each of 128 multiprocessors in
+# channels_last: an H100 was faster with as many as these (csrc/cuda/README.md).
+MOST_TRAFFIC = {("forward", 16): (1.15, 1.25), ("forward", 1): (1.5, 2.1), ("backward", 16): (1.3, 1.3)}
 
 
 @pytest.mark.parametrize(("direction", "batch"), MOST_TRAFFIC, ids=lambda value: str(value))
@@ -234,7 +236,8 @@ def test_traffic(direction, batch, dtype, layout, host_run):
     wrong = []
     for channels, side in STAGES if direction == "forward" else cuda_traffic.T[512]:
         row = cuda_traffic.measure(host_run.module, direction, (batch, channels, side, side), dtype, layout)
-        if row.traffic > MOST_TRAFFIC[direction, batch] or row.sectors > 1.15:
+        few = layout == "channels_last" and row.cuts[0]["blocks"] < 128 * row.cuts[0]["row_parts"]
+        if row.traffic > MOST_TRAFFIC[direction, batch][few] or row.sectors > 1.15:
             wrong.append(row.markdown())
         if direction == "forward":
             assert row.traffic == pytest.approx(cuda_traffic.designed_forward(row), rel=1e-6), row.markdown()

@@ -69,6 +69,12 @@ def a_sample(operator: str, dtype: torch.dtype = float32, layout: str = "contigu
 
 
 @pytest.fixture
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own are made in TF32 unless told."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+
+
+@pytest.fixture
 def autotuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
 
@@ -288,7 +294,7 @@ def network() -> nn.Module:
     return segnext.create("t", num_classes=19).eval()
 
 
-def test_a_model_says_on_the_gpu_what_it_says_on_the_cpu(network):
+def test_a_model_says_on_the_gpu_what_it_says_on_the_cpu(network, exact_convolutions):
     images = torch.randn(2, 3, 128, 160)
     on_gpu = copy.deepcopy(network).to("cuda", memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -310,7 +316,7 @@ def test_a_captured_model(network):
         assert_same(captured, [model(images)])
 
 
-def test_training_on_the_gpu_is_training_on_the_cpu(network):
+def test_training_on_the_gpu_is_training_on_the_cpu(network, exact_convolutions):
     """A step's loss and the gradient of the first convolution, to which all the others contribute."""
     images, target = torch.randn(2, 3, 96, 128), torch.randint(0, 19, (2, 96, 128))
     found = {}

@@ -6,6 +6,7 @@ In processes of their own, for here the kernels are interpreted.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import torch
 
 from bench import triton_static
 from bench.__main__ import main
-from segnext_kernels import _triton, build_info
+from segnext_kernels import _select, _triton, build_info
 
 pytestmark = [
     pytest.mark.skipif(_triton.failure is not None, reason=str(_triton.failure)),
@@ -95,6 +96,14 @@ def test_torch_compile_sees_through():
     assert run("tests/triton_traced.py").count("is seen through") == 5
 
 
+@pytest.mark.parametrize("operator", _select.TRITON_OPERATORS)
+def test_signatures_make_schemas(operator):
+    """``torch.library.triton_op``, which serves where there is a GPU, makes one of the annotations even if it is given one."""
+    module = importlib.import_module(f"segnext_kernels.{operator}.triton")
+    for name in {"forward", "backward"} & set(vars(module)):
+        assert torch.library.infer_schema(getattr(module, name), mutates_args=())
+
+
 def test_autocast_on_gpus_is_registered():
     for name in ("msca_strips", "dwconv_gelu", "nmf", "upsample_cross_entropy"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{_triton.NAMESPACE}::{name}", "AutocastCUDA")
@@ -114,6 +123,7 @@ def test_bytes_moved():
     """The table of what is moved names every operator that has a limit."""
     text = "\n".join(triton_static.moved())
     assert "| msca_strips | 16x64x64x64 | contiguous | 1.00 |" in text
-    assert "| nmf, 7 steps | 16x256x4096, rank 16 | float32 | 8 |" in text
+    assert "| nmf, 7 steps | 16x256x4096, rank 16 | 16 bits | 8 |" in text
+    assert "| nmf, 7 steps | 16x256x4096, rank 16 | float32 | 15 | 12.1 |" in text  # what is read again is in the L2
     shares = [float(line.split("|")[4]) for line in text.splitlines() if line.startswith("| upsample_cross_entropy")]
     assert shares and max(shares) <= 1

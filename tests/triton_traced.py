@@ -5,8 +5,10 @@ The interpreter's kernels cannot be traced, and autograd would ask for the GPU, 
 
 from __future__ import annotations
 
+import builtins
+import symtable
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -89,7 +91,26 @@ def kernels_in(graph: torch.fx.GraphModule) -> set[str]:
 
     nodes = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     assert not [node for node in graph.graph.nodes if "segnext_kernels" in str(node.target)], "an operator was not seen through"
-    return {kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__ for node in nodes}
+    kernels = [kernel_side_table.get_kernel(node.kwargs["kernel_idx"]) for node in nodes]
+    kernels = [kernel if isinstance(kernel, triton.JITFunction) else kernel.fn for kernel in kernels]  # the autotuner's
+    assert not (missing := {name for kernel in kernels for name in left_behind(kernel)}), f"Inductor leaves behind {missing}"
+    return {kernel.fn.__name__ for kernel in kernels}
+
+
+def left_behind(kernel: triton.JITFunction) -> set[str]:
+    """The names that a kernel and what it calls use, and that Inductor does not copy with them into the code it writes."""
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
+
+    module = symtable.symtable(user_defined_triton_kernel_transitive_closure_source_code(kernel), kernel.fn.__name__, "exec")
+    known = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_assigned() or symbol.is_namespace()}
+    return set(global_names(module)) - known - {"triton", "tl"} - set(dir(builtins))
+
+
+def global_names(scope: symtable.SymbolTable) -> Iterator[str]:
+    """Those that the functions below a scope take from the module."""
+    for inner in scope.get_children():
+        yield from (symbol.get_name() for symbol in inner.get_symbols() if symbol.is_global())
+        yield from global_names(inner)
 
 
 def check(operator: str, dtype: torch.dtype, dynamic: bool) -> None:

@@ -68,19 +68,24 @@ Tiling cut(const Image& x, int reach, int own, int border, int moved, int extra,
     return t.threads <= most_threads && bytes(t) <= limit;
   };
   // In channels_last the channels of a sector, which memory moves together, and few columns; else a channel and many.
-  int columns = x.channels_last ? 64 : 256, channels = x.channels_last ? 32 / element_size(x) : 1;
-  const int least = x.channels_last ? 16 / element_size(x) : 1;  // a unit of memory
-  while (!shape(columns, channels)) {
-    (columns > 32 ? columns : channels) /= 2;
-    if (channels < least) throw std::runtime_error("segnext_kernels: a block has too little shared memory on this device");
-  }
+  const auto arrange = [&](int columns) {
+    int channels = x.channels_last ? 32 / element_size(x) : 1;
+    const int least = x.channels_last ? 16 / element_size(x) : 1;  // a unit of memory
+    while (!shape(columns, channels)) {
+      (columns > 32 ? columns : channels) /= 2;
+      if (channels < least) throw std::runtime_error("segnext_kernels: a block has too little shared memory on this device");
+    }
+    t.groups = ceil_div(t.channels, t.tile_channels);
+    return x.images * t.groups * t.column_tiles * (t.threads / 32);
+  };
+  int64_t warps = arrange(x.channels_last ? 64 : 256);
+  if (x.channels_last && warps < kWarps / 2) warps = arrange(32);
   while (1 << t.log_channels < t.tile_channels) ++t.log_channels;
-  t.groups = ceil_div(t.channels, t.tile_channels);
   // More parts of rows fill the device, at the price of rows that are read twice: up to a quarter more than must be read where
-  // six warps run on every multiprocessor anyway, else up to `most_read` times as much.
+  // every multiprocessor has a block and six warps anyway, else up to `most_read` times as much.
   const double columns_read = 1 + 2.0 * reach * (t.column_tiles - 1) / t.width;
-  const int64_t warps = x.images * t.groups * t.column_tiles * (t.threads / 32);
-  const double allowed = warps >= kWarps / 2 ? 1.25 : most_read;
+  const bool full = x.images * t.groups * t.column_tiles >= kMultiprocessors && warps >= kWarps / 2;
+  const double allowed = full ? 1.25 : most_read;
   const int most_parts = 1 + static_cast<int>(std::max(allowed / columns_read - 1, 0.0) * t.height / (2 * reach));
   const int64_t parts = std::min<int64_t>({(kWarps + warps - 1) / warps, most_parts, ceil_div(t.height, 2 * kRows)});
   t.part_rows = round_up(ceil_div(t.height, static_cast<int>(parts)), kRows);

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._stencil import REDUCE, Tiles, add_up, cut, lanes_of, push, scratch_rows, store_sums, warps, zeros
-from .._triton import config, is_channels_last, launch, power_of_2, wrap_triton
+from .._triton import ceil_div, config, is_channels_last, launch, power_of_2, wrap_triton
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def backward(
     if need_weights:
         launch(
             wrap_triton(reduce),
-            lambda meta: (triton.cdiv(x.shape[1], meta["CHANNELS"]), triton.cdiv(10, meta["SUMS"])),
+            lambda meta: (ceil_div(x.shape[1], meta["CHANNELS"]), ceil_div(10, meta["SUMS"])),
             partial,
             grad_weight,
             grad_bias,

@@ -15,11 +15,11 @@ from torch import Tensor
 from .._stencil import Tiles, cut, zeros
 from .._triton import power_of_2
 
-SIZES = (7, 11, 21)
-BRANCHES = tl.constexpr(len(SIZES))
-REACH = tl.constexpr(max(SIZES) // 2)
-TAPS = tl.constexpr(26 + sum(2 * size + 2 for size in SIZES))
-HALO = 2 + max(SIZES) // 2  # columns and rows that an output needs on either side
+SIZES = tl.constexpr((7, 11, 21))  # of a type that Inductor copies with the kernels
+BRANCHES = tl.constexpr(len(SIZES.value))
+REACH = tl.constexpr(max(SIZES.value) // 2)
+TAPS = tl.constexpr(26 + sum(2 * size + 2 for size in SIZES.value))
+HALO = 2 + REACH.value  # columns and rows that an output needs on either side
 MOST_ROWS = 4
 
 
@@ -46,39 +46,39 @@ def covered(size: int, parts: int, length: int, halo: int) -> int:
 # Compile-time arithmetic lives in functions: Triton makes a tensor of every number that is assigned to a name.
 @triton.constexpr_function
 def size_of(branch):
-    return SIZES[branch]
+    return SIZES.value[branch]
 
 
 @triton.constexpr_function
 def has_tap(branch, distance):
-    return abs(distance) <= SIZES[branch] // 2
+    return abs(distance) <= SIZES.value[branch] // 2
 
 
 @triton.constexpr_function
 def row_tap(branch, distance):
     """The row filter's tap for the element that many columns right of the output's."""
-    return first_tap(branch) + SIZES[branch] // 2 + distance
+    return first_tap(branch) + SIZES.value[branch] // 2 + distance
 
 
 @triton.constexpr_function
 def row_bias(branch):
-    return first_tap(branch) + SIZES[branch]
+    return first_tap(branch) + SIZES.value[branch]
 
 
 @triton.constexpr_function
 def column_tap(branch, distance):
     """The column filter's tap for the element that many rows below the output's."""
-    return row_bias(branch) + 1 + SIZES[branch] // 2 + distance
+    return row_bias(branch) + 1 + SIZES.value[branch] // 2 + distance
 
 
 @triton.constexpr_function
 def column_bias(branch):
-    return first_tap(branch) + 2 * SIZES[branch] + 1
+    return first_tap(branch) + 2 * SIZES.value[branch] + 1
 
 
 @triton.constexpr_function
 def first_tap(branch):
-    return 26 + sum(2 * size + 2 for size in SIZES[:branch])
+    return 26 + sum(2 * size + 2 for size in SIZES.value[:branch])
 
 
 @triton.jit

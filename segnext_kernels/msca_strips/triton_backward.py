@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._stencil import REDUCE, Tiles, add_up, store_sums, warps
-from .._triton import config, is_channels_last, launch, wrap_triton
+from .._triton import ceil_div, config, is_channels_last, launch, wrap_triton
 from ._filters import (
     BRANCHES,
     HALO,
@@ -79,7 +79,7 @@ def backward(
     if need_weights:
         launch(
             wrap_triton(reduce),
-            lambda meta: (triton.cdiv(x.shape[1], meta["CHANNELS"]), triton.cdiv(TAPS.value, meta["SUMS"])),
+            lambda meta: (ceil_div(x.shape[1], meta["CHANNELS"]), ceil_div(TAPS.value, meta["SUMS"])),
             partial,
             *grads,
             tiles.parts,

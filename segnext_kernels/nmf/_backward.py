@@ -25,17 +25,18 @@ from ._factors import (
 
 @triton.jit
 def two_logits(x, bases, others, column, rows, columns, rank: tl.constexpr, stride_d, stride_n, COLUMNS: tl.constexpr,
-               RANK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               RANK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
     """x^T B for two B of some columns, from one pass over x."""
     first, second = tl.zeros([COLUMNS, RANK], tl.float32), tl.zeros([COLUMNS, RANK], tl.float32)
-    for i in range(CHUNKS):
+    for i in tl.range(CHUNKS, num_stages=STAGES):
         tile = tl.trans(load_tile(x, i * ROWS, column, rows, columns, stride_d, stride_n, ROWS, COLUMNS))
         first += product(tile, load_rows(bases, i * ROWS, rows, rank, ROWS, RANK), PRECISION)
         second += product(tile, load_rows(others, i * ROWS, rows, rank, ROWS, RANK), PRECISION)
     return first, second
 
 
-@triton.jit(do_not_specialize=["slot"])
+@triton.jit(do_not_specialize=["slot", "batch", "blocks"])
 def step_backward(
     x,  # [B, D, N]
     grad_out,  # [B, D, N]
@@ -72,6 +73,7 @@ def step_backward(
     SOFTMAX: tl.constexpr,
     EXACT: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Goes back through the update C' = C p / q, p = x^T B and q = C B^T B, for a part of the columns.
 
@@ -97,12 +99,13 @@ def step_backward(
     stop = tl.minimum(start + part, columns)
     for column in range(start, stop, COLUMNS):
         if LAST:
-            p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
+            p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n,
+                       COLUMNS, RANK, ROWS, CHUNKS, STAGES, PRECISION)  # fmt: skip
             grad = logits(grad_out, bases, column, rows, columns, rank, out_stride_d, out_stride_n,
-                          COLUMNS, RANK, ROWS, CHUNKS, PRECISION)  # fmt: skip
+                          COLUMNS, RANK, ROWS, CHUNKS, STAGES, PRECISION)  # fmt: skip
         else:
             p, grad = two_logits(x, bases, grad_products, column, rows, columns, rank, stride_d, stride_n,
-                                 COLUMNS, RANK, ROWS, CHUNKS, PRECISION)  # fmt: skip
+                                 COLUMNS, RANK, ROWS, CHUNKS, STAGES, PRECISION)  # fmt: skip
         if FIRST:
             store_rows(coef, softmax(p, column, columns, rank, COLUMNS, RANK), column, columns, rank, COLUMNS, RANK)
             tl.debug_barrier()
@@ -133,14 +136,14 @@ def step_backward(
         sums += place * rows * rank
         for i in range(CHUNKS):
             some = chunk_products(x, grad_logits, i * ROWS, start, stop, rows, columns, rank, stride_d, stride_n,
-                                  ROWS, RANK, COLUMNS, PRECISION)  # fmt: skip
+                                  ROWS, RANK, COLUMNS, STAGES, PRECISION)  # fmt: skip
             if LAST:
                 some += chunk_products(grad_out, after, i * ROWS, start, stop, rows, columns, rank,
-                                       out_stride_d, out_stride_n, ROWS, RANK, COLUMNS, PRECISION)  # fmt: skip
+                                       out_stride_d, out_stride_n, ROWS, RANK, COLUMNS, STAGES, PRECISION)  # fmt: skip
             store_rows(sums, some, i * ROWS, rows, rank, ROWS, RANK)
 
 
-@triton.jit(do_not_specialize=["slot"])
+@triton.jit(do_not_specialize=["slot", "batch", "parts"])
 def finish_backward(
     out,  # [B, D, R]
     sums,  # [B, parts, D, R]
@@ -193,7 +196,7 @@ def finish_backward(
         store_rows(carry, grad, row, rows, rank, ROWS, RANK)
 
 
-@triton.jit(do_not_specialize=["last"])
+@triton.jit(do_not_specialize=["last", "batch"])
 def gradient_of_x(
     grad_x,  # [B, D, N]
     coef,  # [slots, B, N, R]

@@ -112,7 +112,7 @@ def store_sum(square, squares, count, rank: tl.constexpr, RANK: tl.constexpr, BO
     PIECE: tl.constexpr = RANK if RANK < 32 else 32
     for k in range(0, RANK, PIECE):
         total = tl.zeros([PIECE, RANK], tl.float32)
-        for i in range(count):
+        for i in tl.range(count, loop_unroll_factor=4):  # so that loads wait together
             total += load_block(squares + i * rank * rank, k, 0, rank, rank, PIECE, RANK)
             if BOTH:
                 total += tl.trans(load_block(squares + i * rank * rank, 0, k, rank, rank, RANK, PIECE))
@@ -146,10 +146,11 @@ def softmax(logits, column, columns, rank: tl.constexpr, COLUMNS: tl.constexpr, 
 
 @triton.jit
 def logits(x, bases, column, rows, columns, rank: tl.constexpr, stride_d, stride_n, COLUMNS: tl.constexpr,
-           RANK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           RANK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
     """x^T B of some columns."""
     total = tl.zeros([COLUMNS, RANK], tl.float32)
-    for i in range(CHUNKS):
+    for i in tl.range(CHUNKS, num_stages=STAGES):
         tile = load_tile(x, i * ROWS, column, rows, columns, stride_d, stride_n, ROWS, COLUMNS)
         total += product(tl.trans(tile), load_rows(bases, i * ROWS, rows, rank, ROWS, RANK), PRECISION)
     return total
@@ -157,10 +158,10 @@ def logits(x, bases, column, rows, columns, rank: tl.constexpr, stride_d, stride
 
 @triton.jit
 def chunk_products(x, coef, row, start, stop, rows, columns, rank: tl.constexpr, stride_d, stride_n, ROWS: tl.constexpr,
-                   RANK: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   RANK: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """x C of some rows over a part of the columns."""
     total = tl.zeros([ROWS, RANK], tl.float32)
-    for column in range(start, stop, COLUMNS):
+    for column in tl.range(start, stop, COLUMNS, num_stages=STAGES):
         tile = load_tile(x, row, column, rows, columns, stride_d, stride_n, ROWS, COLUMNS)
         total += product(tile, load_rows(coef, column, columns, rank, COLUMNS, RANK), PRECISION)
     return total
@@ -170,6 +171,6 @@ def chunk_products(x, coef, row, start, stop, rows, columns, rank: tl.constexpr,
 def sum_rows(parts_of, parts, row, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
     """The sum of some rows of ``parts`` matrices [rows, rank]."""
     total = tl.zeros([ROWS, RANK], tl.float32)
-    for part in range(parts):
+    for part in tl.range(parts, loop_unroll_factor=4):
         total += load_rows(parts_of + part * rows * rank, row, rows, rank, ROWS, RANK)
     return total

@@ -52,8 +52,8 @@ def add_products(total, tiles, coef, CHUNKS: tl.constexpr, PRECISION: tl.constex
     return new
 
 
-# Steps that differ in their number alone are one kernel.
-@triton.jit(do_not_specialize=["read", "write"])
+# Steps that differ in their number alone are one kernel, and so are batches.
+@triton.jit(do_not_specialize=["read", "write", "batch", "blocks"])
 def step(
     x,  # [B, D, N]
     coef,  # [slots, B, N, R]
@@ -80,6 +80,7 @@ def step(
     PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Updates the coefficients of a part of the columns and adds x C and C^T C over them."""
     b, place = tl.program_id(0).to(tl.int64), tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -98,7 +99,8 @@ def step(
             p, tiles = held_logits(x, bases, column, rows, columns, rank, stride_d, stride_n,
                                    COLUMNS, RANK, ROWS, CHUNKS, PRECISION)  # fmt: skip
         else:
-            p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
+            p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n,
+                   COLUMNS, RANK, ROWS, CHUNKS, STAGES, PRECISION)  # fmt: skip
         if FIRST:
             store_rows(before, softmax(p, column, columns, rank, COLUMNS, RANK), column, columns, rank, COLUMNS, RANK)
             tl.debug_barrier()
@@ -118,11 +120,11 @@ def step(
     if not HELD:
         for i in range(CHUNKS):
             some = chunk_products(x, coef, i * ROWS, start, stop, rows, columns, rank, stride_d, stride_n,
-                                  ROWS, RANK, COLUMNS, PRECISION)  # fmt: skip
+                                  ROWS, RANK, COLUMNS, STAGES, PRECISION)  # fmt: skip
             store_rows(sums, some, i * ROWS, rows, rank, ROWS, RANK)
 
 
-@triton.jit(do_not_specialize=["slot"])
+@triton.jit(do_not_specialize=["slot", "batch", "parts"])
 def finish(
     given,  # [B, D, R]
     sums,  # [B, parts, D, R]
@@ -166,7 +168,7 @@ def finish(
     store_product(grams, bases, bases, row, row + ROWS, rows, rank, ROWS, RANK, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def approximate(
     x,  # [B, D, N]
     y,  # [B, D, N]
@@ -191,6 +193,7 @@ def approximate(
     PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Updates the coefficients of a part of the columns once more and multiplies the factors."""
     b, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * part
@@ -200,7 +203,8 @@ def approximate(
     store_sum(gram, grams + b * blocks * rank * rank, blocks, rank, RANK)
     tl.debug_barrier()  # what a thread stores, others read
     for column in range(start, tl.minimum(start + part, columns), COLUMNS):
-        p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n, COLUMNS, RANK, ROWS, CHUNKS, PRECISION)
+        p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n,
+                   COLUMNS, RANK, ROWS, CHUNKS, STAGES, PRECISION)  # fmt: skip
         if FIRST:
             store_rows(coef, softmax(p, column, columns, rank, COLUMNS, RANK), column, columns, rank, COLUMNS, RANK)
             tl.debug_barrier()

@@ -10,10 +10,11 @@ import triton
 from torch import Tensor
 
 from .. import _triton
-from .._triton import config, launch, power_of_2, wrap_triton
+from .._triton import ceil_div, config, launch, power_of_2, wrap_triton
 from ._forward import finish, step
 
 PROGRAMS = 128  # that fill a GPU
+SHORT = 4  # times as many programs, where each reads its columns twice and they shall still be in the L2
 LEAST_PARTS = 4  # programs for one matrix, however many matrices there are
 PART = 64  # columns of a program are a multiple of this, and of every configuration's tile
 HELD = 256  # rows of a tile of x and of sums that a program holds in registers, if the rank is at most 16
@@ -36,15 +37,20 @@ class Problem:
         batch, rows, columns = x.shape
         return Problem(batch, int(rows), columns, int(bases.shape[2]), _precision(x), _most_held(x), _large(x))
 
-    @property
+    @cached_property
     def part(self) -> int:
         """Columns of a program."""
-        tiles = triton.cdiv(self.columns, PART)
-        return PART * triton.cdiv(tiles, max(LEAST_PARTS, triton.cdiv(PROGRAMS, self.batch)))
+        tiles = ceil_div(self.columns, PART)
+        return PART * ceil_div(tiles, max(LEAST_PARTS, ceil_div(self.programs, self.batch)))
 
-    @property
+    @cached_property
+    def programs(self) -> int:
+        """Of a step. Each adds up sums of its own, which for a high rank are as large as the columns it reads."""
+        return PROGRAMS if self.held or self.rank > 16 else SHORT * PROGRAMS
+
+    @cached_property
     def parts(self) -> int:
-        return triton.cdiv(self.columns, self.part)
+        return ceil_div(self.columns, self.part)
 
     @cached_property
     def of_factors(self) -> dict[str, object]:
@@ -54,21 +60,24 @@ class Problem:
     @cached_property
     def constants(self) -> dict[str, object]:
         """Those of the kernels that read x."""
-        widest = 64 if self.precision != "ieee" and self.rank <= 64 else 32
-        if self.precision == "ieee" and self.held and torch.version.hip is None:
-            widest = 16  # without tensor cores a product has its operands in registers
+        widest = 64 if self.precision in ("split", "tf32") and self.rank <= 64 else 32
         chunk = min(power_of_2(self.rows, at_least=16), widest)
         sizes = {"rows": self.rows, "columns": self.columns, "blocks": self.blocks}
-        return self.of_factors | sizes | {"ROWS": chunk, "CHUNKS": triton.cdiv(self.rows, chunk)}
+        return self.of_factors | sizes | {"ROWS": chunk, "CHUNKS": ceil_div(self.rows, chunk)}
 
-    @property
+    @cached_property
     def held(self) -> bool:
-        """Whether a program of a step holds its tile of x and the sums in registers."""
-        return self.rank <= 16 and self.rows <= self.most_held
+        """Whether a program of a step holds its tile of x and the sums in registers; products of three leave too few."""
+        return self.rank <= 16 and self.rows <= self.most_held and self.precision != "tf32x3"
 
-    @property
+    @cached_property
+    def stages(self) -> int:
+        """Of loads in the loops that go over x: they come while products are made, where there is shared memory for them."""
+        return 1 if self.rank > 64 or torch.version.hip is not None else 3
+
+    @cached_property
     def blocks(self) -> int:
-        return triton.cdiv(self.rows, self.block)
+        return ceil_div(self.rows, self.block)
 
     @property
     def block(self) -> int:
@@ -86,21 +95,25 @@ class Problem:
         """Of ``step``."""
         small = 16 < self.rank <= 32 and self.rows <= 64  # the compiler unrolls the only chunk
         if self.large and not self.held and not small and self.rank <= 64:  # half as many reads of the bases
-            return [config(8, registers=255, COLUMNS=columns) for columns in (64, 32)]
+            return [config(8, registers=255, COLUMNS=columns, STAGES=self.stages) for columns in (64, 32)]
         if self.held and self.rows > 64:  # a limit makes ptxas spill when this much is held, and saves it from that otherwise
             few = self.precision != "ieee" and self.rows <= 128
-            return [config(8, registers=255 if few else None, COLUMNS=16 if few else 32)]
-        return [config(8, registers=255 if self.rank <= 32 else None, COLUMNS=16 if small else self.widest_tile)]
+            return [config(8, registers=255 if few else None, COLUMNS=16 if few else 32, STAGES=self.stages)]
+        return [
+            config(8, registers=255 if self.rank <= 32 else None, COLUMNS=16 if small else self.widest_tile, STAGES=self.stages)
+        ]
 
     @cached_property
     def configs_of_output(self) -> list[triton.Config]:
         """Of ``approximate``."""
-        return [config(8, registers=255, COLUMNS=columns) for columns in (32, 16) if columns <= self.widest_tile]
+        return [
+            config(8, registers=255, COLUMNS=columns, STAGES=self.stages) for columns in (32, 16) if columns <= self.widest_tile
+        ]
 
     @cached_property
     def configs_backward(self) -> list[triton.Config]:
         """Of ``step_backward``."""
-        return [config(8, registers=255, COLUMNS=16 if self.rank > 32 else 32)]
+        return [config(8, registers=255, COLUMNS=16 if self.rank > 32 else 32, STAGES=self.stages)]
 
     @cached_property
     def configs_of_tiles(self) -> list[triton.Config]:
@@ -116,7 +129,7 @@ class Problem:
         return self.batch, self.parts
 
     def grid_of_tiles(self, meta: dict[str, int]) -> tuple[int]:
-        return (self.batch * triton.cdiv(self.rows, meta["ROWS"]) * triton.cdiv(self.columns, meta["COLUMNS"]),)
+        return (self.batch * ceil_div(self.rows, meta["ROWS"]) * ceil_div(self.columns, meta["COLUMNS"]),)
 
     def grid_of_blocks(self, meta: dict[str, int]) -> tuple[int, int]:
         return self.batch, self.blocks
@@ -125,13 +138,14 @@ class Problem:
 def _precision(x: Tensor) -> str:
     """How matrix products are done: of 16-bit x on tensor cores without loss, of float32 as torch's setting allows.
 
-    AMD's matrix cores have float32 itself.
+    AMD's matrix cores have float32 itself. NVIDIA's make it of three products of TF32, which on an H100 was nearer to float64
+    than float32's own arithmetic, whose sums are longer, and faster.
     """
     if torch.version.hip is not None:
         return "ieee"
     if x.dtype != torch.float32:
         return "split"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _most_held(x: Tensor) -> int:

@@ -5,8 +5,8 @@ adds up x C over the columns of a program, then C^T C. ``finish`` adds the progr
 leaves B^T B for the next step. The first step begins with the softmax, whose logits x^T B are also the products of its update;
 the last update of C and y = B C^T are a pass of their own. That is 2 steps + 2 launches and steps + 1 reads of x.
 
-Where a tile and the sums of all D rows don't fit into registers (D > 256 or R > 16), a program adds them up some rows at a
-time, reading its columns of x a second time; so do the programs that go back. See ``traffic`` for what memory has of that.
+Where a tile and the sums of all D rows don't fit into registers (D > 256, R > 16 or float32), a program adds them up some rows
+at a time, reading its columns of x a second time; so do the programs that go back. See ``traffic`` for what memory has of that.
 Keeping x on the chip through all steps would take a barrier between programs that all are resident, which Triton does not
 promise, so there is no such version.
 
@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .._triton import launch, wrap_triton
+from .._triton import ceil_div, launch, wrap_triton
 from ._forward import approximate
-from ._steps import Problem, run
+from ._steps import PROGRAMS, Problem, run
 from .triton_backward import backward  # noqa: F401  the operator's other half
 
 
@@ -58,28 +57,29 @@ class Traffic(NamedTuple):
     """What forward moves, but for the reads in bytes of x."""
 
     reads: int  # of x
-    again: int  # of these, by a program that has read the same in the same launch
+    again: int  # of these, by a program that has read the same in the same launch, so long ago that the L2 may have lost it
     memory: float  # everything once for each launch that touches it: what is read again is in the L2
     cache: float  # everything as often as programs read and write it
 
 
 def traffic(shape: Sequence[int], rank: int, steps: int, itemsize: int, large: bool = False) -> Traffic:
-    """As the kernels' loops have it. Of x the L2 holds what is read again only if it is larger than all of x [B, D, N]:
-    the programs run together, and each reads all its columns before it begins again."""
-    p = Problem(*shape, rank, "ieee" if itemsize == 4 else "split", large=large)
+    """As the kernels' loops have it. Programs run together, and each reads all its columns before it begins again: where
+    there are just as many as fill a GPU, the L2 holds what is read again only if it is larger than all of x [B, D, N]."""
+    p = Problem(*shape, rank, "tf32x3" if itemsize == 4 else "split", large=large)
     x, coef, bases, gram = (4 * size for size in (p.rows * p.columns, p.columns * rank, p.rows * rank, rank * rank))
     x = x * itemsize // 4
-    again = 0 if p.held else steps
+    twice = 0 if p.held else steps
     step = 2 * coef + bases + p.blocks * gram + p.parts * (bases + gram)
     finish = p.parts * (bases + gram) + 2 * bases + p.blocks * gram
     once = steps * (step + finish) + finish + coef + bases + p.blocks * gram
 
-    pieces, chunks = triton.cdiv(rank, 32), p.constants["CHUNKS"]
-    tiles = triton.cdiv(p.columns, p.configs[0].kwargs["COLUMNS"])
+    pieces, chunks = ceil_div(rank, 32), p.constants["CHUNKS"]
+    tiles = ceil_div(p.columns, p.configs[0].kwargs["COLUMNS"])
     of_square = p.parts * (p.blocks + 1) * gram  # the sum of B^T B's parts
     update = tiles * (bases + gram) + 3 * coef + of_square  # x^T B, C B^T B, C
     step = update + (1 + pieces) * coef + (0 if p.held else chunks * coef) + p.parts * (bases + gram)
     finish = p.parts * bases + p.blocks * (p.parts + 3) * gram + (4 + pieces) * bases
-    last = update + triton.cdiv(p.columns, p.widest_tile) * bases + chunks * coef
+    last = update + ceil_div(p.columns, p.widest_tile) * bases + chunks * coef
     every = steps * (step + finish) + finish + last
-    return Traffic(steps + 1 + again, again, steps + 2 + once / x, steps + 2 + again + every / x)
+    again = twice if p.programs == PROGRAMS else 0
+    return Traffic(steps + 1 + twice, again, steps + 2 + once / x, steps + 2 + twice + every / x)

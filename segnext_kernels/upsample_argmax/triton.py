@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._bilinear import around_gap, resized, row_weights, rows_at_a_time, source
-from .._triton import config, launch, wrap_triton
+from .._triton import ceil_div, config, launch, wrap_triton
 
 
 def forward(logits: Tensor, height: int, width: int) -> Tensor:
@@ -21,7 +21,7 @@ def forward(logits: Tensor, height: int, width: int) -> Tensor:
     if labels.numel() > 0:
 
         def grid(meta):
-            return images * rows, triton.cdiv(width, meta["COLUMNS"])
+            return images * rows, ceil_div(width, meta["COLUMNS"])
 
         together = rows_at_a_time(rows, height)
         launch(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
+
+from .._triton import ceil_div
 
 WEIGHT_SUMS = 256  # programs that add up the pixels' weights, at most
 BUSY = 1024  # programs that keep a GPU busy
@@ -37,18 +38,18 @@ def strips(shape: Sequence[int], size: Sequence[int], itemsize: int) -> Strips:
     images, classes, rows, columns = shape
     height, width = size
     label = torch.int16 if classes < 1 << 15 else torch.int32
-    places = triton.cdiv(width, columns) * columns  # in an output row: as many for every column
+    places = ceil_div(width, columns) * columns  # in an output row: as many for every column
     room = max(images * classes * rows * columns * itemsize - WEIGHT_SUMS * 4, 0) // ((4 + label.itemsize) * places)
 
     def most(gaps: int) -> int:  # output rows in as many gaps, wherever these begin
-        return min(triton.cdiv((2 * gaps + 1) * height, 2 * rows) + 1, images * height)
+        return min(ceil_div((2 * gaps + 1) * height, 2 * rows) + 1, images * height)
 
     segment = 8
-    while segment > 2 and images * triton.cdiv(rows, segment) * triton.cdiv(classes * columns, LANES) < BUSY:
+    while segment > 2 and images * ceil_div(rows, segment) * ceil_div(classes * columns, LANES) < BUSY:
         segment //= 2  # every segment also computes the gap above it
     while segment > 1 and most(segment + 1) > room:
         segment //= 2
-    segments = triton.cdiv(rows, segment)
+    segments = ceil_div(rows, segment)
     together = images * segments
     if most(together * segment + 1) > room:
         together = max(((2 * rows * (room - 1) // height - 1) // 2 - 1) // segment, 1)

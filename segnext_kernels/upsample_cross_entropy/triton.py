@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._bilinear import around_gap, resized, row_weights, source
-from .._triton import config, launch, power_of_2, wrap_triton
+from .._triton import ceil_div, config, launch, power_of_2, wrap_triton
 from ._pixels import LOG2_E, log_sum_exp, pixel_weight, tiles
 from .triton_backward import backward  # noqa: F401  is registered with forward
 
@@ -24,11 +24,11 @@ def forward(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index:
     if target.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=logits.device)
     wide = min(128, power_of_2(width))
-    sums = torch.empty((2, images * rows * triton.cdiv(width, wide)), dtype=torch.float32, device=logits.device)
+    sums = torch.empty((2, images * rows * ceil_div(width, wide)), dtype=torch.float32, device=logits.device)
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
 
     def grid(meta):
-        return images * rows, triton.cdiv(width, wide)
+        return images * rows, ceil_div(width, wide)
 
     launch(
         wrap_triton(add_losses),

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._bilinear import around_gap, gap_begin, nearest, nearest_begin, row_weights, source
-from .._triton import config, launch, power_of_2, wrap_triton
+from .._triton import ceil_div, config, launch, power_of_2, wrap_triton
 from ._pixels import LOG2_E, log_sum_exp, pixel_weight, tiles
 from ._strips import LANES, WEIGHT_SUMS, strips
 
@@ -32,7 +32,7 @@ def backward(grad_out: Tensor, logits: Tensor, target: Tensor, weight: Tensor | 
     height, width = target.shape[1:]
     grad = torch.empty_like(logits)
     plan = strips(logits.shape, target.shape[1:], logits.element_size())
-    weight_sums = min(triton.cdiv(target.numel(), WEIGHT_BLOCK), WEIGHT_SUMS)
+    weight_sums = min(ceil_div(target.numel(), WEIGHT_BLOCK), WEIGHT_SUMS)
     weights = torch.empty(WEIGHT_SUMS, dtype=torch.float32, device=logits.device)
     lse = torch.empty(plan.places, dtype=torch.float32, device=logits.device)
     labels = torch.empty(plan.places, dtype=plan.label, device=logits.device)
@@ -54,7 +54,7 @@ def backward(grad_out: Tensor, logits: Tensor, target: Tensor, weight: Tensor | 
     wide, narrow = (min(count // lanes, power_of_2(classes)) for count in (LANES, LANES // 2))
     second = config(8, registers=168, CLASSES=wide) if lanes == 64 else config(2, CLASSES=narrow)
     configs = [config(4, CLASSES=wide), second]
-    for strip in range(int(triton.cdiv(images * plan.segments, plan.together))):  # what is traced holds for as many
+    for strip in range(int(ceil_div(images * plan.segments, plan.together))):  # what is traced holds for as many
         first = strip * plan.together
         last = min(first + plan.together, images * plan.segments) - 1
         # The gaps, counted through all images, from the one above the strip's first row to the one below its last
@@ -62,10 +62,10 @@ def backward(grad_out: Tensor, logits: Tensor, target: Tensor, weight: Tensor | 
         end_gap = last // plan.segments * rows + torch.sym_min((last % plan.segments + 1) * plan.segment, rows)
 
         def gaps(meta, count=end_gap - first_gap):
-            return count, triton.cdiv(width, meta["COLUMNS"])
+            return count, ceil_div(width, meta["COLUMNS"])
 
         def walks(meta, count=last + 1 - first):
-            return count * triton.cdiv(classes, meta["CLASSES"]), blocks(columns, lanes)
+            return count * ceil_div(classes, meta["CLASSES"]), blocks(columns, lanes)
 
         launch(
             wrap_triton(keep_log_sum_exps),
@@ -107,7 +107,7 @@ def backward(grad_out: Tensor, logits: Tensor, target: Tensor, weight: Tensor | 
 
 def blocks(columns: int, lanes: int) -> int:
     """How many programs compute the gradient of a row; each begins with the last two columns of the one before."""
-    return 1 + triton.cdiv(max(columns - lanes, 0), lanes - 2)
+    return 1 + ceil_div(max(columns - lanes, 0), lanes - 2)
 
 
 @triton.jit
