@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(arguments: argparse.Namespace) -> None:
     chosen = cases.select(arguments.case, arguments.device)
-    torch.set_default_device(arguments.device)
+    if arguments.device != "cpu":  # every call of torch's looks at it
+        torch.set_default_device(arguments.device)
     turns = sorted(((case, direction) for case in chosen for direction in case.directions), key=_place)
     limits, absent = ceilings.measure(min(arguments.seconds, 1.0)), missing(chosen)
     table, progress = [], tqdm(turns)

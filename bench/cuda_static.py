@@ -29,7 +29,7 @@ BLOCKS = {
     ("strips", "float32", "contiguous"): (128, 31360, 29.1, 1.01),
     ("strips", "float32", "channels_last"): (256, 60544, 28.0, 1.01),
     ("strips", "float16", "contiguous"): (128, 26496, 27.1, 1.01),
-    ("strips", "float16", "channels_last"): (512, 108544, 29.1, 1.01),
+    ("strips", "float16", "channels_last"): (512, 108544, 37.3, 1.21),
     ("inputs", "float32", "contiguous"): (128, 32000),
     ("inputs", "float32", "channels_last"): (256, 62208),
     ("inputs", "float16", "contiguous"): (128, 29952),

@@ -14,7 +14,7 @@ from torch import Tensor
 from .case import Case, Contender, device
 
 WARM_UP, TURN = 0.002, 0.005  # seconds of calls in a turn, untimed and timed
-LARGER_THAN_L2 = 256 << 20  # bytes, of which a GPU writes for long enough that the host is ahead of it
+LARGER_THAN_L2 = 256 << 20  # bytes, which a GPU writes for a tenth of a millisecond that the host has in advance
 
 
 @dataclass

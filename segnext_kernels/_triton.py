@@ -91,6 +91,8 @@ def _autotuner(kernel, configs: Sequence[triton.Config], key: Sequence[str], res
 def config(warps: int, registers: int | None = None, **values: int) -> triton.Config:
     """A configuration without software pipelining, which could move loads before stores that they depend on.
 
+    Loops that only load what no thread of theirs stores have it by ``tl.range(num_stages=...)``.
+
     With ``registers`` NVIDIA's assembler gives a thread so many rather than spill for more warps.
     """
     return triton.Config(values, num_warps=warps, num_stages=1, maxnreg=registers if torch.version.hip is None else None)

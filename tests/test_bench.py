@@ -99,6 +99,15 @@ def test_registry_has_every_stage_of_t_and_b():
     }
 
 
+def test_cases_for_a_gpu():
+    """Of the operators with kernels in both languages every kernel is ours; no two cases share a name."""
+    assert len(cases.GPU_CASES) == len(list(cases._gpu_registry()))
+    (case,) = cases.select("msca_strips/16x32x128x128/bfloat16", "cuda")
+    ours = {contender.label for contender in case.contenders if contender.ours}
+    assert ours == {f"fused {backend} {layout}" for backend in ("cuda", "triton") for layout in bench_case.LAYOUTS}
+    assert {c.name for c in cases.select("segnext_t/16*", "cuda")[0].contenders if c.ours} == {"fused", "fused, CUDA graph"}
+
+
 def test_select_takes_shell_patterns():
     assert len(cases.select("msca_strips*float32")) == 8
     with pytest.raises(ValueError, match="no benchmark case fits 'nothing'"):

@@ -51,6 +51,14 @@ def test_plain_model_is_the_fused_operators_model():
     assert seen == {"aten"}
 
 
+@pytest.mark.parametrize("labels", [False, True], ids=["logits", "labels"])
+def test_a_gpus_model_is_the_plain_one(labels):
+    images = MODELS[0].inputs()[0]
+    with torch.no_grad():
+        found, want = (model(TINY, torch.float32, labels)(images) for model in (models.FusedModel, models.PlainModel))
+    assert (found == want).float().mean() > 0.99 if labels else (found - want).abs().max() < 1e-5 * want.abs().max()
+
+
 def test_plain_model_has_the_same_weights_of_its_own():
     model = models.network(TINY)
     copied = plain.network(model)

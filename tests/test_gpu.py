@@ -7,7 +7,7 @@ to half a minute each, so that its kernels get fewer shapes here; the values of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import checks
@@ -69,9 +69,10 @@ def a_sample(operator: str, dtype: torch.dtype = float32, layout: str = "contigu
 
 
 @pytest.fixture
-def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+def exact_convolutions() -> Iterator[None]:
     """PyTorch's own are made in TF32 unless told."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.fixture

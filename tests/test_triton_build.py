@@ -1,7 +1,7 @@
 """The Triton kernels compiled for GPUs that are not there: no spills, few launches; and traced.
 
 What is compiled is a sample, chosen in triton_sample.py; ``python -m bench triton-static`` compiles everything.
-In processes of their own, for here the kernels are interpreted.
+In processes of their own, for here the kernels are interpreted, where there is no GPU.
 """
 
 from __future__ import annotations

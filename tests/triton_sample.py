@@ -25,7 +25,9 @@ BY_TURNS = {"strips", "gradients"} | {"activate", "add_losses", "keep_log_sum_ex
 HIGH = {"sm_80": (brain, 512, 64), "sm_90": (half, 1024, 64), "sm_100": (single, 512, 64), "gfx942": (brain, 1024, 64)}
 HIGHER = {"sm_80": (single, 40, 65), "sm_90": (brain, 512, 128), "sm_100": (half, 512, 100), "gfx942": (single, 512, 128)}
 # Rows of which a step holds most in registers, and on sm_90 more than it holds
-HELD = [("sm_80", brain, 128), ("sm_90", single, 128), ("sm_90", brain, 512), ("sm_100", brain, 256), ("gfx942", single, 256)]
+HELD = [("sm_80", brain, 128), ("sm_90", half, 128), ("sm_90", brain, 512), ("sm_100", brain, 256), ("gfx942", single, 256)]
+# The same where torch allows TF32
+ALLOWED = [("sm_80", single, 128), ("sm_90", single, 256), ("sm_100", single, 512)]
 
 Jobs = list[tuple[static.Launch, str]]
 
@@ -60,9 +62,11 @@ def high() -> Jobs:
 
 def held() -> Jobs:
     jobs = []
-    for target, dtype, rows in HELD:
-        launches = static.distinct(decomposition(dtype, rows, 16, False, "one_step"), target)
-        jobs += [(launch, target) for launch in launches if launch.kernel == "step"]
+    for precision, sizes in (("tf32", ALLOWED), ("none", HELD)):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        for target, dtype, rows in sizes:
+            launches = static.distinct(decomposition(dtype, rows, 16, False, "one_step"), target)
+            jobs += [(launch, target) for launch in launches if launch.kernel == "step"]
     return jobs
 
 

@@ -201,7 +201,7 @@ __global__ void reduce(const float* partial, int64_t parts, int channels, const 
 template <class T, bool kLast>
 Tiling cut_for(const Image& x, bool backward) {
   const auto bytes = [&](const Tiling& t) { return arrays<T, kLast>(t, backward, nullptr).layout.bytes(); };
-  return cut(x, backward ? 2 : 1, kTaskColumns, 0, backward ? 3 : 2, 0, 1.5, kMostThreads, shared_memory_limit(), bytes);
+  return cut(x, backward ? 2 : 1, kTaskColumns, 0, backward ? 3 : 2, 0, {1.5, 64}, kMostThreads, shared_memory_limit(), bytes);
 }
 
 }  // namespace

@@ -29,11 +29,18 @@ __host__ __device__ Arrays arrays(const Tiling& t, float* memory) {
   return {t, Patch<T, kRows, kOwn>::floats(t), RowMover<T, kLast>::staging_bytes(t, t.tile_columns + 2 * kHalo), memory};
 }
 
-// channels_last: 64 columns of a sector's channels. 16 warps on a multiprocessor, which bounds the registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kRoomy = false;
+#else
+constexpr bool kRoomy = true;
+#endif
+
+// channels_last: 64 columns of a sector's channels. 16 warps on a multiprocessor, which bounds the registers; 12 where nvcc
+// would spill for more.
 template <class T, bool kLast>
 constexpr int kMostThreads = kLast ? 64 / kOwn * 32 / sizeof(T) : 128;
 template <class T, bool kLast>
-constexpr int kBlocksTogether = 512 / kMostThreads<T, kLast>;
+constexpr int kBlocksTogether = (kLast || kRoomy ? 512 : 384) / kMostThreads<T, kLast>;
 
 template <class T, bool kLast>
 __global__ void __launch_bounds__((kMostThreads<T, kLast>), (kBlocksTogether<T, kLast>))
@@ -120,7 +127,7 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), (kBlocksTogether<T, 
 template <class T, bool kLast>
 void forward(const Image& x, const StripFilters& filters, const Image& y, cudaStream_t stream) {
   const auto bytes = [](const Tiling& t) { return arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  Tiling t = cut(x, kHalo, kOwn, 0, 2, kChannelTaps, kMostRead<kLast>, kMostThreads<T, kLast>, shared_memory_limit(), bytes);
+  Tiling t = cut(x, kHalo, kOwn, 0, 2, kChannelTaps, kFew<kLast>, kMostThreads<T, kLast>, shared_memory_limit(), bytes);
   t.vectors = aligned(x) && aligned(y);
   launch(strips<T, kLast>, t.blocks, t.threads, bytes(t), stream, t, x.data, filters, y.data);
 }

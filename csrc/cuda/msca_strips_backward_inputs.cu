@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kMostInputThreads<kLast>)
 template <class T, bool kLast>
 Tiling cut_inputs(const Image& x) {
   const auto bytes = [](const Tiling& t) { return input_arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  return cut(x, kReach + 2, kOwn, kDaPad, 3, kChannelTaps + 4 * kInputSums, kMostRead<kLast>, kMostInputThreads<kLast>,
+  return cut(x, kReach + 2, kOwn, kDaPad, 3, kChannelTaps + 4 * kInputSums, kFew<kLast>, kMostInputThreads<kLast>,
              shared_memory_limit(), bytes);
 }
 

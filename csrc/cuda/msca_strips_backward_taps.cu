@@ -138,8 +138,7 @@ __global__ void __launch_bounds__(kMostThreads)
 template <class T, bool kLast>
 Tiling cut_taps(const Image& x) {
   const auto bytes = [](const Tiling& t) { return tap_arrays<T, kLast>(t, nullptr).layout.bytes(); };
-  return cut(x, kReach + 2, kOwn, 0, 2, kChannelTaps + 4 * kTapSums, kMostRead<kLast>, kMostThreads, shared_memory_limit(),
-             bytes);
+  return cut(x, kReach + 2, kOwn, 0, 2, kChannelTaps + 4 * kTapSums, kFew<kLast>, kMostThreads, shared_memory_limit(), bytes);
 }
 
 }  // namespace

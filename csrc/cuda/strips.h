@@ -11,9 +11,9 @@ namespace segnext::cuda {
 inline constexpr int kOwn = 2;       // neighbouring columns of one channel that a thread owns
 inline constexpr int kTaskRows = 2;  // of a thread's task for the 5x5 filter
 
-// How many times as much as must be read may be, where few blocks leave multiprocessors empty: as an H100 is fastest.
+// As an H100 is fastest.
 template <bool kLast>
-inline constexpr double kMostRead = kLast ? 3 : 2;
+inline constexpr Few kFew = {kLast ? 3.0 : 2.0, 32};
 
 // One channel's taps: the 5x5 filter and its bias, the column filters' biases as one sum, then the row and the column filters
 // in the order in which they are used, position by position: the taps of 21, of 11, of 7 there.

@@ -34,12 +34,19 @@ inline bool aligned(const Image& x) {
   return run * element_size(x) % 16 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
+// What is allowed where few blocks leave multiprocessors empty: how many times as much as must be read may be, and the columns
+// of a tile in channels_last.
+struct Few {
+  double most_read;
+  int columns;
+};
+
 // Cuts x for a kernel that reads `reach` pixels around its outputs and where a thread owns `own` neighbouring columns of a
 // channel, of those `border` columns of the neighbouring tiles too. bytes(tiling) of shared memory may be at most `limit`. A
 // block moves `moved` elements for each pixel and `extra` for each channel: where planes are so small that these weigh, it does
 // several images.
 template <class F>
-Tiling cut(const Image& x, int reach, int own, int border, int moved, int extra, double most_read, int most_threads, int limit,
+Tiling cut(const Image& x, int reach, int own, int border, int moved, int extra, Few few, int most_threads, int limit,
            const F& bytes) {
   Tiling t = {};
   if (std::max({x.images, x.height, x.width}) > 1 << 30 || x.height * x.width > 1 << 30 || x.channels > 1 << 24) {
@@ -79,13 +86,13 @@ Tiling cut(const Image& x, int reach, int own, int border, int moved, int extra,
     return x.images * t.groups * t.column_tiles * (t.threads / 32);
   };
   int64_t warps = arrange(x.channels_last ? 64 : 256);
-  if (x.channels_last && warps < kWarps / 2) warps = arrange(32);
+  if (x.channels_last && warps < kWarps / 2) warps = arrange(few.columns);
   while (1 << t.log_channels < t.tile_channels) ++t.log_channels;
   // More parts of rows fill the device, at the price of rows that are read twice: up to a quarter more than must be read where
-  // every multiprocessor has a block and six warps anyway, else up to `most_read` times as much.
+  // every multiprocessor has a block and six warps anyway.
   const double columns_read = 1 + 2.0 * reach * (t.column_tiles - 1) / t.width;
   const bool full = x.images * t.groups * t.column_tiles >= kMultiprocessors && warps >= kWarps / 2;
-  const double allowed = full ? 1.25 : most_read;
+  const double allowed = full ? 1.25 : few.most_read;
   const int most_parts = 1 + static_cast<int>(std::max(allowed / columns_read - 1, 0.0) * t.height / (2 * reach));
   const int64_t parts = std::min<int64_t>({(kWarps + warps - 1) / warps, most_parts, ceil_div(t.height, 2 * kRows)});
   t.part_rows = round_up(ceil_div(t.height, static_cast<int>(parts)), kRows);

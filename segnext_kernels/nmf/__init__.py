@@ -37,9 +37,9 @@ def nmf(
     The factors are kept in float32 whatever x's dtype is (float64 for float64). Where a gradient is wanted, the CPU kernels
     keep the factors of every step for backward besides ``x`` and ``bases``, (2 steps + 3) N R + (2 steps + 1) D R numbers a
     matrix (with "one_step" 3 N R + D R) with R rounded up to a multiple of 16; the Triton kernels do the steps again. Under
-    autocast ``x`` is cast to autocast's dtype. On NVIDIA GPUs products with float32 ``x`` are made in TF32 where
-    ``torch.backends.cuda.matmul`` allows it. A NaN or infinity in a matrix makes that whole matrix of y non-finite (with zero
-    steps its column) and leaves the rest of the batch alone.
+    autocast ``x`` is cast to autocast's dtype. On NVIDIA GPUs a product with float32 ``x`` is made of three of TF32, which is
+    as exact, or of one where ``torch.backends.cuda.matmul`` allows it. A NaN or infinity in a matrix makes that whole matrix of
+    y non-finite (with zero steps its column) and leaves the rest of the batch alone.
 
     Args:
         x: [B, D, N] >= 0 (not checked), float32, float64, bfloat16 or float16; contiguous or transposed (D fastest, as

@@ -100,7 +100,7 @@ def step(
                                    COLUMNS, RANK, ROWS, CHUNKS, PRECISION)  # fmt: skip
         else:
             p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n,
-                   COLUMNS, RANK, ROWS, CHUNKS, STAGES, PRECISION)  # fmt: skip
+                       COLUMNS, RANK, ROWS, CHUNKS, STAGES, PRECISION)  # fmt: skip
         if FIRST:
             store_rows(before, softmax(p, column, columns, rank, COLUMNS, RANK), column, columns, rank, COLUMNS, RANK)
             tl.debug_barrier()

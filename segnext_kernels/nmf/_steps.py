@@ -72,8 +72,9 @@ class Problem:
 
     @cached_property
     def stages(self) -> int:
-        """Of loads in the loops that go over x: they come while products are made, where there is shared memory for them."""
-        return 1 if self.rank > 64 or torch.version.hip is not None else 3
+        """Of loads in the loops that go over x: they come while products are made, where there is room for that."""
+        alone = self.constants["CHUNKS"] == 1  # which the compiler unrolls
+        return 1 if alone or self.rank > 64 or torch.version.hip is not None else 3
 
     @cached_property
     def blocks(self) -> int:
@@ -95,7 +96,7 @@ class Problem:
         """Of ``step``."""
         small = 16 < self.rank <= 32 and self.rows <= 64  # the compiler unrolls the only chunk
         if self.large and not self.held and not small and self.rank <= 64:  # half as many reads of the bases
-            return [config(8, registers=255, COLUMNS=columns, STAGES=self.stages) for columns in (64, 32)]
+            return [config(8, registers=255, COLUMNS=64, STAGES=1), config(8, registers=255, COLUMNS=32, STAGES=self.stages)]
         if self.held and self.rows > 64:  # a limit makes ptxas spill when this much is held, and saves it from that otherwise
             few = self.precision != "ieee" and self.rows <= 128
             return [config(8, registers=255 if few else None, COLUMNS=16 if few else 32, STAGES=self.stages)]
@@ -113,7 +114,8 @@ class Problem:
     @cached_property
     def configs_backward(self) -> list[triton.Config]:
         """Of ``step_backward``."""
-        return [config(8, registers=255, COLUMNS=16 if self.rank > 32 else 32, STAGES=self.stages)]
+        narrow = self.rank > 32 or self.constants["CHUNKS"] == 1
+        return [config(8, registers=255, COLUMNS=16 if narrow else 32, STAGES=self.stages)]
 
     @cached_property
     def configs_of_tiles(self) -> list[triton.Config]:

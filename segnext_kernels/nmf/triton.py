@@ -5,8 +5,9 @@ adds up x C over the columns of a program, then C^T C. ``finish`` adds the progr
 leaves B^T B for the next step. The first step begins with the softmax, whose logits x^T B are also the products of its update;
 the last update of C and y = B C^T are a pass of their own. That is 2 steps + 2 launches and steps + 1 reads of x.
 
-Where a tile and the sums of all D rows don't fit into registers (D > 256, R > 16 or float32), a program adds them up some rows
-at a time, reading its columns of x a second time; so do the programs that go back. See ``traffic`` for what memory has of that.
+Where a tile and the sums of all D rows don't fit into registers (D > 256, R > 16, or three products for one), a program adds
+them up some rows at a time, reading its columns of x a second time; so do the programs that go back. See ``traffic`` for what
+memory has of that.
 Keeping x on the chip through all steps would take a barrier between programs that all are resident, which Triton does not
 promise, so there is no such version.
 
