@@ -60,7 +60,8 @@ class Problem:
     @cached_property
     def constants(self) -> dict[str, object]:
         """Those of the kernels that read x."""
-        widest = 64 if self.precision in ("split", "tf32") and self.rank <= 64 else 32
+        wide = self.precision in ("split", "tf32") and self.rank <= 64 < self.rows  # a loop over one chunk would be unrolled
+        widest = 64 if wide else 32
         chunk = min(power_of_2(self.rows, at_least=16), widest)
         sizes = {"rows": self.rows, "columns": self.columns, "blocks": self.blocks}
         return self.of_factors | sizes | {"ROWS": chunk, "CHUNKS": ceil_div(self.rows, chunk)}
@@ -73,8 +74,7 @@ class Problem:
     @cached_property
     def stages(self) -> int:
         """Of loads in the loops that go over x: they come while products are made, where there is room for that."""
-        alone = self.constants["CHUNKS"] == 1  # which the compiler unrolls
-        return 1 if alone or self.rank > 64 or torch.version.hip is not None else 3
+        return 1 if self.rank > 64 or torch.version.hip is not None else 3
 
     @cached_property
     def blocks(self) -> int:
@@ -114,7 +114,7 @@ class Problem:
     @cached_property
     def configs_backward(self) -> list[triton.Config]:
         """Of ``step_backward``."""
-        narrow = self.rank > 32 or self.constants["CHUNKS"] == 1
+        narrow = self.rank > 16 or self.constants["CHUNKS"] == 1
         return [config(8, registers=255, COLUMNS=16 if narrow else 32, STAGES=self.stages)]
 
     @cached_property
