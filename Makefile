@@ -15,7 +15,7 @@ demo: $(VENV)/.models
 # Two files of tests at a time (make test JOBS=4: four). Threads that wait sleep, so that processes can share few processors.
 JOBS ?= 2
 test: $(VENV)/.test
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations=25
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25
 
 # site/index.html. The docstrings are read, not run, so nothing has to be built for them but the environment.
 docs: $(VENV)/.docs
