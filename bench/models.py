@@ -123,8 +123,6 @@ def _contenders(
     """The fused model and the same weights elsewhere; torch.compile where it is faster, in channels_last."""
 
     def fused() -> Callable[[Tensor], Tensor]:
-        if on_gpu:
-            return FusedModel(config, dtype, labels)
         model = segnext.fuse(network(config), dtype)
         return model.predict if labels else model
 
@@ -140,9 +138,10 @@ def _contenders(
         return exported.onnx_file((config, shape, labels), lambda: PlainModel(config, torch.float32, labels), shape)
 
     if on_gpu:
+        ours = partial(FusedModel, config, dtype, labels)
         return (
-            Contender("fused", None, fused, ours=True),
-            Contender("fused, CUDA graph", None, lambda: Graphed(fused()), ours=True),
+            Contender("fused", None, ours, ours=True),
+            Contender("fused, CUDA graph", None, lambda: Graphed(ours()), ours=True),
             Contender("PyTorch", "contiguous", partial(pytorch, "contiguous")),
             Contender("PyTorch", "channels_last", partial(pytorch, "channels_last")),
             Contender("PyTorch, CUDA graph", "channels_last", lambda: Graphed(pytorch("channels_last"))),

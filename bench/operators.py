@@ -19,8 +19,6 @@ from . import plain
 from .case import DIRECTIONS, LAYOUTS, Case, Contender, Work, generator, image_shape
 
 BRANCHES = (7, 11, 21)
-
-
 Backends = tuple[str | None, ...]  # of the operator, each a contender of its own; None for the one that serves
 
 
