@@ -24,7 +24,7 @@ docs: $(VENV)/.docs
 # On a machine with an NVIDIA GPU: what cannot be seen without one, and the operators against PyTorch there.
 gpu-test: $(VENV)/.test
 	$(VENV)/bin/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "there is no GPU that torch can use")'
-	$(VENV)/bin/python -m pytest tests/test_gpu.py
+	$(VENV)/bin/python -m pytest tests/test_gpu.py tests/test_gpu_models.py
 
 gpu-bench: $(VENV)/.bench
 	$(VENV)/bin/python -m bench report --device cuda --out bench-out/gpu

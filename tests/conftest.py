@@ -51,3 +51,9 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(set_threads) -> None:
+    """Of tiny operators on a busy machine the threads' meetings take longer than the work."""
+    set_threads(1)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from operators import error
 from torch import Tensor, nn
 
 CODES = ("official", "mmsegmentation")
@@ -194,3 +195,43 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(images)))
+
+
+# what patch finds in a Network
+SWAPPED = {
+    "blocks.0.attn": "msca_strips",
+    "blocks.0.mlp": "dwconv_gelu",
+    "blocks.1.attn": "msca_strips",
+    "blocks.1.mlp": "dwconv_gelu",
+    "head": "upsample_cross_entropy",
+    "head.ham": "nmf",
+}
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape or (2, 8, 9, 10))
+
+
+def labels() -> Tensor:
+    labels = torch.randint(5, (2, 1, 24, 27))
+    labels[:, :, :3] = IGNORED
+    return labels
+
+
+def step(network: nn.Module, images: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Logits, losses, and gradients of one step, always with the same random numbers."""
+    torch.manual_seed(1)
+    network.zero_grad()
+    images = images.detach().requires_grad_()
+    logits = network(images)
+    losses = network.head.loss(logits, truth)
+    losses["loss_ce"].backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    return {"logits": logits.detach(), **losses, "images": images.grad, **gradients}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert found[name].shape == expected[name].shape and found[name].dtype == expected[name].dtype, name
+        assert error(found[name].detach(), expected[name].detach()) <= tolerance, name

@@ -19,14 +19,9 @@ from segnext.images import normalise, read_image, read_labels
 from segnext.palette import IGNORED, generated_palette, overlay
 from segnext.predict import InputError, segment
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, WIDTH, HEIGHT = len(folders.CLASSES), 56, 40
 PALETTE = generated_palette(COUNT)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    """Of tiny operators on a busy machine the threads' meetings take longer than the work."""
-    set_threads(1)
 
 
 def save_segformer(folder, classes: int = COUNT) -> None:
@@ -49,10 +44,7 @@ def files(tmp_path_factory):
     root = folders.folder(tmp_path_factory.mktemp("compare"), train=0, val=2, size=(HEIGHT, WIDTH))
     save_segformer(root / "segformer")
     save_segformer(root / "segformer_3", 3)
-    model = small.model(num_classes=COUNT)
-    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-    model.classes = list(folders.CLASSES)
-    segnext.save(model, root / "small.pth")
+    segnext.save(small.labelling(list(folders.CLASSES)), root / "small.pth")
     return root
 
 

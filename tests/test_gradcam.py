@@ -18,29 +18,18 @@ from segnext.gradcam import find_class, heat_map, imagenet_classes
 from segnext.images import normalise
 from segnext.predict import InputError, segment
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ["sky", "road", "car", "cable car", "tree", "person", "traffic light"]
 WIDTH = 40
 CONVNEXT = ("--compare", "convnext_tiny", "--compare-weights")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    """Of tiny operators on a busy machine the threads' meetings take longer than the work."""
-    set_threads(1)
-
-
-def picture(height: int = 64, width: int = 96, seed: int = 0) -> torch.Tensor:
-    """Random patches, uint8 [3, height, width]."""
-    patches = torch.randint(0, 256, (3, height // 8, width // 8), generator=torch.Generator().manual_seed(seed))
-    return patches.to(torch.uint8).repeat_interleave(8, 1).repeat_interleave(8, 2)
+def picture(height: int = 64, width: int = 96) -> torch.Tensor:
+    return torch.from_numpy(np.array(small.photo(height, width))).permute(2, 0, 1)
 
 
 def segmenter(**changes) -> segnext.SegNeXt:
-    """A model whose random weights are large enough for several labels, and for the stages to matter."""
-    model = small.model(**changes)
-    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-    model.classes = CLASSES
-    return model
+    return small.labelling(CLASSES, **changes)
 
 
 def classifier(num_classes: int = 7) -> Classifier:
@@ -239,7 +228,7 @@ def files(tmp_path_factory):
     """Photos a.png and b.png, a whole model, an encoder with 1000 classes, a ConvNeXt."""
     folder = tmp_path_factory.mktemp("gradcam")
     for name, size in (("a", (64, 96)), ("b", (96, 64))):
-        Image.fromarray(picture(*size).permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
+        small.photo(*size).save(folder / f"{name}.png")
     segnext.save(segmenter(), folder / "whole.pth")
     torch.save(classifier(1000).state_dict(), folder / "encoder.pth")
     torch.manual_seed(0)

@@ -14,13 +14,9 @@ from segnext.images import normalise, read_image
 from segnext.palette import generated_palette
 from segnext.predict import InputError, find_images, predict, segment, unique_names
 
-RNG = np.random.default_rng(0)
-
 
 def small_model(**attributes) -> SegNeXt:
-    """A model whose random weights are large enough for the label maps to have several classes."""
-    model = small.model(num_classes=5)
-    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    model = small.labelling(list("abcde"))
     for name, value in attributes.items():
         setattr(model, name, value)
     return model
@@ -33,12 +29,6 @@ def weights(tmp_path_factory):
     return path
 
 
-def photo(height: int, width: int) -> Image.Image:
-    """Random patches, so that the network sees something."""
-    patches = RNG.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(np.kron(patches, np.ones((8, 8, 1), np.uint8))[:height, :width])
-
-
 def files(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -46,7 +36,7 @@ def files(folder) -> set[str]:
 @pytest.mark.parametrize("size", [(45, 70), (1, 1), (1, 33), (64, 64)], ids=str)
 @pytest.mark.parametrize("ending", ["jpg", "png"])
 def test_writes_overlay_mask_and_legend(tmp_path, weights, size, ending):
-    photo(*size).save(tmp_path / f"street.{ending}")
+    small.photo(*size).save(tmp_path / f"street.{ending}")
     assert predict([tmp_path / f"street.{ending}"], weights, tmp_path / "new" / "out") == []
     out = tmp_path / "new" / "out"
     assert files(out) == {"street_overlay.png", "street_mask.png", "legend.png"}
@@ -62,12 +52,12 @@ def test_writes_overlay_mask_and_legend(tmp_path, weights, size, ending):
 
 
 def test_the_small_model_tells_pictures_apart(weights):
-    labels = segment(load(weights), torch.from_numpy(np.array(photo(64, 96))).permute(2, 0, 1), 0)
+    labels = segment(load(weights), torch.from_numpy(np.array(small.photo(64, 96))).permute(2, 0, 1), 0)
     assert labels.unique().numel() > 1
 
 
 def test_exif_rotation_ends_in_the_results(tmp_path, weights):
-    shown, exif = photo(60, 40), Image.Exif()
+    shown, exif = small.photo(60, 40), Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     shown.save(tmp_path / "upright.png")
     shown.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
@@ -79,8 +69,8 @@ def test_exif_rotation_ends_in_the_results(tmp_path, weights):
 
 def test_names_and_colours_of_the_checkpoint(tmp_path):
     palette = [(10 * i, 200, 7) for i in range(5)]
-    save(small_model(classes=list("abcde"), palette=palette), tmp_path / "w.safetensors")
-    photo(32, 32).save(tmp_path / "a.png")
+    save(small_model(palette=palette), tmp_path / "w.safetensors")
+    small.photo(32, 32).save(tmp_path / "a.png")
     predict([tmp_path / "a.png"], tmp_path / "w.safetensors", tmp_path / "out")
     found = Image.open(tmp_path / "out" / "a_mask.png").getpalette()[:15]
     assert found == [value for colour in palette for value in colour]
@@ -89,9 +79,9 @@ def test_names_and_colours_of_the_checkpoint(tmp_path):
 
 
 def test_broken_file_is_named_and_skipped(tmp_path, weights, capsys):
-    photo(32, 32).save(tmp_path / "a.png")
+    small.photo(32, 32).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
-    photo(32, 32).save(tmp_path / "c.png")
+    small.photo(32, 32).save(tmp_path / "c.png")
     assert predict([tmp_path], weights, tmp_path / "out") == [tmp_path / "b.png"]
     assert "b.png" in capsys.readouterr().err
     assert files(tmp_path / "out") == {"legend.png", "a_mask.png", "a_overlay.png", "c_mask.png", "c_overlay.png"}
@@ -100,7 +90,7 @@ def test_broken_file_is_named_and_skipped(tmp_path, weights, capsys):
 def test_same_stems_do_not_overwrite_each_other(tmp_path, weights):
     for name, size in (("x/a.png", 32), ("x/a.bmp", 40), ("y/a.png", 48)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        photo(size, size).save(tmp_path / name)
+        small.photo(size, size).save(tmp_path / name)
     predict([tmp_path / "x", tmp_path / "y"], weights, tmp_path / "out")
     sizes = {path.name: Image.open(path).width for path in (tmp_path / "out").glob("*_mask.png")}
     assert sizes == {"a_mask.png": 40, "a_2_mask.png": 32, "a_3_mask.png": 48}
@@ -130,8 +120,8 @@ def test_no_inputs(tmp_path, weights, inputs, message):
 
 
 def test_results_never_overwrite_inputs(tmp_path, weights):
-    photo(32, 32).save(tmp_path / "a.png")
-    photo(32, 32).save(tmp_path / "a_mask.png")
+    small.photo(32, 32).save(tmp_path / "a.png")
+    small.photo(32, 32).save(tmp_path / "a_mask.png")
     before = (tmp_path / "a_mask.png").read_bytes()
     with pytest.raises(InputError, match="a_mask.png would be overwritten"):
         predict([tmp_path], weights, tmp_path)
@@ -139,7 +129,7 @@ def test_results_never_overwrite_inputs(tmp_path, weights):
 
 
 def test_weights_errors_come_before_any_result(tmp_path):
-    photo(32, 32).save(tmp_path / "a.png")
+    small.photo(32, 32).save(tmp_path / "a.png")
     (tmp_path / "w.pth").write_bytes(b"nothing")
     with pytest.raises(WeightsError, match=r"w\.pth"):
         predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out")
@@ -149,7 +139,7 @@ def test_weights_errors_come_before_any_result(tmp_path):
 @pytest.mark.parametrize("changes, message", [({"num_classes": 257}, "257 classes"), ({"in_channels": 4}, "takes 4 channels")])
 def test_models_that_do_not_fit_photographs(tmp_path, changes, message):
     save(small.model(**changes), tmp_path / "w.pth")
-    photo(32, 32).save(tmp_path / "a.png")
+    small.photo(32, 32).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=message):
         predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out")
 
@@ -157,7 +147,7 @@ def test_models_that_do_not_fit_photographs(tmp_path, changes, message):
 def test_rank_is_passed_on(tmp_path, weights, monkeypatch):
     ranks = []
     monkeypatch.setattr(predict_module, "load", lambda path, rank: ranks.append(rank) or load(path, rank=rank))
-    photo(32, 32).save(tmp_path / "a.png")
+    small.photo(32, 32).save(tmp_path / "a.png")
     predict([tmp_path / "a.png"], weights, tmp_path / "out", rank=3)
     assert ranks == [3]
 
@@ -165,7 +155,7 @@ def test_rank_is_passed_on(tmp_path, weights, monkeypatch):
 def test_short_side_is_the_checkpoints_unless_given(tmp_path, monkeypatch):
     sides = []
     monkeypatch.setattr(predict_module, "normalise", lambda images: sides.append(images.shape[-2]) or normalise(images))
-    photo(520, 530).save(tmp_path / "a.png")
+    small.photo(520, 530).save(tmp_path / "a.png")
     for trained, given in ((96, None), (None, None), (96, 0), (96, 40)):
         save(small_model(short_side=trained), tmp_path / "w.pth")
         predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out", short_side=given)

@@ -1,17 +1,12 @@
-"""The page of ``segnext serve``: what its server takes and refuses, and the page itself in a browser."""
+"""The server of ``segnext serve``: what it answers, takes and refuses."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import zlib
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +20,6 @@ from segnext import load, save
 from segnext.cli import main
 from segnext.gradcam import heat_image, heat_map
 from segnext.images import read_image
-from segnext.palette import generated_palette
 from segnext.predict import segment
 from segnext.serve.app import HEADERS, PAGE, create_app
 from segnext.serve.session import HELD, SHOWN_SIDE, Gone, Session, logits_at
@@ -36,12 +30,8 @@ LIMIT = 100_000
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A small model whose random weights are large enough for several classes to occur."""
-    model = small.model(num_classes=len(CLASSES))
-    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-    model.classes = CLASSES
     path = tmp_path_factory.mktemp("weights") / "small.pth"
-    save(model, path)
+    save(small.labelling(CLASSES), path)
     return path
 
 
@@ -53,17 +43,6 @@ def session(weights):
 @pytest.fixture
 def client(session):
     return TestClient(create_app(session, LIMIT), "http://127.0.0.1:8000", raise_server_exceptions=False)
-
-
-def patches(height: int, width: int, seed: int = 0) -> Image.Image:
-    colours = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(np.kron(colours, np.ones((8, 8, 1), np.uint8))[:height, :width])
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    file = BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def send(client: TestClient, data, name: str = "street.png", kind: str = "application/octet-stream"):
@@ -89,7 +68,7 @@ def test_scores_of_a_pixel_are_those_of_the_upsampled_logits(low, size):
 @pytest.mark.parametrize("size", [(45, 70), (1, 1), (96, 64)], ids=str)
 def test_a_photograph_gets_the_labels_of_segnext_predict(client, weights, tmp_path, size):
     path = tmp_path / "street.png"
-    path.write_bytes(encoded(patches(*size)))
+    path.write_bytes(small.encoded(small.photo(*size)))
     answer = send(client, path.read_bytes())
     assert answer.status_code == 200, answer.text
     found = answer.json()
@@ -110,7 +89,7 @@ def test_a_photograph_gets_the_labels_of_segnext_predict(client, weights, tmp_pa
 
 
 def test_a_pixel_has_a_class_and_scores(client, session):
-    found = send(client, encoded(patches(40, 56))).json()
+    found = send(client, small.encoded(small.photo(40, 56))).json()
     photo = session.photo(found["key"])
     logits = F.interpolate(photo.logits, (40, 56), mode="bilinear")[0]
     for x, y in [(0, 0), (55, 39), (17, 30)]:
@@ -124,7 +103,7 @@ def test_a_pixel_has_a_class_and_scores(client, session):
 @pytest.mark.parametrize("pixel", [{}, {"x": 30, "y": 20}], ids=["class", "region"])
 @pytest.mark.parametrize("layer", ["stage3", "head"])
 def test_the_heat_map_is_that_of_segnext_gradcam(client, session, layer, pixel):
-    found = send(client, encoded(patches(40, 56))).json()
+    found = send(client, small.encoded(small.photo(40, 56))).json()
     photo = session.photo(found["key"])
     answer = client.get(f"api/photos/{found['key']}/gradcam", params={"class": 2, "layer": layer, **pixel})
     assert answer.status_code == 200 and re.fullmatch(r"gradcam;dur=[\d.]+", answer.headers["Server-Timing"])
@@ -135,7 +114,7 @@ def test_the_heat_map_is_that_of_segnext_gradcam(client, session, layer, pixel):
 
 
 def test_a_large_photograph_is_shown_smaller(client):
-    found = send(client, encoded(Image.new("RGB", (2 * SHOWN_SIDE, 300), "grey"))).json()
+    found = send(client, small.encoded(Image.new("RGB", (2 * SHOWN_SIDE, 300), "grey"))).json()
     assert (found["width"], found["height"], found["original"]) == (SHOWN_SIDE, 150, [2 * SHOWN_SIDE, 300])
     assert len(client.get(f"api/photos/{found['key']}/labels").content) == SHOWN_SIDE * 150
 
@@ -143,12 +122,12 @@ def test_a_large_photograph_is_shown_smaller(client):
 def test_a_photograph_is_turned_as_its_file_says(client):
     exif = Image.Exif()
     exif[0x0112] = 6
-    found = send(client, encoded(patches(16, 40), "JPEG", exif=exif)).json()
+    found = send(client, small.encoded(small.photo(16, 40), "JPEG", exif=exif)).json()
     assert (found["width"], found["height"]) == (16, 40)
 
 
 def test_only_the_latest_photographs_are_held(session):
-    data = encoded(patches(8, 8))
+    data = small.encoded(small.photo(8, 8))
     keys = [session.add(data, "a").key for _ in range(HELD + 1)]
     assert len(set(keys)) == HELD + 1
     with pytest.raises(Gone, match="no longer held"):
@@ -160,9 +139,9 @@ def test_only_the_latest_photographs_are_held(session):
     ("data", "says"),
     [
         (b"no picture", "holiday.jpg: not an image"),
-        (encoded(patches(64, 64), "JPEG")[:900], "holiday.jpg: cannot be read as an image"),
+        (small.encoded(small.photo(64, 64), "JPEG")[:900], "holiday.jpg: cannot be read as an image"),
         (b"", "the file is empty"),
-        (encoded(patches(8, 8), "PPM"), "holiday.jpg: not an image, or of an unknown format"),
+        (small.encoded(small.photo(8, 8), "PPM"), "holiday.jpg: not an image, or of an unknown format"),
         (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "holiday.jpg: not an image"),
         (huge_png(12_000), "12000x12000 pixels, more than 100 million"),
         (huge_png(200_000), "million pixels"),
@@ -172,7 +151,7 @@ def test_only_the_latest_photographs_are_held(session):
 def test_a_broken_file_gets_a_message(client, data, says):
     answer = send(client, data, "holiday.jpg")
     assert answer.status_code == 400 and says in answer.json()["detail"]
-    assert send(client, encoded(patches(8, 8))).status_code == 200  # and the next one is served
+    assert send(client, small.encoded(small.photo(8, 8))).status_code == 200  # and the next one is served
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["length told", "in pieces"])
@@ -184,7 +163,7 @@ def test_a_large_file_is_refused(client, told):
 
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=a", "application/x-www-form-urlencoded"])
 def test_what_another_sites_page_could_send_is_refused(client, kind):
-    assert send(client, encoded(patches(8, 8)), kind=kind).status_code == 415
+    assert send(client, small.encoded(small.photo(8, 8)), kind=kind).status_code == 415
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example"])
@@ -206,7 +185,7 @@ def test_other_names_of_the_host_are_refused(client, host):
     ],
 )
 def test_wrong_requests_get_a_sentence(client, path, query, status, says):
-    key = send(client, encoded(patches(8, 8))).json()["key"]
+    key = send(client, small.encoded(small.photo(8, 8))).json()["key"]
     answer = client.get(f"api/photos/{key}/{path}", params=query)
     assert answer.status_code == status and says in answer.json()["detail"]
 
@@ -233,179 +212,3 @@ def test_a_port_in_use(weights, capsys):
     assert "cannot be used: Address already in use; --port names another" in capsys.readouterr().err
     assert main(["serve", "--weights", str(weights), "--port", "70000"]) == 2
     assert "port 70000 cannot be used: ports end at 65535" in capsys.readouterr().err
-
-
-# In a browser.
-
-
-def chromium(playwright) -> str:
-    """A Chromium: the system's, or Playwright's own."""
-    names = ("chromium", "chromium-browser", "google-chrome", playwright.chromium.executable_path)
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip("there is no Chromium (apt install chromium, or playwright install chromium)")
-    return found
-
-
-@pytest.fixture(scope="module")
-def address(weights):
-    """That of `segnext serve` in a process of its own; it is interrupted in the end, which is no failure."""
-    command = [sys.executable, "-m", "segnext", "serve", "--weights", str(weights), "--port", "0", "--megabytes", "1"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    line = server.stdout.readline()
-    yield re.match(r"http://127\.0\.0\.1:\d+", line).group()
-    server.send_signal(signal.SIGINT)
-    _, errors = server.communicate(timeout=30)
-    assert (server.returncode, errors) == (0, "")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(playwright), args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser, address):
-    """The page, which afterwards must have asked nobody else and had no error of its own."""
-    page = browser.new_page(viewport={"width": 1100, "height": 900})
-    errors, elsewhere = [], []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: request.url.startswith((address, "data:", "blob:")) or elsewhere.append(request.url))
-    page.goto(address)
-    yield page
-    page.close()
-    assert (errors, elsewhere) == ([], [])
-
-
-def open_photo(page, path: Path) -> None:
-    page.set_input_files("#file", path)
-    page.wait_for_selector("#results:not([hidden])")
-
-
-@pytest.fixture
-def photo(tmp_path) -> Path:
-    path = tmp_path / "street.png"
-    path.write_bytes(encoded(patches(96, 128)))
-    return path
-
-
-def pixel(page, x: int, y: int) -> np.ndarray:
-    code = f"[...document.getElementById('picture').getContext('2d').getImageData({x}, {y}, 1, 1).data]"
-    return np.array(page.evaluate(code)[:3])
-
-
-def picture(page) -> list[int]:
-    return page.evaluate("(c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data])(picture)")
-
-
-def click_pixel(page, x: int, y: int) -> None:
-    box = page.locator("#picture").bounding_box()
-    page.mouse.click(box["x"] + (x + 0.5) * box["width"] / 128, box["y"] + (y + 0.5) * box["height"] / 96)
-    page.locator("#place", has_text=f"{x}, {y}: ").wait_for()
-
-
-def test_page_shows_the_overlay_and_its_legend(page, photo, weights):
-    open_photo(page, photo)
-    assert page.title() == page.locator("#model").inner_text() == "SegNeXt"  # of none of the paper's sizes
-    labels = segment(load(weights), read_image(photo)).numpy()
-    names = page.locator("#legend label").all_inner_texts()
-    counts = np.bincount(labels.ravel(), minlength=5)
-    expected = [f"{CLASSES[i]} {100 * counts[i] / labels.size:.1f}%" for i in np.argsort(-counts, kind="stable") if counts[i]]
-    assert [" ".join(name.split()) for name in names] == expected
-    assert len(expected) > 1
-
-    palette = np.array(generated_palette(5))
-    for opacity in (0, 0.25, 1):
-        page.locator("#opacity").fill(str(opacity))
-        for x, y in [(3, 3), (60, 70), (127, 95)]:
-            original = np.asarray(Image.open(photo))[y, x]
-            mixed = (1 - opacity) * original + opacity * palette[labels[y, x]]
-            np.testing.assert_allclose(pixel(page, x, y), mixed, atol=40 * (1 - opacity) + 1)  # JPEG beneath
-
-
-def test_page_hides_and_shows_classes(page, photo, weights):
-    open_photo(page, photo)
-    page.locator("#opacity").fill("1")
-    labels = segment(load(weights), read_image(photo)).numpy()
-    palette = np.array(generated_palette(5), np.uint8)
-    everything = np.array(picture(page)).reshape(96, 128, 4)[..., :3]
-    assert (everything == palette[labels]).all(-1).mean() > 0.999
-    page.locator("#legend input").first.uncheck()
-    first = np.bincount(labels.ravel()).argmax()
-    fewer = np.array(picture(page)).reshape(96, 128, 4)[..., :3]
-    assert (fewer == palette[labels]).all(-1)[labels != first].mean() > 0.999
-    assert (fewer == palette[labels]).all(-1)[labels == first].mean() < 0.1
-    page.locator("#none").click()
-    assert not page.locator("#legend input:checked").count()
-    assert (np.array(picture(page)).reshape(96, 128, 4)[..., :3] == palette[labels]).all(-1).mean() < 0.1
-    page.locator("#all").click()
-    assert (np.array(picture(page)).reshape(96, 128, 4)[..., :3] == everything).all()
-
-
-def test_page_tells_a_pixels_class_and_draws_its_heat_map(page, photo, weights):
-    open_photo(page, photo)
-    plain = picture(page)
-    click_pixel(page, 40, 50)
-    labels = segment(load(weights), read_image(photo)).numpy()
-    assert page.locator("#place").inner_text() == f"40, 50: {CLASSES[labels[50, 40]]}"
-    rows = page.locator("#scores tr").all_inner_texts()
-    assert len(rows) == 5 and rows[0].startswith(CLASSES[labels[50, 40]])
-    scores = [float(re.search(r"\d\.\d+", row).group()) for row in rows]
-    assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1, abs=0.003)
-
-    with page.expect_response("**/gradcam*") as answer:
-        page.locator("#scores button").first.click()
-    page.wait_for_selector("#hide:not([hidden])")
-    assert answer.value.url.endswith(f"/gradcam?class={labels[50, 40]}&layer=stage4")
-    assert picture(page) != plain
-    assert f"Grad-CAM of {CLASSES[labels[50, 40]]}" in page.locator("#times").inner_text()
-
-    page.locator("#region").check()
-    page.locator("#layer").select_option("head")
-    with page.expect_response("**/gradcam*") as answer:
-        page.locator("#scores button").last.click()
-    assert "layer=head&x=40&y=50" in answer.value.url and answer.value.ok
-    page.locator("#hide").click()
-    assert "Grad-CAM" not in page.locator("#times").inner_text()
-    for line in ("read the file", "encoder, stage 4", "decoder head", "together"):
-        assert line in page.locator("#times").inner_text()
-
-
-def test_page_takes_what_is_dropped(page, photo):
-    drop = """data => {
-        const files = new DataTransfer();
-        files.items.add(new File([Uint8Array.from(data)], "dropped.png", { type: "image/png" }));
-        document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true }));
-    }"""
-    page.evaluate(drop, list(photo.read_bytes()))
-    page.wait_for_selector("#results:not([hidden])")
-    assert page.locator("#size").inner_text() == "128 x 96 pixels"
-    with page.expect_download() as download:
-        page.locator("#mask").click()
-    assert Image.open(download.value.path()).size == (128, 96)
-
-
-def test_page_tells_of_broken_and_large_files_and_goes_on(page, photo, tmp_path):
-    open_photo(page, photo)
-    for name, data, says in [
-        ("broken.jpg", encoded(patches(64, 64), "JPEG")[:900], "broken.jpg: cannot be read as an image"),
-        ("letter.txt", b"Dear", "letter.txt: not an image, or of an unknown format"),
-        ("large.png", bytes(1_000_001), "large.png is larger than 1 MB."),
-    ]:
-        (tmp_path / name).write_bytes(data)
-        page.set_input_files("#file", tmp_path / name)
-        page.locator("#message", has_text=says).wait_for()
-        assert page.locator("#picture").is_visible()  # the one before is still there
-    open_photo(page, photo)
-    page.locator("#message").wait_for(state="hidden")
-
-
-def test_page_says_when_the_server_is_gone(page, photo):
-    page.route("**/api/photos*", lambda route: route.abort())
-    page.set_input_files("#file", photo)
-    page.locator("#message", has_text="The server does not answer; is it still running?").wait_for()

@@ -1,0 +1,143 @@
+"""Patched models in use: hooks, copies, files, casts, autocast, torch.compile and DistributedDataParallel."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from operators import error
+from standins import SWAPPED, Attention, Network, image, labels, step
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from segnext_kernels import patch, unpatch
+
+
+@pytest.fixture(autouse=True)
+def same_every_time(one_thread):
+    torch.manual_seed(0)
+
+
+def test_hooks_stay():
+    ran = []
+    network = Network(drop=0.0)
+    attention, mlp = network.blocks[0].attn, network.blocks[0].mlp
+    attention.register_forward_pre_hook(lambda *_: ran.append("attention before"))
+    attention.conv3.register_forward_hook(lambda *_: ran.append("conv3"))
+    attention.register_forward_hook(lambda *_: ran.append("attention"))
+    mlp.fc1.register_forward_hook(lambda *_: ran.append("fc1"))
+    mlp.drop.register_forward_hook(lambda *_: ran.append("drop"))
+    mlp.register_full_backward_hook(lambda *_: ran.append("mlp backward"))
+    mlp.dwconv.weight.register_hook(lambda _: ran.append("weight"))
+    attention.conv0.weight.register_post_accumulate_grad_hook(lambda _: ran.append("accumulated"))
+    assert patch(network).swapped == SWAPPED
+    assert ran == []
+    step(network, image(2, 3, 24, 27), labels())
+    forward, backward = ran[:6], ran[6:]
+    assert forward == ["attention before", "conv3", "attention", "fc1", "drop", "drop"]
+    assert sorted(backward) == ["accumulated", "mlp backward", "weight"]
+
+
+def copied_by_file(network: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(network, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x)), "file": copied_by_file}
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+def test_copies_are_patched_and_independent(make):
+    network, images = Network().eval(), image(2, 3, 24, 27)
+    patch(network)
+    torch.manual_seed(1)
+    expected = network(images)
+    twin = make(network)
+    assert [type(module) for module in twin.modules()] == [type(module) for module in network.modules()]
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in network.parameters()}
+    torch.manual_seed(1)
+    assert torch.equal(twin(images), expected)
+    with torch.no_grad():
+        network.blocks[0].attn.conv0.weight.zero_()
+    torch.manual_seed(1)
+    assert torch.equal(twin(images), expected)
+    assert unpatch(twin) == list(SWAPPED)
+    assert list(patch(network).left) == list(SWAPPED)
+
+
+def test_shallow_copies_have_parameters_of_their_own():
+    """As DataParallel's replicas do."""
+    module, x = Attention(8), image()
+    patch(module)
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules, conv3=nn.Conv2d(8, 8, 1))
+    assert not torch.allclose(twin(x), module(x))
+
+
+def test_moved_and_cast():
+    network = Network()
+    patch(network)
+    assert network.double()(image(2, 3, 24, 27).double()).dtype == torch.float64  # where the original mixes dtypes and fails
+    assert network.to("meta")(torch.empty(2, 3, 24, 27, dtype=torch.float64, device="meta")).shape == (2, 5, 12, 14)
+    network = Network(drop=0.0)
+    patch(network)
+    x = image()
+    expected = network.blocks(x)
+    half = network.blocks.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and 0 < error(half.detach(), expected.detach()) <= 0.05
+
+
+def test_autocast():
+    network = Network()
+    patch(network)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = step(network, image(2, 3, 24, 27), labels())
+    assert found["logits"].dtype == torch.bfloat16 and found["loss_ce"].dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_compile():
+    network, images = Network(drop=0.0).eval(), image(2, 3, 24, 27)
+    patch(network)
+    torch.manual_seed(1)
+    expected = network(images)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    assert error(compiled(images).detach(), expected.detach()) <= 1e-5
+    assert patch(compiled).left == {"": "it is compiled: patch before torch.compile"}
+
+
+def test_distributed_data_parallel():
+    network, images, truth = Network(), image(2, 3, 24, 27), labels()
+    expected = step(network, images, truth)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(network)
+        assert list(patch(parallel).swapped) == [f"module.{name}" for name in SWAPPED]
+        torch.manual_seed(1)
+        network.zero_grad()
+        network.head.loss(parallel(images), truth)["loss_ce"].backward()
+    finally:
+        dist.destroy_process_group()
+    for name, parameter in network.named_parameters():
+        assert error(parameter.grad, expected[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize(
+    "around",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
+    ids=["no_grad", "inference_mode", "autocast", "device"],
+)
+def test_patched_anywhere(around):
+    network = Network()
+    with around():
+        assert patch(network).swapped == SWAPPED
+    network = Network().to(torch.float16).to("meta")
+    assert patch(network).swapped == SWAPPED
