@@ -154,7 +154,7 @@ class Head(nn.Module):
         known = labels != self.ignore_index
         eps = torch.finfo(torch.float32).eps
         losses["acc_seg"] = ((logits.argmax(1) == labels)[known].float().sum(0, keepdim=True) + eps) * (
-            100 / (known.sum() + eps)
+            100 / (labels[known].numel() + eps)
         )
         return losses
 

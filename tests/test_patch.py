@@ -223,6 +223,17 @@ def test_every_mean_of_the_loss(options, ignored):
     assert_close(head.loss(logits, truth), expected, 1e-5)
 
 
+@pytest.mark.parametrize("ignored", [0, 3, 4, 10, 255])
+@pytest.mark.parametrize("weight", [0.4, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_are_found_to_be_the_same(ignored, weight, dtype, double):
+    """Shares of pixels are no numbers of the default dtype, whichever that is."""
+    head = Head(8, 11, NMF2D(4), CrossEntropyLoss(loss_weight=weight))
+    head.ignore_index = ignored
+    torch.set_default_dtype(dtype)
+    assert patch(head).swapped[""] == "upsample_cross_entropy"
+
+
 @pytest.mark.parametrize("avg_non_ignore", [False, True])
 def test_weights_of_classes(avg_non_ignore):
     """Where pixels are ignored the original fails, unless the ignored label is a class."""
@@ -260,3 +271,30 @@ def test_bases_of_ones_own():
     assert patch(module).swapped == {"": "nmf"}
     assert error(module(x).detach(), expected) <= 1e-5
     assert torch.equal(module(x), module(x))
+
+
+def test_modules_that_only_look_odd():
+    """They keep their convolutions in a list too and have a dict of their own; one that is parametrized goes on being called."""
+
+    class Config(dict):
+        def __init__(self, **options) -> None:
+            super().__init__(options)
+
+    class Listed(Attention):
+        def __init__(self) -> None:
+            super().__init__(8)
+            self.all, self.itself = [self.conv0_1, {"conv0": self.conv0}], {}
+            self.itself["me"] = self
+            self.config = Config(a=[1])
+
+        def train(self, mode: bool = True) -> None:
+            super().train(mode)
+
+        def strips(self, x: Tensor) -> Tensor:
+            a = self.all[1]["conv0"](x)
+            return a + sum(getattr(self, f"conv{i}_2")(getattr(self, f"conv{i}_1")(a)) for i in range(self.branches))
+
+    assert patch(Listed()).swapped == {"": "msca_strips"}
+    mlp = Mlp(8, 16)
+    nn.utils.parametrizations.weight_norm(mlp.fc1)
+    assert patch(mlp).swapped == {"": "dwconv_gelu"}

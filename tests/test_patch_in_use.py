@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from operators import error
-from standins import SWAPPED, Attention, Network, image, labels, step
+from standins import SWAPPED, Attention, Mlp, Network, image, labels, step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -141,3 +141,54 @@ def test_patched_anywhere(around):
         assert patch(network).swapped == SWAPPED
     network = Network().to(torch.float16).to("meta")
     assert patch(network).swapped == SWAPPED
+
+
+@pytest.mark.parametrize(("name", "part"), [("conv0_1", nn.Identity()), ("dwconv", nn.Linear(8, 8)), ("act", nn.ReLU())])
+def test_parts_that_are_replaced_are_told(name, part):
+    module = Attention(8) if name == "conv0_1" else Mlp(8, 8)
+    patch(module)
+    setattr(module, name, part)
+    with pytest.raises(
+        RuntimeError, match=f"^{type(part).__name__} took a place in {type(module).__base__.__name__} after it was"
+    ):
+        module(image())
+    unpatch(module)
+    assert patch(module).swapped == {}
+
+
+def test_unpatch_does_not_claim_what_it_cannot_do():
+    wrapped, other = Network(), Network()
+    for network in (wrapped, other):
+        patch(network)
+    mlp = wrapped.blocks[1].mlp
+    mlp.forward = mlp.forward  # as activation checkpointing does
+    with pytest.raises(RuntimeError, match=r"^unpatch: the forward of blocks\.1\.mlp was replaced after it was patched"):
+        unpatch(wrapped)
+    attention = other.blocks[0].attn
+    attention.__class__ = type("Sharded", (type(attention),), {})  # as fully_shard does
+    with pytest.raises(RuntimeError, match=r"^unpatch: blocks\.0\.attn was made a Sharded after it was patched"):
+        unpatch(other)
+    for network in (wrapped, other):
+        assert set(SWAPPED) <= {*patch(network).left}
+
+
+class Rebuilt(Attention):
+    """It says itself how it is pickled."""
+
+    def __reduce__(self):
+        return made_of, (Rebuilt, self.state_dict())
+
+
+def made_of(cls: type[Attention], state: dict[str, torch.Tensor]) -> Attention:
+    module = cls(8)
+    module.load_state_dict(state)
+    return module
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+def test_copies_as_the_class_makes_them(make):
+    module, x = Rebuilt(8), image()
+    assert patch(module).swapped == {"": "msca_strips"}
+    twin = make(module)
+    assert type(twin) is type(module)
+    assert torch.equal(twin(x), module(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 
 import pytest
@@ -76,6 +77,96 @@ class ColumnsFirst(Attention):
     def strips(self, x: Tensor) -> Tensor:
         a = self.conv0(x)
         return a + sum(getattr(self, f"conv{i}_1")(getattr(self, f"conv{i}_2")(a)) for i in range(self.branches))
+
+
+class Optional(Attention):
+    def forward(self, x: Tensor, height: int | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class Twice(Attention):
+    """One pair of strips under two names."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, (7, 7))
+        self.conv1_1, self.conv1_2 = self.conv0_1, self.conv0_2
+
+
+class LayerDrop(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and torch.rand(()) < 0.1 else super().forward(x)
+
+
+class PythonsLayerDrop(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and random.random() < 0.1 else super().forward(x)
+
+
+class Reseeded(NMF2D):
+    def forward(self, x: Tensor, return_bases: bool = False) -> Tensor:
+        torch.manual_seed(42)
+        return super().forward(x)
+
+
+class WithBases(NMF2D):
+    def forward(self, x: Tensor, return_bases: bool = False) -> Tensor:
+        return (super().forward(x), 1) if return_bases else super().forward(x)
+
+
+class Scaled(Attention):
+    """By a buffer that is one until a checkpoint says otherwise."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class Counting(Attention):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen, self.latest = [], {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(x)
+        self.latest["x"] = x
+        return super().forward(x)
+
+
+class Windows(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(Windows, self).forward(rows) for rows in x.split(8, 2)], 2)
+
+
+class Clamped(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-1e4, 1e4)
+
+
+class WithoutNaN(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nan_to_num(super().forward(x))
+
+
+class InFloat32(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
+class HardPixels(CrossEntropyLoss):
+    def forward(self, logits: Tensor, label: Tensor, weight=None, ignore_index: int = -100) -> Tensor:
+        losses = F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none").flatten()
+        return losses.topk(min(1000, losses.numel())).values.mean()
+
+
+class Odd(nn.Module):
+    def __getattr__(self, name: str):
+        return vars(self)[name]
 
 
 class KMeans(NMF2D):
@@ -182,12 +273,30 @@ LEFT = {
     "other gradient": (lambda: Detached(8), "its forward computes something else: the gradients differ in training"),
     "side effect": (lambda: Watched(8), "its forward sets seen, which the fused one would not"),
     "training": (lambda: NoisyInTraining(8, 16), "its forward computes something else: the outputs differ in training"),
-    "other arguments": (lambda: Tokens(8, 16), r"its forward could not be tried \(TypeError: .*missing 2 required"),
+    "other arguments": (lambda: Tokens(8, 16), r"its forward takes \(x, height, width\), the fused one \(x\)"),
+    "optional arguments": (lambda: Optional(8), r"its forward takes \(x, height=None\), the fused one \(x\)"),
+    "one convolution twice": (lambda: Twice(8), "its forward computes something else: the outputs differ in evaluation"),
+    "random": (lambda: LayerDrop(8), "its forward draws or sets random numbers, which the fused one would not"),
+    "Python's random": (lambda: PythonsLayerDrop(8), "its forward draws or sets random numbers"),
+    "seed": (lambda: Reseeded(4), "its forward draws or sets random numbers"),
+    "bases returned": (lambda: WithBases(4), "its forward computes something else: the outputs differ in evaluation"),
+    "neutral buffer": (lambda: Scaled(8), "its forward computes something else: the outputs differ in evaluation"),
+    "side effects": (lambda: Counting(8), "its forward sets seen, latest, calls, which the fused one would not"),
+    "windows": (lambda: Windows(8), "its forward computes something else: the outputs differ in evaluation"),
+    "large values": (lambda: Clamped(8), "its forward computes something else: the outputs differ in evaluation"),
+    "NaN": (lambda: WithoutNaN(8), "its forward computes something else: the outputs differ in evaluation"),
+    "no autocast": (lambda: InFloat32(8), "its forward does something else under autocast"),
+    "attributes": (lambda: Odd(), r"it could not be looked at \(KeyError: '.*'\)"),
+    "graph": (lambda: torch.fx.symbolic_trace(Attention(8)), "it is a graph of torch.fx"),
     "linear": (lambda: linear(Mlp(4, 8)), "fc1 is Linear, not Conv2d"),
     "tanh": (lambda: changed(Mlp(4, 8), act=nn.GELU("tanh")), "act is GELU by tanh, the fused operator has the erf form"),
     "relu": (lambda: changed(Mlp(4, 8), act=nn.ReLU()), "act is ReLU, not GELU"),
     "hook on act": (lambda: hooked(m := Mlp(4, 8), m.act), f"act {SILENT}"),
     "hook on wrapper": (lambda: hooked(m := Mlp(4, 8, code="official"), m.dwconv), f"dwconv {SILENT}"),
+    "beside dwconv": (
+        lambda: on_child(Mlp(4, 8, code="official"), "dwconv", lambda d: d.add_module("norm", nn.Identity())),
+        "its dwconv holds norm as well",
+    ),
     "hook on dwconv": (lambda: hooked(m := Mlp(4, 8, code="official"), m.dwconv.dwconv), f"dwconv {SILENT}"),
     "dwconv of 5x5": (
         lambda: changed(Mlp(4, 8), dwconv=nn.Conv2d(8, 8, 5, padding=2, groups=8)),
@@ -217,6 +326,7 @@ LEFT = {
     "no cross-entropy": (lambda: head(nn.Identity()), r"its loss \(Identity\) has use_sigmoid None, the fused operator False"),
     "dice": (lambda: head(Dice()), "its loss_by_feat computes something else: the outputs differ"),
     "hook on the loss": (lambda: hooked(h := head(), h.loss_decode), rf"its loss \(CrossEntropyLoss\) {SILENT}"),
+    "hard pixels": (lambda: head(HardPixels()), "its loss_by_feat computes something else: the outputs differ in evaluation"),
     "more losses": (lambda: head(kind=TwoLosses), "its loss_by_feat computes something else: the outputs differ"),
     "replaced loss": (
         lambda: changed(h := head(kind=OfficialHead), losses=h.losses),
@@ -234,11 +344,11 @@ LEFT = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_left_alone(make, reason):
     model = make()
-    classes, random = [type(module) for module in model.modules()], torch.get_rng_state()
+    classes, states = [type(module) for module in model.modules()], (torch.get_rng_state(), random.getstate())
     report = patch(model)
     assert report.swapped == {}
     assert [type(module) for module in model.modules()] == classes
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert report.left
     assert re.search(f"^({reason})", next(iter(report.left.values()))), str(report)
 
@@ -249,3 +359,15 @@ def test_children_do_not_keep_their_parent_from_being_patched():
     report = patch(network)
     assert list(report.swapped) == ["0.attn", "0.mlp", "2.attn", "2.mlp"]
     assert list(report.left) == ["1"]
+
+
+def test_a_trial_leaves_nothing_behind():
+    module = Counting(8)
+    patch(module)
+    assert (module.calls, module.seen, module.latest) == (0, [], {})
+
+
+def test_nothing_is_patched_where_something_cannot_be_looked_at():
+    """``groups`` alone make no convolution; and what fails to be looked at is left, not the rest."""
+    network = nn.ModuleList([Attention(8), nn.Sequential(nn.ChannelShuffle(2)), nn.Sequential(Odd())])
+    assert patch(network).swapped == {"0": "msca_strips"}

@@ -53,13 +53,16 @@ def patch(model: nn.Module) -> Patched:
         nmf2d.forward = lambda x: nmf(x.flatten(2), nmf2d._build_bases(...), steps).view(x.shape)
         head.loss_by_feat = ...  # upsample_cross_entropy(logits, labels), scaled as the head does; accuracy by upsample_argmax
 
-    Structure says what a module might be; what it is gets tried: a copy with random parameters runs in float64 on the CPU,
-    plain and fused, in evaluation and in training, and outputs and gradients must agree. A module is left alone where they
-    don't, where it holds hooks that would no longer run, and where it is compiled.
+    Structure says what a module might be; what it is gets tried: copies with random parameters run in float64 on the CPU,
+    plain and fused, in evaluation and in training, and outputs and gradients must agree, also for a high and a wide image, large
+    values and a NaN; so must what they set, what they draw of random numbers, and what they do under autocast. A module is left
+    alone where something differs, where it holds hooks that would no longer run, and where it is compiled. What a module does
+    for sizes and values that were not tried is not seen.
 
-    The convolutions in a swapped module are no longer called: before hooking, pruning or quantising them, and before scripting
-    the model, call :func:`unpatch`; also before pickling it whole for somewhere without this package (the state_dict needs
-    none). The compiled kernels have no second derivative.
+    The convolutions in a swapped module are no longer called: before hooking, pruning, quantising or replacing them, or
+    changing their attributes, and before tracing, scripting or exporting the model to ONNX, call :func:`unpatch`; also before
+    pickling it whole for somewhere without this package (the state_dict needs none). The compiled kernels have no second
+    derivative.
 
     Args:
         model: it is changed. Patch it before ``torch.compile``.
@@ -75,18 +78,15 @@ def patch(model: nn.Module) -> Patched:
         ``BaseDecodeHead`` and ``CrossEntropyLoss`` of mmsegmentation 1.2.2.
     """
     _check("patch", model)
-    swapped, left = {}, {}
-    for name, module in _modules(model):
-        kind = next((kind for kind in KINDS if kind.resembles(module)), None)
-        reason = _compiled(module) or (None if kind is None else _why_not(kind, module))
-        if reason is not None:
-            left[name] = reason
-        elif kind is not None:
-            # Not a function in the instance: pickle would lose it, and in a shallow copy of the module, such as those that
-            # DataParallel makes, it would use the parameters of the first.
-            module.__class__ = fused_class(kind, type(module))
-            swapped[name] = kind.operator
-    return Patched(swapped, left)
+    found = [(name, module, *_judged(module)) for name, module in _modules(model)]
+    swapped = [(name, module, kind) for name, module, kind, reason in found if kind is not None and reason is None]
+    for _, module, kind in swapped:
+        # Not a function in the instance: pickle would lose it, and in a shallow copy of the module, such as those that
+        # DataParallel makes, it would use the parameters of the first.
+        module.__class__ = fused_class(kind, type(module))
+    return Patched(
+        {name: kind.operator for name, _, kind in swapped}, {name: reason for name, _, _, reason in found if reason is not None}
+    )
 
 
 def unpatch(model: nn.Module) -> list[str]:
@@ -100,9 +100,21 @@ def unpatch(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: the model is no module.
+        RuntimeError: since ``patch`` a module got another class, as ``fully_shard`` gives it, or another forward, as
+            activation checkpointing of some libraries; nothing is changed.
     """
     _check("unpatch", model)
-    fused = [(name, module) for name, module in model.named_modules() if kind_of(type(module)) is not None]
+    fused = [(name, module) for name, module in model.named_modules() if _kinds(module)]
+    for name, module in fused:
+        if kind_of(type(module)) is None:
+            raise RuntimeError(
+                f"unpatch: {name or 'the model'} was made a {type(module).__name__} after it was patched: undo that first"
+            )
+        method = kind_of(type(module)).method
+        if method in vars(module):
+            raise RuntimeError(
+                f"unpatch: the {method} of {name or 'the model'} was replaced after it was patched: undo that first"
+            )
     for _, module in fused:
         module.__class__ = type(module).__base__
     return [name for name, _ in fused]
@@ -132,16 +144,32 @@ def _modules(module: nn.Module, name: str = "", seen: set[nn.Module] | None = No
             yield from _modules(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
+def _kinds(module: nn.Module) -> list[type[Kind]]:
+    """Those of a patched module's class and of the classes that it is made from."""
+    return [kind for cls in type(module).__mro__ if (kind := kind_of(cls)) is not None]
+
+
 def _compiled(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript"
-    if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+    if isinstance(module, torch.fx.GraphModule):
+        return "it is a graph of torch.fx"
+    if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
         return "it is compiled: patch before torch.compile"
     return None
 
 
+def _judged(module: nn.Module) -> tuple[type[Kind] | None, str | None]:
+    """The kind that the module resembles, if any, and why it is left alone nevertheless."""
+    try:
+        kind = next((kind for kind in KINDS if kind.resembles(module)), None)
+        return kind, _compiled(module) or (None if kind is None else _why_not(kind, module))
+    except Exception as error:  # attributes of a module can be somebody else's code
+        return None, f"it could not be looked at ({type(error).__name__}: {error})"
+
+
 def _why_not(kind: type[Kind], module: nn.Module) -> str | None:
-    if kind_of(type(module)) is not None or type(module) is AttentionModule:
+    if _kinds(module) or type(module) is AttentionModule:
         return "it is fused already"
     if kind.method in vars(module):
         return f"its {kind.method} was replaced in the instance"

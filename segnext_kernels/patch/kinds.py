@@ -41,8 +41,8 @@ class Kind:
         raise NotImplementedError
 
     @staticmethod
-    def arguments(twin: nn.Module) -> tuple:
-        """Readies a float64 twin of the module and returns arguments to try both methods on, a tensor with gradient first."""
+    def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
+        """Readies a twin of the module and returns arguments to try both methods on, each a tensor with gradient first."""
         raise NotImplementedError
 
     @staticmethod
@@ -65,13 +65,15 @@ def kind_of(cls: type) -> type[Kind] | None:
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:
     # For pickle, copy and deepcopy: a class that was made at run time cannot be found by its name, so it is made again.
-    cls = type(self)
-    return _new, (kind_of(cls), cls.__base__), cls.__base__.__reduce_ex__(self, 2)[2]
+    cls, plain = type(self), type(self).__base__
+    make, arguments, *rest = plain.__reduce_ex__(self, max(protocol, 2))
+    return _made, (kind_of(cls), make, *(plain if argument is cls else argument for argument in arguments)), *rest
 
 
-def _new(kind: type[Kind], plain: type[nn.Module]) -> nn.Module:
-    cls = fused_class(kind, plain)
-    return cls.__new__(cls)
+def _made(kind: type[Kind], make: Callable[..., nn.Module], *arguments) -> nn.Module:
+    module = make(*arguments)
+    module.__class__ = fused_class(kind, type(module))
+    return module
 
 
 class Attention(Kind):
@@ -85,7 +87,7 @@ class Attention(Kind):
 
     @staticmethod
     def resembles(module: nn.Module) -> bool:
-        kernels = [child.kernel_size for child in module.children() if hasattr(child, "groups")]
+        kernels = [getattr(child, "kernel_size", None) for child in module.children() if hasattr(child, "groups")]
         kernels = [kernel for kernel in kernels if isinstance(kernel, tuple) and len(kernel) == 2]
         return any(h == 1 < w for h, w in kernels) and any(w == 1 < h for h, w in kernels)
 
@@ -106,13 +108,14 @@ class Attention(Kind):
         return None
 
     @staticmethod
-    def arguments(twin: nn.Module) -> tuple:
-        first = next(twin.children())
-        return (normal(2, first.in_channels, 3, 4),)
+    def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
+        first, *others = twin.children()
+        return images(first.in_channels, max(max(getattr(child, "kernel_size", (1,))) for child in others), dtype)
 
     @staticmethod
     def fused(self: nn.Module, x: Tensor) -> Tensor:
         *convolutions, mixing = self.children()
+        _unreplaced(self, *convolutions)
         weights = [tensor for convolution in convolutions for tensor in (convolution.weight, bias(convolution))]
         return mixing(msca_strips(x, weights)) * x
 
@@ -137,6 +140,9 @@ class MLP(Kind):
             return f"act is {type(module.act).__name__}, not GELU"
         if module.act.approximate != "none":
             return f"act is GELU by {module.act.approximate}, the fused operator has the erf form"
+        beside = [name for name, _ in module.dwconv.named_children() if name != "dwconv"]
+        if beside:
+            return f"its dwconv holds {', '.join(beside)} as well"
         convolution = inner(module.dwconv)
         return (
             silent("act", module.act)
@@ -145,12 +151,13 @@ class MLP(Kind):
         )
 
     @staticmethod
-    def arguments(twin: nn.Module) -> tuple:
-        return (normal(2, twin.fc1.in_channels, 3, 4),)
+    def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
+        return images(twin.fc1.in_channels, 3, dtype)
 
     @staticmethod
     def fused(self: nn.Module, x: Tensor) -> Tensor:
         convolution = inner(self.dwconv)
+        _unreplaced(self, convolution, self.act)
         x = dwconv_gelu(self.fc1(x), convolution.weight, bias(convolution))
         return self.drop(self.fc2(self.drop(x)))
 
@@ -173,11 +180,12 @@ class NMF(Kind):
         return None
 
     @staticmethod
-    def arguments(twin: nn.Module) -> tuple:
+    def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
         # Both methods start from the same bases, and on the CPU, where the official forward never draws them.
-        bases = torch.rand(2, 6, twin.R, dtype=torch.float64)
+        bases = torch.rand(2, 6, twin.R, dtype=dtype)
         twin._build_bases = lambda *shape, **place: bases
-        return (normal(2, 6, 3, 4).detach().abs().requires_grad_(),)
+        positive = [(x.detach().abs().requires_grad_(),) for (x,) in images(6, 3, dtype, batch=2)]
+        return [*positive, (*positive[0], True)]
 
     @staticmethod
     def fused(self: nn.Module, x: Tensor, return_bases: bool = False) -> Tensor:
@@ -255,5 +263,27 @@ def decompose(module: nn.Module, x: Tensor, bases: Tensor) -> Tensor:
     return nmf(x.flatten(2), bases.to(accumulator(x.dtype)), steps).view(x.shape)
 
 
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).requires_grad_()
+def images(channels: int, reach: int, dtype: torch.dtype, batch: int = 1) -> list[tuple[Tensor]]:
+    """To try a module of images on: a small one, a high one with large values, and a wide one with a NaN; ``reach`` is that of
+    its filters."""
+    side = max(24, reach + 3)
+    shapes = (2, channels, 3, 4), (batch, channels, side, 2), (batch, channels, 2, side)
+    small, high, wide = (normal(*shape, dtype=dtype) for shape in shapes)
+    high = 1000 * high
+    with torch.no_grad():
+        wide[0, 0, 0, 0] = torch.nan
+    return [(small,), (high,), (wide,)]
+
+
+def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+def _unreplaced(module: nn.Module, *children: nn.Module) -> None:
+    """What was checked when the module was patched, as far as it costs nothing at every call."""
+    for child in children:
+        if type(child) not in (nn.Conv2d, nn.GELU):
+            raise RuntimeError(
+                f"{type(child).__name__} took a place in {type(module).__base__.__name__} after it was patched, where the fused"
+                " operator would ignore it: call segnext_kernels.unpatch, replace, and patch again"
+            )

@@ -43,9 +43,11 @@ class LossByFeat(Kind):
         return None
 
     @staticmethod
-    def arguments(twin: nn.Module) -> tuple:
-        logits, labels = logits_and_labels(twin)
-        return logits, [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=label)) for label in labels]
+    def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
+        return [
+            (logits, [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=label)) for label in labels])
+            for logits, labels in logits_and_labels(twin, dtype)
+        ]
 
     @staticmethod
     def fused(self: nn.Module, seg_logits: Tensor, batch_data_samples: list) -> dict[str, Tensor]:
@@ -58,8 +60,8 @@ class Losses(LossByFeat):
     method = "losses"
 
     @staticmethod
-    def arguments(twin: nn.Module) -> tuple:
-        return logits_and_labels(twin)
+    def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
+        return logits_and_labels(twin, dtype)
 
     @staticmethod
     def fused(self: nn.Module, seg_logit: Tensor, seg_label: Tensor) -> dict[str, Tensor]:
@@ -80,15 +82,16 @@ def losses(head: nn.Module, logits: Tensor, labels: Tensor) -> dict[str, Tensor]
         name = criterion.loss_name
         result[name] = result[name] + loss if name in result else loss
     right = (upsample_argmax(logits, labels.shape[1:]) == labels) & known
-    result["acc_seg"] = (right.sum().view(1).float() + EPS) * (100 / (known.sum() + EPS))
+    result["acc_seg"] = (right.sum().view(1).float() + EPS) * (100 / (known.sum(dtype=torch.float32) + EPS))
     return result
 
 
 def cross_entropy(criterion: nn.Module, logits: Tensor, labels: Tensor, known: Tensor, ignore_index: int) -> Tensor:
     """``CrossEntropyLoss`` of mmsegmentation: unless ``avg_non_ignore``, ignored pixels count in the mean, with a loss of 0."""
-    weight, count, total = None, known.sum(), labels.numel()
+    dtype = accumulator(logits.dtype)  # integers would be divided in the default one
+    weight, count, total = None, known.sum(dtype=dtype), labels.numel()
     if criterion.class_weight is not None:
-        weight = logits.new_tensor(criterion.class_weight, dtype=accumulator(logits.dtype))
+        weight = logits.new_tensor(criterion.class_weight, dtype=dtype)
         weights = weight[labels]  # [N, H, W]; as in the original an error where a label is no class
         count, total = (weights * known).sum(), weights.sum()
     if getattr(criterion, "avg_non_ignore", False):
@@ -97,9 +100,13 @@ def cross_entropy(criterion: nn.Module, logits: Tensor, labels: Tensor, known: T
     return criterion.loss_weight * mean * (count / (total + EPS))
 
 
-def logits_and_labels(head: nn.Module) -> tuple[Tensor, Tensor]:
-    """To try a head's loss on, a few pixels ignored, unless its classes have weights: those need a class everywhere."""
-    labels = torch.randint(head.num_classes, (2, 1, 7, 9))
-    if all(criterion.class_weight is None for criterion in criteria(head)):
-        labels[:, :, 2] = head.ignore_index
-    return normal(2, head.num_classes, 3, 4), labels
+def logits_and_labels(head: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """To try a head's loss on, few pixels and many with large logits, some ignored, unless its classes have weights: those
+    need a class everywhere."""
+    trials = []
+    for scale, low, high in ((1, (3, 4), (7, 9)), (100, (5, 6), (64, 64))):
+        labels = torch.randint(head.num_classes, (2, 1, *high))
+        if all(criterion.class_weight is None for criterion in criteria(head)):
+            labels[:, :, 2] = head.ignore_index
+        trials.append((scale * normal(2, head.num_classes, *low, dtype=dtype), labels))
+    return trials
