@@ -24,9 +24,9 @@ Image pixels(const Tensor& t, const char* name) {
   return x;
 }
 
-const float* floats(const Tensor& t, int64_t count, const char* name) {
+const float* floats(const Tensor& t, int64_t count, const char* name, const char* of = "") {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count,
-                  "segnext_kernels: ", name, " must hold ", count, " contiguous float32 elements on the CPU");
+                  "segnext_kernels: ", of, name, " must hold ", count, " contiguous float32 elements on the CPU");
   return static_cast<const float*>(t.data_ptr());
 }
 
@@ -35,8 +35,8 @@ PackedWeights packed(const Tensor& weight, const Tensor& bias, int64_t depth, in
   const int64_t padded = x.dtype == Dtype::kBFloat16 ? depth + depth % 2 : depth, panels = (columns + 31) / 32;
   STD_TORCH_CHECK(
       weight.is_cpu() && dtype_of(weight, name) == x.dtype && weight.is_contiguous() && weight.numel() == panels * padded * 32,
-      "segnext_kernels: ", name, " must be packed weights [", depth, ", ", columns, "] in x's dtype on the CPU");
-  return {weight.data_ptr(), floats(bias, columns, name)};
+      "segnext_kernels: ", name, " must be contiguous packed weights [", depth, ", ", columns, "] in x's dtype on the CPU");
+  return {weight.data_ptr(), floats(bias, columns, name, "the bias of ")};
 }
 
 Tensor empty_pixels(const Tensor& like, int64_t images, int64_t channels, int64_t height, int64_t width) {
@@ -84,11 +84,12 @@ Tensor mlp(const Tensor& x, const Tensor& fc1, const Tensor& bias1, const Tensor
            const Tensor& fc2, const Tensor& bias2) {
   const Image in = pixels(x, "x");
   const int64_t hidden = bias1.numel();
+  STD_TORCH_CHECK(hidden > 0, "segnext_kernels: fc1 must have at least one output");
   const MlpWeights w{packed(fc1, bias1, in.channels, hidden, in, "fc1"), floats(depthwise, hidden * 9, "depthwise"),
                      floats(depthwise_bias, hidden, "depthwise_bias"), packed(fc2, bias2, hidden, in.channels, in, "fc2"),
                      hidden};
   Tensor y = torch::stable::empty_like(x);
-  segnext::mlp_forward(in, w, pixels(y, "y"), parallel());
+  if (x.numel() > 0) segnext::mlp_forward(in, w, pixels(y, "y"), parallel());
   return y;
 }
 

@@ -215,4 +215,5 @@ def precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if device.type == "cpu" and segnext_kernels.build_info()["isa"].endswith("bf16") else "float32"
+    isa = segnext_kernels.build_info()["isa"]  # None without compiled kernels
+    return "bfloat16" if device.type == "cpu" and isa is not None and isa.endswith("bf16") else "float32"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import _select
+from . import _select, _validate
 
 
 def call(operator: str, backend: str | None, validate: Callable, reference: Callable, *args) -> Tensor:
@@ -23,15 +23,15 @@ def call(operator: str, backend: str | None, validate: Callable, reference: Call
         args: of the operator; the first is an image or a list of images.
     """
     kernel = getattr(torch.ops.segnext_kernels, operator)
-    if backend is None and _ready(operator, args[0]):
+    if backend is None and _ready(operator, args):
         try:
             return kernel(*args)
         except RuntimeError:
             pass
-    args = validate(*args)
+    args = _validated(validate, args)
     if _select.select(operator, backend, _first(args[0])) == "reference":
         return reference(*args)
-    if torch.is_grad_enabled() and _first(args[0]).requires_grad:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
         raise NotImplementedError(
             f"{operator} serves inference and has no derivative: call it under torch.no_grad(), or train the unfused model"
         )
@@ -42,8 +42,36 @@ def _first(x: Tensor | list[Tensor]) -> Tensor:
     return x if isinstance(x, Tensor) else x[0]
 
 
-def _ready(operator: str, x: object) -> bool:
-    x = x[0] if isinstance(x, list) and x else x
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+def _ready(operator: str, args: tuple) -> bool:
+    """Whether the kernel can be asked before anything is checked. A call that is recorded must not fail, and where a tensor is
+    on meta or stands in for another nothing would be refused."""
+    x = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
+    if type(x) not in (Tensor, nn.Parameter):
         return False
-    return _select.why_not("cpu", operator, x) is None
+    differentiated = torch.is_grad_enabled()
+    for tensor in _tensors(args):
+        if not tensor.is_cpu or (differentiated and tensor.requires_grad):
+            return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not _validate.transformed() and _select.why_not("cpu", operator, x) is None
+
+
+def _tensors(args: tuple) -> list[Tensor]:
+    """Those among the arguments, and in lists of them."""
+    found = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            found += [one for one in arg if isinstance(one, Tensor)]
+    return found
+
+
+def _validated(validate: Callable, args: tuple) -> tuple:
+    """Under autocast, too, dtypes must fit: these operators do not cast."""
+    x = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    if isinstance(x, Tensor) and _validate.autocasts(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return validate(*args)
+    return validate(*args)

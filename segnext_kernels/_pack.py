@@ -21,10 +21,15 @@ def pack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         pixels of C channels each.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: another dtype, or weight is no tensor.
+        ValueError: weight has another shape.
     """
     if dtype not in PACKED_DTYPES:
         raise TypeError(f"pack: dtype must be float32 or bfloat16, got {dtype}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"pack: weight must be a tensor, got {type(weight).__name__}")
+    if weight.dim() not in (2, 4) or weight.shape[2:3] != weight.shape[3:4]:
+        raise ValueError(f"pack: weight must be [outputs, inputs] or [outputs, channels, k, k], got {list(weight.shape)}")
     if weight.dim() == 4:
         weight = weight.permute(0, 2, 3, 1).flatten(1)
     step = 2 if dtype == torch.bfloat16 else 1

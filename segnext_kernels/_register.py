@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from . import _triton
-from ._validate import AUTOCAST_DEVICES, autocasts
+from ._validate import AUTOCAST_DEVICES, autocasts, transformed
 
 NAMESPACE = "segnext_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -121,6 +121,6 @@ def cast_floating(value, dtype: torch.dtype):
 
 def like_layout(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """``tensor`` with the strides of ``model`` (same shape): itself where they agree already, else one copy."""
-    if tensor.stride() == model.stride():
+    if transformed() or tensor.stride() == model.stride():
         return tensor
     return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)

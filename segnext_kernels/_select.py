@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _load, _triton
+from . import _load, _triton, _validate
 
 OPERATORS = (
     "msca_strips",
@@ -92,9 +94,7 @@ def _why_not_called(
 
 
 def _transformed() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _validate.transformed() or forward_ad._current_level >= 0
 
 
 def select(operator: str, backend: str | None, x: Tensor, **details) -> str:
@@ -109,25 +109,29 @@ def select(operator: str, backend: str | None, x: Tensor, **details) -> str:
     return backend
 
 
-def explain(operator: str, x: Tensor, **details) -> dict[str, str]:
+def explain(operator: str, x: Tensor, *, branch_sizes: Sequence[int] = COMPILED_BRANCHES, rank: int = 1) -> dict[str, str]:
     """Says for every backend whether it serves a call of ``operator`` on ``x``: "serves", "could serve", or why not.
 
     Args:
         operator: its name, such as "msca_strips".
-        x: the operator's first argument.
-        details: ``branch_sizes`` for msca_strips, (7, 11, 21) unless told; ``rank`` for nmf, 1 unless told.
+        x: the operator's first argument, or the first of its maps.
+        branch_sizes: of msca_strips.
+        rank: of nmf.
 
     Returns:
         One sentence for every backend, in order of preference.
 
     Raises:
+        TypeError: x is no tensor.
         ValueError: there is no such operator.
     """
     if operator not in OPERATORS:
         raise ValueError(f"explain: there is no operator {operator!r}; there are {', '.join(OPERATORS)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"explain: x must be a tensor, got {type(x).__name__}")
     answer, served = {}, False
     for name in BACKENDS:
-        reason = why_not(name, operator, x, **details)
+        reason = why_not(name, operator, x, branch_sizes=tuple(branch_sizes), rank=rank)
         answer[name] = reason or ("could serve" if served else "serves")
         served = served or reason is None
     return answer

@@ -25,37 +25,42 @@ def autocasts(x: Tensor) -> bool:
     return x.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type)
 
 
+def transformed() -> bool:
+    """Whether torch.func's transforms are at work: then operators run in plain PyTorch, and vmap tells no layout."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def dense_image(x: Tensor) -> Tensor:
     """x itself where it is contiguous or channels_last, else a contiguous copy."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+    if transformed() or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
 
 
 def dense_matrix(x: Tensor) -> Tensor:
     """x itself where it is contiguous or transposed (second dimension fastest), else a contiguous copy."""
-    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+    return x if transformed() or x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
-def msca_strips(x: Tensor, weights: Sequence[Tensor]) -> tuple[int, ...]:
-    """Checks the arguments of msca_strips and returns its branch sizes."""
-    _image("msca_strips", x)
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"msca_strips: weights must be a list or tuple of tensors, got {type(weights).__name__}")
+def msca_strips(x: Tensor, weights: Sequence[Tensor], op: str = "msca_strips", before: int = 0) -> tuple[int, ...]:
+    """Checks the arguments of msca_strips and returns its branch sizes; ``before`` tensors stand before the weights in those
+    of another operator."""
+    _image(op, x)
+    _sequence(op, "weights", weights)
     if len(weights) < 2 or len(weights) % 4 != 2:
         raise ValueError(
-            "msca_strips: weights must hold the 5x5 filter and bias, then row filter, bias, column filter and bias"
+            f"{op}: weights must hold the 5x5 filter and bias, then row filter, bias, column filter and bias"
             f" for every branch (2 + 4 B tensors), got {len(weights)}"
         )
     if not _alike(weights, x):
-        for i, weight in enumerate(weights):
-            _companion("msca_strips", f"weights[{i}]", weight, x)
+        for i, weight in enumerate(weights, before):
+            _companion(op, f"weights[{i}]", weight, x)
     channels, sizes = x.shape[1], []
     for i, row_filter in enumerate(weights[2::4]):
         size = row_filter.shape[-1] if row_filter.dim() == 4 else 0
         if size % 2 == 0:
             raise ValueError(
-                f"msca_strips: weights[{2 + 4 * i}] must be a row filter [{channels}, 1, 1, k] with odd k,"
+                f"{op}: weights[{before + 2 + 4 * i}] must be a row filter [{channels}, 1, 1, k] with odd k,"
                 f" got {list(row_filter.shape)}"
             )
         sizes.append(size)
@@ -64,8 +69,8 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor]) -> tuple[int, ...]:
     for size in sizes:
         expected += [(channels, 1, 1, size), bias, (channels, 1, size, 1), bias]
     if [weight.shape for weight in weights] != expected:
-        for i, (weight, shape) in enumerate(zip(weights, expected, strict=True)):
-            _shape("msca_strips", f"weights[{i}]", weight, shape)
+        for i, (weight, shape) in enumerate(zip(weights, expected, strict=True), before):
+            _shape(op, f"weights[{i}]", weight, shape)
     return tuple(sizes)
 
 
@@ -108,8 +113,7 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str, round_factors: bool
         allowed = " or ".join(dict.fromkeys((str(x.dtype), str(accumulator(x.dtype)))))
         raise TypeError(f"nmf: bases must be {allowed} for x of {x.dtype}, got {bases.dtype}")
     _same_device("nmf", "bases", bases, x)
-    if isinstance(steps, bool) or not isinstance(steps, (int, torch.SymInt)):
-        raise TypeError(f"nmf: steps must be an int, got {type(steps).__name__}")
+    whole("nmf", "steps", steps)
     if steps < 0:
         raise ValueError(f"nmf: steps must be at least 0, got {steps}")
     if gradient not in GRADIENTS:
@@ -135,8 +139,7 @@ def upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, we
     _same_device(op, "target", target, logits)
     if target.shape[0] != logits.shape[0]:
         raise ValueError(f"{op}: target must have the logits' {logits.shape[0]} images, got shape {list(target.shape)}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    whole(op, "ignore_index", ignore_index)
     if weight is not None:
         vector(op, "weight", weight, logits.shape[1], logits, accumulator(logits.dtype))
 
@@ -144,11 +147,13 @@ def upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, we
 def conv_act(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, stride: int, activation: str) -> tuple:
     """Checks the arguments of conv_act and returns them, x in a dense layout."""
     channels_last("conv_act", "x", x[:0] if isinstance(x, Tensor) and x.dim() else x)
+    whole("conv_act", "kernel_size", kernel_size)
+    whole("conv_act", "stride", stride)
     if kernel_size < 1 or kernel_size % 2 == 0 or stride < 1:
         raise ValueError(f"conv_act: kernel_size must be odd and stride at least 1, got {kernel_size} and {stride}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv_act: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    packed("conv_act", "weight", weight, bias, x.shape[1] * kernel_size**2, x)
+    weight, bias = packed("conv_act", "weight", weight, bias, x.shape[1] * kernel_size**2, x)
     return dense_image(x), weight, bias, kernel_size, stride, activation
 
 
@@ -156,39 +161,45 @@ def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> tuple:
     """Checks the arguments of spatial_attention and returns them, x in channels_last."""
     op = "spatial_attention"
     x = channels_last(op, "x", x)
-    if not isinstance(weights, (list, tuple)) or len(weights) != 21:
+    _sequence(op, "weights", weights)
+    if len(weights) != 21:
         raise ValueError(f"{op}: weights must be 21 tensors: W1, b1, 14 strips, W3, b3, W2, b2, scale; got {len(weights)}")
-    channels = x.shape[1]
+    channels, weights = x.shape[1], list(weights)
     for name, i in (("W1", 0), ("W3", 16), ("W2", 18)):
-        packed(op, name, weights[i], weights[i + 1], channels, x)
+        weights[i : i + 2] = packed(op, name, weights[i], weights[i + 1], channels, x)
         _shape(op, f"the bias of {name}", weights[i + 1], (channels,))
-    sizes = msca_strips(x, list(weights[2:16]))
+    sizes = msca_strips(x, weights[2:16], op, before=2)
     if sizes != (7, 11, 21):
         raise ValueError(f"{op}: the strips must have branch sizes (7, 11, 21), got {sizes}")
-    vector(op, "scale", weights[20], channels, x)
-    return x, list(weights)
+    weights[20] = vector(op, "scale", weights[20], channels, x)
+    return x, weights
 
 
 def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor) -> tuple:
     """Checks the arguments of mlp and returns them, x in channels_last."""
     x = channels_last("mlp", "x", x)
-    packed("mlp", "fc1", fc1, bias1, x.shape[1], x)
-    packed("mlp", "fc2", fc2, bias2, bias1.shape[0], x)
-    vector("mlp", "bias2", bias2, x.shape[1], x)
-    vector("mlp", "depthwise_bias", depthwise_bias, bias1.shape[0], x)
+    fc1, bias1 = packed("mlp", "fc1", fc1, bias1, x.shape[1], x)
+    if bias1.shape[0] < 1:
+        raise ValueError("mlp: fc1 must have at least one output")
+    fc2, bias2 = packed("mlp", "fc2", fc2, bias2, bias1.shape[0], x)
+    _shape("mlp", "bias2", bias2, (x.shape[1],))
+    depthwise_bias = vector("mlp", "depthwise_bias", depthwise_bias, bias1.shape[0], x)
     if not isinstance(depthwise, Tensor) or depthwise.dtype != torch.float32:
         raise TypeError("mlp: depthwise must be a float32 tensor")
     _same_device("mlp", "depthwise", depthwise, x)
     _shape("mlp", "depthwise", depthwise, (bias1.shape[0], 1, 3, 3))
-    return x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2
+    return x, fc1, bias1, depthwise.contiguous(), depthwise_bias, fc2, bias2
 
 
 def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, residual: Tensor | None) -> tuple:
     """Checks the arguments of group_norm_relu and returns them, x and the residual in channels_last."""
     op = "group_norm_relu"
     x = channels_last(op, "x", x)
-    vector(op, "weight", weight, x.shape[1], x)
-    vector(op, "bias", bias, x.shape[1], x)
+    weight = vector(op, "weight", weight, x.shape[1], x)
+    bias = vector(op, "bias", bias, x.shape[1], x)
+    whole(op, "groups", groups)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"{op}: groups must divide the {x.shape[1]} channels, got {groups}")
     if residual is not None:
@@ -201,15 +212,18 @@ def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> tuple:
     """Checks the arguments of resize_concat_conv and returns them, the maps in channels_last."""
     op = "resize_concat_conv"
+    _sequence(op, "maps", maps)
+    _sequence(op, "weights", weights)
     if not maps or len(maps) != len(weights):
         raise ValueError(f"{op}: as many weights as maps are needed and at least one, got {len(maps)} and {len(weights)}")
     maps = [channels_last(op, f"maps[{i}]", x) for i, x in enumerate(maps)]
-    for i, (x, weight) in enumerate(zip(maps, weights, strict=True)):
+    weights = list(weights)
+    for i, x in enumerate(maps):
         _companion(op, f"maps[{i}]", x, maps[0])
         if x.shape[0] != maps[0].shape[0] or x.numel() == 0:
             raise ValueError(f"{op}: maps must have one batch size and not be empty, got {[list(m.shape) for m in maps]}")
-        packed(op, f"weights[{i}]", weight, bias, x.shape[1], x)
-    return maps, list(weights), bias
+        weights[i], bias = packed(op, f"weights[{i}]", weights[i], bias, x.shape[1], x)
+    return maps, weights, bias
 
 
 def channels_last(op: str, name: str, x: Tensor) -> Tensor:
@@ -220,31 +234,46 @@ def channels_last(op: str, name: str, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Tensor) -> None:
-    """Checks packed weights of a linear layer on ``inputs`` values and their bias, which tells the number of outputs."""
+def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks packed weights of a linear layer on ``inputs`` values and their bias, which tells the number of outputs, and
+    returns them contiguous."""
     if not isinstance(bias, Tensor) or bias.dim() != 1:
         raise TypeError(f"{op}: the bias of {name} must be a tensor [outputs]")
-    vector(op, f"the bias of {name}", bias, bias.shape[0], x)
+    bias = vector(op, f"the bias of {name}", bias, bias.shape[0], x)
     _companion(op, name, weight, x)
     step = 2 if x.dtype == torch.bfloat16 else 1
     panels = -(-bias.shape[0] // PANEL)
     shape = (panels, inputs, PANEL) if step == 1 else (panels, -(-inputs // step), PANEL, step)
     _shape(op, f"{name}, packed,", weight, shape)
+    return weight.contiguous(), bias
 
 
-def vector(op: str, name: str, tensor: Tensor, count: int, x: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    """Checks ``count`` numbers, float32 unless told, on x's device."""
+def vector(op: str, name: str, tensor: Tensor, count: int, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Checks ``count`` numbers, float32 unless told, on x's device, and returns them contiguous."""
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
         found = getattr(tensor, "dtype", type(tensor).__name__)
         raise TypeError(f"{op}: {name} must be a {str(dtype).removeprefix('torch.')} tensor, got {found}")
     _same_device(op, name, tensor, x)
     _shape(op, name, tensor, (count,))
+    return tensor.contiguous()
+
+
+def whole(op: str, name: str, number: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(number).__name__}")
+
+
+def _sequence(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{op}: {name} must be a list or tuple of tensors, got {type(tensors).__name__}")
 
 
 def _logits(op: str, logits: Tensor, size: Sequence[int]) -> None:
     """Checks an image that can be resized to ``size``."""
     _tensor(op, "logits", logits, "[N, C, h, w]")
-    if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in size):
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise ValueError(f"{op}: size must be two whole numbers (H, W), got {size!r}")
+    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in size):
         raise ValueError(f"{op}: size must be two whole numbers (H, W), got {size!r}")
     if 0 in logits.shape[1:] and 0 not in size:
         raise ValueError(f"{op}: empty logits {list(logits.shape)} cannot be resized to {list(size)}")

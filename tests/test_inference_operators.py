@@ -6,9 +6,10 @@ import pytest
 import torch
 from checks import poisoned
 from inference import MAKE, PACKED_DTYPES, SHAPES, Draw, call, channels_last, check, conv_act, group_norm_relu, product
-from operators import IMAGE_LAYOUTS, assert_same, compiled
+from operators import IMAGE_LAYOUTS, arrange, assert_same, compiled
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import segnext_kernels as kernels
 from segnext_kernels._pack import unpack
@@ -54,6 +55,9 @@ def test_images_without_pixels(operator, dtype, backend):
     x, rest, truth = MAKE[operator]((2, 8, 1, 5, 16), dtype)
     rest = [r[:, :, :0] if isinstance(r, Tensor) and r.shape == x.shape else r for r in rest]
     assert call(operator, (x[:, :, :0], rest, None), backend=backend).shape == truth[:, :, :0].shape
+    x, rest, truth = MAKE[operator]((2, 8, 5, 1, 16), dtype)
+    rest = [r[..., :0] if isinstance(r, Tensor) and r.shape == x.shape else r for r in rest]
+    assert call(operator, (x[..., :0], rest, None), backend=backend).shape == truth[..., :0].shape
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -122,11 +126,38 @@ def test_registration(operator, backend):
 @compiled
 def test_a_gradient_is_refused(operator, backend):
     x, rest = channels_last(MAKE[operator](SHAPES[4], torch.float32))
-    (x[0] if isinstance(x, list) else x).requires_grad_()
-    with pytest.raises(NotImplementedError, match=f"{operator} serves inference"):
-        getattr(kernels, operator)(x, *rest)
-    with torch.no_grad():
-        assert not getattr(kernels, operator)(x, *rest).requires_grad
+    for leaf in filter(torch.is_floating_point, leaves(x, rest)):
+        leaf.requires_grad_()
+        with pytest.raises(NotImplementedError, match=f"{operator} serves inference"):
+            getattr(kernels, operator)(x, *rest)
+        with torch.no_grad():
+            for served in (None, backend):
+                assert not getattr(kernels, operator)(x, *rest, backend=served).requires_grad
+        leaf.requires_grad_(False)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@compiled
+def test_calls_are_recorded_as_they_are_served(operator, backend):
+    """Contiguous images are copied to channels_last, in what is traced too."""
+    x, rest, _ = MAKE[operator](SHAPES[4], torch.float32)
+    images, function = list(x) if isinstance(x, list) else [x], getattr(kernels, operator)
+
+    def run(*images: Tensor) -> Tensor:
+        return function(list(images) if isinstance(x, list) else images[0], *rest)
+
+    expected = [run(*(2 * image for image in images))]
+    doubled = [2 * image for image in images]
+    assert_same([torch.jit.trace(run, images, check_trace=False)(*doubled)], expected)
+    assert_same([make_fx(run)(*images)(*doubled)], expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@compiled
+def test_weights_of_any_strides(operator, backend):
+    x, rest = channels_last(MAKE[operator](SHAPES[4], torch.float32))
+    strided = tree_map(lambda leaf: arrange(leaf, "sliced") if isinstance(leaf, Tensor) else leaf, rest)
+    assert_same([getattr(kernels, operator)(x, *strided)], [getattr(kernels, operator)(x, *rest)])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 7), (150, 27), (64, 64)], ids=str)
@@ -141,16 +172,25 @@ BAD = [
     ("conv_act", lambda x, w, b, k, s, a: (x[0], w, b, k, s, a), ValueError, r"x must be \[N, C, H, W\]"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, 2, s, a), ValueError, "kernel_size must be odd"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, k, 0, a), ValueError, "stride at least 1"),
+    ("conv_act", lambda x, w, b, k, s, a: (x, w, b, 1.0, s, a), TypeError, "kernel_size must be an int, got float"),
+    ("conv_act", lambda x, w, b, k, s, a: (x, w, b, k, None, a), TypeError, "stride must be an int, got NoneType"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, k, s, "tanh"), ValueError, "activation must be one of none, gelu, relu"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w[:, 1:], b, k, s, a), ValueError, "weight, packed, must be"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w.bfloat16(), b, k, s, a), TypeError, "must have x's dtype"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b.half(), k, s, a), TypeError, "must be a float32 tensor"),
     ("spatial_attention", lambda x, w: (x, w[1:]), ValueError, "21 tensors"),
+    ("spatial_attention", lambda x, w: (x, 3), TypeError, "weights must be a list or tuple of tensors, got int"),
+    ("spatial_attention", lambda x, w: (x, [w[0], w[1][1:], *w[2:]]), ValueError, "the bias of W1 must be"),
+    ("spatial_attention", lambda x, w: (x, [*w[:4], w[4][..., 1:-1], *w[5:]]), ValueError, r"weights\[6\] must be"),
     ("spatial_attention", lambda x, w: (x, [*w[:20], w[20][1:]]), ValueError, "scale must be"),
     ("mlp", lambda x, *w: (x, *w[:2], w[2][..., 1:], *w[3:]), ValueError, "depthwise must be"),
     ("mlp", lambda x, *w: (x, *w[:4], w[0], w[5]), ValueError, "fc2, packed, must be"),
+    ("mlp", lambda x, *w: (x, w[0][:0], w[1][:0], w[2][:0], w[3][:0], *w[4:]), ValueError, "fc1 must have at least one output"),
+    ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, "8", e, r), TypeError, "groups must be an int, got str"),
+    ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, g, None, r), TypeError, "eps must be a number, got NoneType"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, 4, e, r), ValueError, "groups must divide the 17 channels"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, g, e, r[1:]), ValueError, "residual must be"),
+    ("resize_concat_conv", lambda m, w, b: (m[0], w, b), TypeError, "maps must be a list or tuple of tensors, got Tensor"),
     ("resize_concat_conv", lambda m, w, b: (m, w[1:], b), ValueError, "as many weights as maps"),
     ("resize_concat_conv", lambda m, w, b: ([m[0][:1], *m[1:]], w, b), ValueError, "one batch size"),
 ]
@@ -161,3 +201,37 @@ def test_bad_arguments_are_named(operator, spoil, kind, message):
     x, rest, _ = MAKE[operator](SHAPES[4], torch.float32)
     with pytest.raises(kind, match=f"{operator}: .*{message}"):
         getattr(kernels, operator)(*spoil(x, *rest))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("served", [None, "reference"])
+def test_every_tensor_is_checked(operator, served):
+    """For its dtype, its shape and its device, by the reference too, in the words of the operator."""
+    x, rest, _ = MAKE[operator](SHAPES[4], torch.float32)
+    flat, structure = tree_flatten((x, rest))
+    spoil = {
+        TypeError: lambda tensor: tensor.to(torch.int32),
+        ValueError: lambda tensor: tensor[1:],
+        (TypeError, ValueError): lambda tensor: tensor.to("meta"),
+    }
+    for place in (i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and i > 0):
+        for kind, change in spoil.items():
+            x, rest = tree_unflatten([*flat[:place], change(flat[place]), *flat[place + 1 :]], structure)
+            with pytest.raises(kind, match=f"^{operator}: "):
+                getattr(kernels, operator)(x, *rest, backend=served)
+
+
+def test_autocast_does_not_mix_dtypes():
+    x, rest = channels_last(group_norm_relu(SHAPES[4], torch.float32))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="residual must have x's dtype"):
+        kernels.group_norm_relu(x, *rest[:4], rest[4].bfloat16())
+
+
+@pytest.mark.parametrize("weight", [None, torch.ones(3), torch.ones(3, 3, 1, 9)], ids=["None", "1", "1x9"])
+def test_pack_names_what_is_wrong(weight):
+    with pytest.raises((TypeError, ValueError), match="^pack: weight must be "):
+        kernels.pack(weight)
+
+
+def leaves(x, rest) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves((x, rest)) if isinstance(leaf, Tensor)]

@@ -274,7 +274,7 @@ def test_bases_of_ones_own():
 
 
 def test_modules_that_only_look_odd():
-    """They keep their convolutions in a list too and have a dict of their own; one that is parametrized goes on being called."""
+    """Convolutions in a list too, a dict of one's own, and one that is parametrized, which goes on being called."""
 
     class Config(dict):
         def __init__(self, **options) -> None:

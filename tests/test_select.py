@@ -13,6 +13,7 @@ import pytest
 import torch
 from operators import FUNCTIONS, compiled, dwconv_gelu_sample, msca_strips_sample, nmf_sample, require
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import segnext_kernels
 from segnext_kernels import _load, _select, _triton, build_info, explain
@@ -266,3 +267,41 @@ def test_transforms_go_through_plain_pytorch(operator, backend):
     torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], (expected * tangent).sum())
     with pytest.raises(ValueError, match="forward-mode"):
         torch.func.grad(lambda x: loss(x, backend))(x)
+    torch._dynamo.reset()
+    compiled_loss = torch.compile(loss, backend="eager")
+    compiled_loss(x)
+    for jvp in (  # what is compiled must not take the kernels' way either, whose tangents are zero
+        lambda: torch.compile(lambda x: torch.func.jvp(loss, (x,), (tangent,))[1], backend="eager", fullgraph=True)(x),
+        lambda: torch.func.jvp(compiled_loss, (x,), (tangent,))[1],
+        lambda: forward_derivative(compiled_loss, x, tangent),
+    ):
+        torch.testing.assert_close(jvp(), (expected * tangent).sum())
+
+
+def forward_derivative(function, x: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+
+
+@compiled
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_vmap(operator, backend):
+    """Over every argument in turn, whatever its strides, as one computes ensembles of models."""
+    sample = next(s for s in SMALL if s.operator == operator)
+    for i, leaf in enumerate(sample.leaves):
+        batched = torch.stack([leaf, leaf * 0.5, leaf * 2])
+        for layout in (batched, batched.mT.contiguous().mT if leaf.dim() > 1 else batched):
+
+            def function(part, i=i):
+                leaves = [*sample.leaves[:i], part, *sample.leaves[i + 1 :]]
+                return FUNCTIONS[operator](*leaves, **sample.options)
+
+            expected = torch.stack([function(part) for part in batched])
+            torch.testing.assert_close(torch.vmap(function)(layout), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_explain_names_what_is_wrong():
+    x = torch.ones(1, 2, 3, 4)
+    assert explain("msca_strips", x, branch_sizes=[7, 11, 21])["cpu"] == explain("msca_strips", x)["cpu"]
+    with pytest.raises(TypeError, match="^explain: x must be a tensor, got list$"):
+        explain("resize_concat_conv", [x])

@@ -54,8 +54,8 @@ def patch(model: nn.Module) -> Patched:
         head.loss_by_feat = ...  # upsample_cross_entropy(logits, labels), scaled as the head does; accuracy by upsample_argmax
 
     Structure says what a module might be; what it is gets tried: copies with random parameters run in float64 on the CPU,
-    plain and fused, in evaluation and in training, and outputs and gradients must agree, also for a high and a wide image, large
-    values and a NaN; so must what they set, what they draw of random numbers, and what they do under autocast. A module is left
+    plain and fused, in evaluation and in training, and outputs and gradients must agree, also for a high and a wide image,
+    large values and a NaN; so must what they set and draw of random numbers, and what they do under autocast. A module is left
     alone where something differs, where it holds hooks that would no longer run, and where it is compiled. What a module does
     for sizes and values that were not tried is not seen.
 

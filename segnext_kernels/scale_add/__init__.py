@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _register, _select, _validate
-from . import autograd as _autograd
+from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
 
@@ -46,6 +46,7 @@ def scale_add(x: Tensor, y: Tensor, scale: Tensor, keep: Tensor | None = None, *
     x = _validate.dense_image(x).to(dtype)
     y, scale = _register.like_layout(y, x), scale.to(dtype)
     keep = None if keep is None else keep.to(_validate.accumulator(dtype)).contiguous()
-    if _select.select("scale_add", backend, x) == "reference":
+    served = _select.select("scale_add", backend, x)
+    if served == "reference":
         return _register.like_layout(_reference.scale_add(x, y, scale, keep), x)
-    return _autograd.operator(x, y, scale, keep)
+    return _register.operator("scale_add", served)(x, y, scale, keep)

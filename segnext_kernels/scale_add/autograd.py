@@ -42,4 +42,3 @@ register(
     backward=_backward,
     autocast=autocast,
 )
-operator = torch.ops.segnext_kernels.scale_add
