@@ -11,6 +11,13 @@ import torch
 from segnext.model import SIZES
 
 from .case import Case
+from .inference import (
+    conv_act_case,
+    group_norm_relu_case,
+    mlp_case,
+    resize_concat_conv_case,
+    spatial_attention_case,
+)
 from .models import labels_case, logits_case
 from .operators import (
     dwconv_gelu_case,
@@ -46,6 +53,15 @@ def _registry() -> Iterable[Case]:
         yield upsample_cross_entropy_case(150, (64, 64), (512, 512), dtype, batch=2)
     for dtype in DTYPES:
         yield upsample_argmax_case(150, (64, 64), (512, 512), dtype)
+    for dtype in DTYPES:
+        yield conv_act_case(256, 64, 256, 1, 1, dtype)
+        yield conv_act_case(32, 128, 64, 3, 2, dtype)
+        for channels, side in T_STAGES:
+            yield spatial_attention_case(channels, side, dtype)
+        for (channels, side), (hidden, _) in zip(T_STAGES, T_MLPS, strict=True):
+            yield mlp_case(channels, hidden, side, dtype)
+        yield group_norm_relu_case(256, 64, dtype)
+        yield resize_concat_conv_case((64, 160, 256), 64, 256, dtype)
     for dtype in DTYPES:
         for size, config in SIZES.items():
             yield logits_case(f"segnext_{size}", config, (512, 512), dtype)

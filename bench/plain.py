@@ -50,6 +50,30 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
 
 
+def conv_act(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2))
+
+
+def spatial_attention(x: Tensor, *weights: Tensor) -> Tensor:
+    (w1, b1), strips, (w3, b3, w2, b2, scale) = weights[:2], weights[2:16], weights[16:]
+    u = F.gelu(F.conv2d(x, w1, b1))
+    return scale[:, None, None] * x + F.conv2d(F.conv2d(msca_strips(u, *strips), w3, b3) * u, w2, b2)
+
+
+def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, bias: Tensor, fc2: Tensor, bias2: Tensor) -> Tensor:
+    return x + F.conv2d(dwconv_gelu(F.conv2d(x, fc1, bias1), depthwise, bias), fc2, bias2)
+
+
+def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, groups: int) -> Tensor:
+    return F.relu(F.group_norm(x, groups, weight, bias) + residual)
+
+
+def resize_concat_conv(*inputs: Tensor) -> Tensor:
+    first, *others, weight, bias = inputs
+    resized = [F.interpolate(one, first.shape[2:], mode="bilinear", align_corners=False) for one in others]
+    return F.conv2d(torch.cat([first, *resized], 1), weight, bias)
+
+
 class PlainAttentionModule(AttentionModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv3(msca_strips(x, *self.strip_weights())) * x

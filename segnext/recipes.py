@@ -50,7 +50,7 @@ class Recipe:
     max_share: float = _about("of one class in a crop; another is tried, up to ten times", 0.75)
     distort: bool = _about("brightness, contrast, saturation and hue at random", True)
     lr: float = _about("peak learning rate of the encoder", 6e-5)
-    head_lr: float = _about("what the head's learning rate is a multiple of the encoder's by", 10.0)
+    head_lr: float = _about("the head's learning rate, as a multiple of the encoder's", 10.0)
     betas: tuple[float, float] = _about("of AdamW", (0.9, 0.999))
     weight_decay: float = _about("of AdamW, of all but the norms", 0.01)
     warmup: float = _about("steps in which the learning rate rises linearly, or below 1 their share of the training", 1500)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from bench import case, ceilings, models, operators, output, training
+from bench import case, ceilings, inference, models, operators, output, training
 from bench.case import Case
 from segnext.model import Config
 
@@ -27,6 +27,11 @@ SMALL = [
     operators.nmf_case(6, 35, 3, 2),
     *(operators.upsample_cross_entropy_case(5, (4, 3), (9, 8), dtype, batch=2) for dtype in ERRORS),
     *(operators.upsample_argmax_case(5, (4, 3), (9, 8), dtype, batch=2) for dtype in ERRORS),
+    *(inference.conv_act_case(CHANNELS, 8, 5, 3, 2, dtype) for dtype in ERRORS),
+    *(inference.spatial_attention_case(CHANNELS, 6, dtype) for dtype in ERRORS),
+    *(inference.mlp_case(CHANNELS, 9, 6, dtype) for dtype in ERRORS),
+    *(inference.group_norm_relu_case(32, 5, dtype) for dtype in ERRORS),
+    *(inference.resize_concat_conv_case((CHANNELS, 5, 6), 8, 7, dtype) for dtype in ERRORS),
 ]
 MODELS = [
     *(models.logits_case("segnext_tiny", TINY, IMAGE, dtype, batch=2) for dtype in ERRORS),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from benchmarks import ERRORS, LIMITS, SMALL, small_ceilings, turns, without
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench import case as bench_case
 from bench import cases, ceilings, loop, memory, operators
@@ -14,6 +15,7 @@ from bench.__main__ import main
 from bench.measure import Runner, error, exact, measure
 from bench.report import as_json, markdown, rows
 from segnext import speed
+from segnext_kernels import _select
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def test_plain_pytorch_computes_in_the_dtype_of_its_inputs(case):
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
             result = function(*arguments, **(options or {}))
-            seen.add(result.dtype)
+            seen.update(leaf.dtype for leaf in tree_leaves(result))
             return result
 
     runner = Runner(case, next(c for c in case.contenders if c.name == "PyTorch"))
@@ -88,6 +90,10 @@ def test_inputs_lie_on_the_default_device():
     case = operators.nmf_case(6, 35, 3, 2)
     with torch.device("meta"):
         assert {tensor.device.type for tensor in case.inputs()} == {"meta"}
+
+
+def test_registry_has_every_operator():
+    assert set(_select.OPERATORS) <= {case.operator for case in cases.CASES.values()}
 
 
 def test_registry_has_every_stage_of_t_and_b():

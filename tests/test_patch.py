@@ -95,13 +95,15 @@ def test_golden_model():
         assert error(network.get_parameter(name).grad, expected[name]) <= 1e-9, name
 
 
-def test_nothing_else_changes():
+def test_nothing_else_changes(set_threads):
     network = Network().requires_grad_(False)
     network.stem.requires_grad_(True)
     state, parameters = network.state_dict(), dict(network.named_parameters())
     names = [name for name, _ in network.named_modules()]
     random = torch.get_rng_state()
+    set_threads(3)
     patch(network)
+    assert torch.get_num_threads() == 3
     assert torch.equal(torch.get_rng_state(), random)
     assert [name for name, _ in network.named_modules()] == names
     assert list(network.state_dict()) == list(state)

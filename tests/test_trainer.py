@@ -119,6 +119,13 @@ def test_batches_that_cannot_be_dealt_out():
         trainer(accumulate=3)
 
 
+def test_the_recipe_reaches_the_optimizer():
+    recipe = replace(RECIPE, betas=(0.8, 0.95), weight_decay=0.03)
+    groups = Trainer(copy.deepcopy(small_model()), SCENES, recipe).optimizer.param_groups
+    assert {group["betas"] for group in groups} == {(0.8, 0.95)}
+    assert {group["weight_decay"] for group in groups} == {0.03, 0.0}
+
+
 def test_the_schedule_reaches_the_optimizer():
     loop = trainer(replace(RECIPE, iterations=5, warmup=2, warmup_start=0.0, lr=0.01, head_lr=10.0))
     rates = []
@@ -221,4 +228,6 @@ def test_bfloat16_is_chosen_by_the_device(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: supported)
     chosen = {name: precision("auto", torch.device(name)) == "bfloat16" for name in ("cuda:0", "cpu", "meta")}
     assert chosen == {"cuda:0": supported, "cpu": not supported, "meta": False}
+    monkeypatch.setattr(trainer_module.segnext_kernels, "build_info", lambda: {"isa": None})  # nothing is compiled
+    assert precision("auto", torch.device("cpu")) == "float32"
     assert precision("float16", torch.device("cpu")) == "float16"

@@ -114,6 +114,8 @@ BAD = {
     "three dimensions": (lambda x: (x[0], (4, 4)), ValueError, r"logits must be \[N, C, h, w\], got shape \[3, 4, 4\]"),
     "one number": (lambda x: (x, (4,)), ValueError, r"size must be two whole numbers \(H, W\), got \(4,\)"),
     "negative": (lambda x: (x, (4, -1)), ValueError, r"size must be two whole numbers \(H, W\), got \(4, -1\)"),
+    "bool": (lambda x: (x, (True, 4)), ValueError, "size must be two whole numbers"),
+    "no sequence": (lambda x: (x, 5), ValueError, r"size must be two whole numbers \(H, W\), got 5"),
     "fraction": (lambda x: (x, (4, 2.5)), ValueError, "size must be two whole numbers"),
     "no classes": (lambda x: (x[:, :0], (4, 4)), ValueError, r"empty logits \[2, 0, 4, 4\] cannot be resized to \[4, 4\]"),
     "no pixels": (lambda x: (x[:, :, :0], (4, 4)), ValueError, r"empty logits \[2, 3, 0, 4\] cannot be resized"),

@@ -55,6 +55,12 @@ def test_where_all_is_ignored_it_is_zero(weighted, dtype, backend):
     assert loss == 0 and (grad == 0).all()
 
 
+def test_class_weights_get_no_gradient(backend):
+    logits, weight = torch.randn(2, 3, 4, 5, requires_grad=True), torch.rand(3, requires_grad=True)
+    upsample_cross_entropy(logits, torch.randint(3, (2, 8, 9)), weight=weight, backend=backend).backward()
+    assert logits.grad is not None and weight.grad is None
+
+
 def test_strided_logits_and_targets_of_other_integers(backend):
     logits, target = draw_logits(SHAPE, torch.float32, "sliced"), draw_target(SHAPE, SIZE)
     want = loss_and_gradient(logits.contiguous(), target, backend=backend)

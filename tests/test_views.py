@@ -101,7 +101,10 @@ def test_sliding_window(size, window, stride):
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("window", [None, (40, 40)])
-def test_multi_scale_and_flip(flip, window):
+@pytest.mark.parametrize("loud", [1, 1e4], ids=["", "logits whose exponentials are infinite"])
+def test_multi_scale_and_flip(flip, window, loud, monkeypatch):
+    for name, parameter in list(MODEL.decode_head.conv_seg.named_parameters()):
+        monkeypatch.setitem(MODEL.decode_head.conv_seg._parameters, name, torch.nn.Parameter(loud * parameter))
     size, scale, ratios = (50, 70), (96, 48), (0.5, 1.0, 1.75)
     image, total = picture(*size), torch.zeros(1, 7, *size)
     view = View(scale, 8, window, window and (40, 40), ratios, flip)

@@ -1,4 +1,4 @@
-"""The Triton kernels of nmf's gradients; triton.py launches them."""
+"""The Triton kernels of nmf's gradients; triton_backward.py launches them."""
 
 from __future__ import annotations
 

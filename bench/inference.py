@@ -1,0 +1,184 @@
+"""Cases of the operators that fused models are made of; they serve inference alone, so forward is all there is to time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+import segnext_kernels as kernels
+
+from . import plain
+from .case import LAYOUTS, Case, Contender, Work, generator, image_shape
+
+GROUPS = 32
+
+
+def conv_act_case(channels: int, side: int, outputs: int, kernel_size: int, stride: int, dtype: torch.dtype) -> Case:
+    """A convolution of [1, channels, side, side] and ReLU."""
+    options = kernel_size, stride, "relu"
+
+    def setup() -> list[Tensor]:
+        return [*image(channels, side), *linear(outputs, channels, kernel_size)]
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+        packed, floats = kernels.pack(weight, dtype), bias.float()
+        return lambda x: kernels.conv_act(x, packed, floats, *options)
+
+    written = outputs * (side // stride) ** 2
+    products = written * channels * kernel_size**2
+    shape = f"{image_shape(1, channels, side, side)}-{outputs}-{kernel_size}x{kernel_size}-stride{stride}"
+    return _case("conv_act", shape, dtype, setup, fused, partial(plain.conv_act, stride=stride), written, products)
+
+
+def spatial_attention_case(channels: int, side: int, dtype: torch.dtype) -> Case:
+    """The attention of [1, channels, side, side], its projections, gate and shortcut."""
+
+    def setup() -> list[Tensor]:
+        draw = partial(torch.randn, generator=generator(), dtype=torch.float64)
+        strips = [draw(channels, 1, 5, 5) / 5, draw(channels)]
+        for k in (7, 11, 21):
+            for size in ((1, k), (k, 1)):
+                strips += [draw(channels, 1, *size) / k**0.5, draw(channels)]
+        first, gate, second = (linear(channels, channels, 1) for _ in range(3))
+        return [*image(channels, side), *first, *strips, *gate, *second, draw(channels)]
+
+    def fused(x: Tensor, *weights: Tensor) -> Callable[[Tensor], Tensor]:
+        ready = list(weights[:20])
+        for i in (0, 16, 18):
+            ready[i : i + 2] = kernels.pack(weights[i], dtype), weights[i + 1].float()
+        ready.append(weights[20].float())
+        return lambda x: kernels.spatial_attention(x, ready)
+
+    pixels = channels * side**2
+    products = pixels * (3 * channels + 25 + 2 * (7 + 11 + 21))
+    shape = image_shape(1, channels, side, side)
+    return _case("spatial_attention", shape, dtype, setup, fused, plain.spatial_attention, pixels, products)
+
+
+def mlp_case(channels: int, hidden: int, side: int, dtype: torch.dtype) -> Case:
+    """The MLP of [1, channels, side, side], widened to ``hidden`` channels."""
+
+    def setup() -> list[Tensor]:
+        draw = partial(torch.randn, generator=generator(), dtype=torch.float64)
+        depthwise = [draw(hidden, 1, 3, 3) / 3, draw(hidden)]
+        return [*image(channels, side), *linear(hidden, channels, 1), *depthwise, *linear(channels, hidden, 1)]
+
+    def fused(x: Tensor, fc1: Tensor, bias1: Tensor, *rest: Tensor) -> Callable[[Tensor], Tensor]:
+        *depthwise, fc2, bias2 = rest
+        ready = [
+            kernels.pack(fc1, dtype),
+            bias1.float(),
+            *(t.float() for t in depthwise),
+            kernels.pack(fc2, dtype),
+            bias2.float(),
+        ]
+        return lambda x: kernels.mlp(x, *ready)
+
+    products = side**2 * hidden * (2 * channels + 9)
+    shape = f"{image_shape(1, channels, side, side)}-{hidden}"
+    return _case("mlp", shape, dtype, setup, fused, plain.mlp, channels * side**2, products)
+
+
+def group_norm_relu_case(channels: int, side: int, dtype: torch.dtype) -> Case:
+    """Group norm of [1, channels, side, side] in 32 groups, with a residual; counted as nine operations a value."""
+
+    def setup() -> list[Tensor]:
+        draw = partial(torch.randn, generator=generator(), dtype=torch.float64)
+        return [*image(channels, side), draw(channels), draw(channels), draw(1, channels, side, side)]
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Callable[..., Tensor]:
+        weight, bias = weight.float(), bias.float()
+        return lambda x, residual: kernels.group_norm_relu(x, weight, bias, GROUPS, residual=residual)
+
+    pixels = channels * side**2
+    shape = image_shape(1, channels, side, side)
+    function = partial(plain.group_norm_relu, groups=GROUPS)
+    return _case("group_norm_relu", shape, dtype, setup, fused, function, pixels, 9 * pixels // 2, kept=(0, 3))
+
+
+def resize_concat_conv_case(channels: tuple[int, ...], side: int, outputs: int, dtype: torch.dtype) -> Case:
+    """Maps of ``channels``, each half as high and wide as the one before, resized, concatenated and projected.
+
+    The smaller maps are in channels_last for everybody. Counted is projecting each at its own size, and resizing what that
+    gives.
+    """
+    levels = len(channels)
+
+    def setup() -> list[Tensor]:
+        maps = [image(count, side >> i)[0] for i, count in enumerate(channels)]
+        maps[1:] = [one.contiguous(memory_format=torch.channels_last) for one in maps[1:]]
+        weight, bias = linear(outputs, sum(channels), 1)
+        return [*maps, weight, bias]
+
+    def fused(*inputs: Tensor) -> Callable[..., Tensor]:
+        weight, bias = inputs[levels:]
+        ready = [kernels.pack(part, dtype) for part in weight.split(channels, dim=1)]
+        floats = bias.float()
+        return lambda *maps: kernels.resize_concat_conv(list(maps), ready, floats)
+
+    products = sum(outputs * count * (side >> i) ** 2 for i, count in enumerate(channels))
+    products += 4 * (levels - 1) * outputs * side**2
+    shape = f"{'+'.join(map(str, channels))}x{side}x{side}-{outputs}"
+    written = outputs * side**2
+    return _case(
+        "resize_concat_conv", shape, dtype, setup, fused, plain.resize_concat_conv, written, products, kept=range(levels)
+    )
+
+
+def image(channels: int, side: int) -> list[Tensor]:
+    return [torch.randn(1, channels, side, side, generator=generator(), dtype=torch.float64)]
+
+
+def linear(outputs: int, inputs: int, kernel_size: int) -> list[Tensor]:
+    """A convolution's filters and bias."""
+    draw = partial(torch.randn, generator=generator(), dtype=torch.float64)
+    return [draw(outputs, inputs, kernel_size, kernel_size) / (inputs**0.5 * kernel_size), draw(outputs)]
+
+
+class Packed:
+    """An operator whose weights are packed at its first call, which nobody times; models do it when they are fused."""
+
+    def __init__(self, prepare: Callable[..., Callable[..., Tensor]], kept: tuple[int, ...]) -> None:
+        self.prepare, self.kept, self.ready = prepare, kept, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.ready is None:
+            self.ready = self.prepare(*inputs)
+        return self.ready(*(inputs[i] for i in self.kept))
+
+
+def _case(
+    operator: str,
+    shape: str,
+    dtype: torch.dtype,
+    setup: Callable[[], list[Tensor]],
+    prepare: Callable[..., Callable[..., Tensor]],
+    function: Callable[..., Tensor],
+    written: int,
+    products: int,
+    kept: tuple[int, ...] | range = (0,),
+) -> Case:
+    """
+    Args:
+        prepare: makes the fused operator of those inputs that are kept, of all inputs.
+        function: the same in plain PyTorch.
+        written, products: output elements and multiply-accumulates.
+    """
+    ways = {
+        "fused": partial(Packed, prepare, tuple(kept)),
+        "PyTorch": lambda: function,
+        "torch.compile": partial(torch.compile, function, fullgraph=True, dynamic=False),
+    }
+    contenders = tuple(
+        Contender(name, layout, build, ours=name == "fused") for name, build in ways.items() for layout in LAYOUTS
+    )
+
+    def work(direction: str) -> Work:
+        read = sum(prod(tensor.shape) for tensor in setup())
+        return Work((read + written) * dtype.itemsize, 2 * products)
+
+    return Case(operator, shape, dtype, setup, function, contenders, ("forward",), work, gradients=False)
