@@ -27,6 +27,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_BRANCHES = (7, 11, 21)
 CUDA_OPERATORS = ("msca_strips", "dwconv_gelu")
 TRITON_OPERATORS = (*CUDA_OPERATORS, "nmf", "upsample_argmax", "upsample_cross_entropy")
+TRITON_ROWS = 1 << 16  # times the rank and the parts that a GPU works on at once: below 2**31
 TRITON_RANK = 128  # the highest of a factorisation whose factors fit on the chip
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,8 +73,11 @@ def _why_not_triton(operator: str, x: Tensor) -> str | None:
         return _triton.failure
     if x.device.type != "cuda" and not (x.device.type == "cpu" and _triton.interpreted):
         return f"x is on {x.device.type}, these kernels are for GPUs"
-    if operator == "nmf" and x.shape[2] * max(x.shape[1], TRITON_RANK) >= 2**31:
-        return f"the Triton kernels of nmf are for matrices below 2**31 elements, x is {list(x.shape)}"
+    if torch.version.hip is None and not torch.compiler.is_compiling() and _triton.capability(x) < (8, 0):
+        major, minor = _triton.capability(x)
+        return f"the Triton kernels are for GPUs from compute capability 8.0 on, this one has {major}.{minor}"
+    if operator == "nmf" and (x.shape[2] * max(x.shape[1], TRITON_RANK) >= 2**31 or x.shape[1] >= TRITON_ROWS):
+        return f"the Triton kernels of nmf are for matrices below 2**31 elements and {TRITON_ROWS} rows, x is {list(x.shape)}"
     return _other_dtype("Triton", x) if x.dtype not in GPU_DTYPES else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -21,6 +22,7 @@ except ImportError as error:
 NAMESPACE = "segnext_kernels_triton"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _tuned: dict[tuple, Callable] = {}
+_tuning = threading.RLock()
 
 # Under TRITON_INTERPRET=1, read when Triton is imported, the kernels run on CPU tensors, as NumPy, one program after another.
 interpreted = failure is None and bool(triton.knobs.runtime.interpret)
@@ -75,13 +77,14 @@ def launch(
         return
     with torch.cuda.device_of(args[0]):
         if torch.backends.cudnn.benchmark and len(configs) > 1:
-            _autotuner(kernel, configs, key, restore)[grid](*args, **constants)
+            with _tuning:  # an autotuner keeps the call that it is at
+                _autotuner(kernel, configs, key, restore)[grid](*args, **constants)
         else:
             kernel[grid](*args, **constants, **first.all_kwargs())
 
 
 def _autotuner(kernel, configs: Sequence[triton.Config], key: Sequence[str], restore: Sequence[str]) -> Callable:
-    identity = (kernel, *map(str, configs))
+    identity = (kernel, torch.cuda.current_device(), *map(str, configs))
     if identity not in _tuned:
         tune = triton.autotune(list(configs), list(key), restore_value=list(restore), cache_results=True)
         _tuned[identity] = tune(kernel)

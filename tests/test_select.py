@@ -128,6 +128,10 @@ def test_triton_serves_where_cuda_was_not_built(monkeypatch):
         assert "float32, bfloat16 and float16, x is float64" in explain("msca_strips", double)["triton"]
         assert explain("conv_act", x)["triton"].startswith("the Triton kernels are for msca_strips, dwconv_gelu, nmf")
         assert "ranks up to 128, got 200" in explain("nmf", x, rank=200)["triton"]
+        for large in ((1, 2, 2**30), (1, 2**16, 3)):
+            assert "below 2**31 elements and 65536 rows" in explain("nmf", x.new_empty(large))["triton"]
+        monkeypatch.setattr(_triton, "capability", lambda x: (7, 5))
+        assert explain("msca_strips", x)["triton"].endswith("from compute capability 8.0 on, this one has 7.5")
         monkeypatch.setattr(_triton, "failure", "Triton is not installed")
         answer = explain("msca_strips", x)
         assert (answer["triton"], answer["reference"]) == ("Triton is not installed", "serves")

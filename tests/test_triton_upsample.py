@@ -105,6 +105,15 @@ def test_labels_out_of_range_give_nan(label, weighted, backend):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_masked_class(dtype, backend):
+    """By the least number that there is, of which there are no multiples; never the label of a pixel."""
+    logits, target = draw_logits(SHAPE, dtype), draw_target(SHAPE, SIZE)
+    logits[:, 0] = torch.finfo(dtype).min
+    upsample.check_loss(logits, torch.where(target == 0, IGNORED, target), backend=backend)
+
+
+@interpreted
 @pytest.mark.parametrize("large", [1e3, 1e30])
 def test_large_logits_do_not_overflow(large, backend):
     logits, target = draw_logits(SHAPE, torch.float32) * large, draw_target(SHAPE, SIZE)

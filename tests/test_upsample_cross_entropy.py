@@ -76,6 +76,14 @@ def test_any_label_can_be_the_ignored_one(ignored, backend):
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_masked_class(dtype, backend):
+    """By the least number that there is, of which there are no multiples; never the label of a pixel."""
+    logits, target = draw_logits(SHAPE, dtype), draw_target(SHAPE, SIZE)
+    logits[:, 0] = torch.finfo(dtype).min
+    check_loss(logits, torch.where(target == 0, IGNORED, target), backend=backend)
+
+
 @pytest.mark.parametrize("large", [1e3, 1e30])
 def test_large_logits_do_not_overflow(large, backend):
     logits, target = draw_logits(SHAPE, torch.float32) * large, draw_target(SHAPE, SIZE)

@@ -151,9 +151,9 @@ def _precision(x: Tensor) -> str:
 
 
 def _most_held(x: Tensor) -> int:
-    """On sm_100 float16, which is TF32 there, leaves less room."""
-    crowded = x.dtype == torch.float16 and torch.version.hip is None and _triton.capability(x)[0] == 10
-    return HELD // 2 if crowded else HELD
+    """On sm_100 float16, which is TF32 there, leaves less room, and so does bfloat16 on sm_120."""
+    crowded = (10, torch.float16), (12, torch.bfloat16)
+    return HELD // 2 if torch.version.hip is None and (_triton.capability(x)[0], x.dtype) in crowded else HELD
 
 
 def _large(x: Tensor) -> bool:

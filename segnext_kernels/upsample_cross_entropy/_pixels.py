@@ -16,6 +16,16 @@ def tiles(rows: int, height: int) -> list[triton.Config]:
     return [config(4, ROWS=together), config(4, ROWS=max(together // 2, 1)), config(8, ROWS=together)]
 
 
+LEAST = tl.constexpr(-3e38)
+
+
+@triton.jit
+def in_base_2(z):
+    """Of the most negative floats there is no multiple: they stay finite, for differences of two. NaN and infinity stay."""
+    scaled = z * LOG2_E
+    return tl.where((scaled < LEAST) & (z > float("-inf")), LEAST, scaled)
+
+
 @triton.jit
 def pixel_weight(label, weight, ignored, classes, WEIGHTED: tl.constexpr):
     """Of what is neither a class nor ignored it is nan, and so are the loss and its gradient: a kernel cannot raise."""
@@ -33,8 +43,8 @@ def log_sum_exp(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for c in range(classes):
         at = tl.cast(c, tl.int64) * stride_c
-        upper = resized(upper_row + at, left, right, across, inside) * LOG2_E
-        lower = resized(lower_row + at, left, right, across, inside) * LOG2_E
+        upper = in_base_2(resized(upper_row + at, left, right, across, inside))
+        lower = in_base_2(resized(lower_row + at, left, right, across, inside))
         z = upper + down * (lower - upper)
         e = tl.exp2(-tl.abs(z - most))  # what the smaller of them is, where the larger is 1
         total = tl.where(z > most, total * e + 1, total + e)

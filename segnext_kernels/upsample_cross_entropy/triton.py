@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._bilinear import around_gap, resized, row_weights, source
 from .._triton import ceil_div, config, launch, power_of_2, wrap_triton
-from ._pixels import LOG2_E, log_sum_exp, pixel_weight, tiles
+from ._pixels import LOG2_E, in_base_2, log_sum_exp, pixel_weight, tiles
 from .triton_backward import backward  # noqa: F401  is registered with forward
 
 
@@ -90,8 +90,8 @@ def add_losses(
         counts = pixel_weight(label, weight, ignored, classes, WEIGHTED)
         known = (label >= 0) & (label < classes) & (counts != 0)
         at = tl.where(known, label, 0) * stride_c
-        upper = resized(upper_row + at, left, right, across, known) * LOG2_E
-        lower = resized(lower_row + at, left, right, across, known) * LOG2_E
+        upper = in_base_2(resized(upper_row + at, left, right, across, known))
+        lower = in_base_2(resized(lower_row + at, left, right, across, known))
         losses += tl.where(counts != 0, counts * (lse - (upper + down * (lower - upper))), 0.0)
         weights += counts
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._bilinear import around_gap, gap_begin, nearest, nearest_begin, row_weights, source
 from .._triton import ceil_div, config, launch, power_of_2, wrap_triton
-from ._pixels import LOG2_E, log_sum_exp, pixel_weight, tiles
+from ._pixels import in_base_2, log_sum_exp, pixel_weight, tiles
 from ._strips import LANES, WEIGHT_SUMS, strips
 
 WEIGHT_BLOCK = 1024
@@ -253,9 +253,9 @@ def gather(
             numerator = tl.where(mixes_left, from_middle + 2 * width, tl.maximum(from_middle, 0))
             across = numerator.to(tl.float32) / (2 * width)
             first, second = tl.where(mixes_left, upper_left, upper), tl.where(mixes_right, upper_right, upper)
-            top = (first + across * (second - first)) * LOG2_E
+            top = in_base_2(first + across * (second - first))
             first, second = tl.where(mixes_left, lower_left, lower), tl.where(mixes_right, lower_right, lower)
-            slope = (first + across * (second - first)) * LOG2_E - top
+            slope = in_base_2(first + across * (second - first)) - top
             given = tl.zeros([CLASSES, LANES], tl.float32)
             given_down = tl.zeros([CLASSES, LANES], tl.float32)
             at = (first_row + y_begin) * (places * columns) + k * columns + j
