@@ -7,6 +7,7 @@ import importlib
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 from checks import poisoned
 from operators import IMAGE_LAYOUTS, assert_same, compiled, dtypes, image_layouts
 from torch import Tensor
@@ -106,6 +107,15 @@ def test_predict_never_holds_the_upsampled_logits():
     with LargestTensor() as seen:
         model.predict(images)
     assert 0 < seen.elements < 200 * 64 * 64 / 10
+
+
+def test_a_masked_class_is_no_label(backend):
+    """Where PyTorch's own interpolation has numbers: at the borders it makes NaN of infinities."""
+    logits = torch.randn(1, 3, 6, 7)
+    logits[:, 1] = -torch.inf
+    labels = upsample_argmax(logits, (24, 28), backend=backend)
+    inside = F.interpolate(logits, (24, 28), mode="bilinear")[:, 1] == -torch.inf
+    assert inside.sum() > 300 and not (labels[inside] == 1).any()
 
 
 BAD = {
