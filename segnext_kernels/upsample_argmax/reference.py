@@ -25,7 +25,7 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     labels = []
     for start in range(0, size[0], rows):
         strip = slice(start, start + rows)
-        w = weight[strip]  # not lerp, which makes NaN of two infinities
-        tall = logits[:, :, above[strip]] * (1 - w) + logits[:, :, below[strip]] * w
+        upper, w = logits[:, :, above[strip]], weight[strip]
+        tall = torch.where(w == 0, upper, upper * (1 - w) + logits[:, :, below[strip]] * w)  # lerp makes NaN of two infinities
         labels.append(F.interpolate(tall, (tall.shape[2], size[1]), mode="bilinear", align_corners=False).argmax(1))
     return torch.cat(labels, 1)
