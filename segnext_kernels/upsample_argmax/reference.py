@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._validate import accumulator
@@ -14,18 +13,28 @@ STRIP_ELEMENTS = 1 << 24  # upsampled logits held at a time: 64 MB in float32
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """The argmax of bilinearly upsampled logits. See the public function."""
     logits = logits.to(accumulator(logits.dtype))
-    batch, classes, height, _ = logits.shape
+    batch, classes, height, width = logits.shape
     if 0 in (batch, *size):
         return torch.empty(batch, *size, device=logits.device, dtype=torch.int64)
-    rows = max(1, STRIP_ELEMENTS // (batch * classes * size[1]))
-    y = (torch.arange(size[0], device=logits.device, dtype=logits.dtype) + 0.5) * (height / size[0]) - 0.5
-    y = y.clamp(0, height - 1)
-    above = y.long()
-    below, weight = (above + 1).clamp(max=height - 1), (y - above)[:, None]
+    together = max(1, STRIP_ELEMENTS // (batch * classes * size[1]))
+    rows, columns = _sources(height, size[0], logits), _sources(width, size[1], logits)
     labels = []
-    for start in range(0, size[0], rows):
-        strip = slice(start, start + rows)
-        upper, w = logits[:, :, above[strip]], weight[strip]
-        tall = torch.where(w == 0, upper, upper * (1 - w) + logits[:, :, below[strip]] * w)  # lerp makes NaN of two infinities
-        labels.append(F.interpolate(tall, (tall.shape[2], size[1]), mode="bilinear", align_corners=False).argmax(1))
+    for start in range(0, size[0], together):
+        tall = _mixed(logits, 2, *(one[start : start + together] for one in rows))
+        labels.append(_mixed(tall, 3, *columns).argmax(1))
     return torch.cat(labels, 1)
+
+
+def _sources(count: int, wanted: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two rows or columns that each one wanted lies between, and the weight of the second."""
+    at = (torch.arange(wanted, device=like.device, dtype=like.dtype) + 0.5) * (count / wanted) - 0.5
+    at = at.clamp(0, count - 1)
+    first = at.long()
+    return first, (first + 1).clamp(max=count - 1), at - first
+
+
+def _mixed(x: Tensor, dim: int, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """Infinities stay: a difference of two, as in lerp, and their products with 0, as in interpolate, would be NaN."""
+    weight = weight[:, None] if dim == 2 else weight
+    near = x.index_select(dim, first)
+    return torch.where(weight == 0, near, near * (1 - weight) + x.index_select(dim, second) * weight)
