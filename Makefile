@@ -33,7 +33,6 @@ bench: $(VENV)/.bench
 	$(VENV)/bin/python -m bench report --out bench-out
 	$(VENV)/bin/python -m bench scaling --out bench-out
 	$(VENV)/bin/python -m bench memory --out bench-out
-	$(VENV)/bin/python -m bench cuda-static --out bench-out
 
 # Runs examples/quickstart.ipynb and stores what it shows.
 notebook: $(VENV)/.test

@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 COMPILE_VARIABLE = "SEGNEXT_KERNELS_COMPILE"  # 0: install without compiled kernels
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
@@ -22,6 +23,21 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     AVX512_BF16 = [*AVX512, "-mavx512bf16"]
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16}
     INSTRUCTION_SETS |= {"amx_bf16": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
+
+
+class BuildPy(build_py):
+    """Begins without what an earlier build left, which would be packed too: modules that are gone, libraries not wanted now."""
+
+    def run(self) -> None:
+        wanted = {extension.name.rpartition(".")[2] for extension in self.distribution.ext_modules or ()}
+        if self.editable_mode:
+            for library in Path("segnext_kernels").glob("_*.so"):
+                if library.name.partition(".")[0] not in wanted:
+                    library.unlink()
+        else:
+            for package in ("segnext_kernels", "segnext"):
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        super().run()
 
 
 def check_toolchain() -> None:
@@ -136,6 +152,7 @@ def extensions() -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension
 
     cuda = cuda_extension()
+    headers = sorted(str(path) for path in Path("csrc").glob("**/*.h"))
     sources = sorted(
         str(path) for pattern in ("bindings.cpp", "bindings_inference.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern)
     )
@@ -144,6 +161,7 @@ def extensions() -> list[Extension]:
         ["csrc/cpu_features.cpp"],
         include_dirs=[str(Path("csrc").resolve())],
         extra_compile_args=["-O2", "-std=c++20"],
+        depends=headers,
         py_limited_api=True,
     )
     return (
@@ -154,6 +172,7 @@ def extensions() -> list[Extension]:
                 sources,
                 include_dirs=[str(Path("csrc").resolve())],
                 extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, f"-DSEGNEXT_ISA={isa}"],
+                depends=headers,
                 py_limited_api=True,
             )
             for isa, flags in instruction_sets().items()
@@ -163,13 +182,13 @@ def extensions() -> list[Extension]:
 
 
 if os.environ.get(COMPILE_VARIABLE, "1") == "0":
-    setup()
+    setup(cmdclass={"build_py": BuildPy})
 else:
     check_toolchain()
     from torch.utils.cpp_extension import BuildExtension
 
     setup(
         ext_modules=extensions(),
-        cmdclass={"build_ext": BuildExtension},
+        cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -16,7 +16,7 @@ import segnext_kernels
 from segnext import speed
 
 from . import cases, ceilings, cuda_static, loop, memory, output, report, scaling, triton_static
-from .case import DIRECTIONS, Case
+from .case import DIRECTIONS, Case, Contender
 from .environment import missing
 from .measure import measure
 
@@ -26,8 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
+        if arguments.out:  # before hours of measuring
+            arguments.out.mkdir(parents=True, exist_ok=True)
         arguments.run(arguments)
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 2
     return 0
@@ -50,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     space.add_argument("--contender", metavar="LABEL", help="measure this one here and print bytes")
     space.set_defaults(run=_memory)
     around = commands.add_parser("loop", help="what training and evaluating cost beside the model")
-    around.add_argument("--rounds", type=int, default=12, help="steps of training for each line; evaluation takes a quarter")
+    around.add_argument(
+        "--rounds", type=_positive, default=12, help="steps of training for each line; evaluation takes a quarter"
+    )
     around.set_defaults(run=_loop)
     static = commands.add_parser(
         "cuda-static", help="registers, spills, occupancy and instructions of the CUDA kernels, without a GPU"
@@ -64,26 +68,47 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(threads=None)
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown here")
     for command in (timing, growth, space, around):
-        command.add_argument("--threads", type=int, help="for PyTorch's intra-operator parallelism, and other runtimes")
+        command.add_argument("--threads", type=_positive, help="for PyTorch's intra-operator parallelism, and other runtimes")
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown, JSON and plots here")
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+_positive.__name__ = "number of at least 1"  # argparse says: invalid ... value
+
+
 def _report(arguments: argparse.Namespace) -> None:
     chosen = cases.select(arguments.case, arguments.device)
+    contenders = {case.name: _contenders(case, arguments.without) for case in chosen}
+    if unknown := set(arguments.without) - {name for case in chosen for c in case.contenders for name in (c.name, c.label)}:
+        raise ValueError(f"--without {', '.join(sorted(unknown))}: no contender is called so")
     if arguments.device != "cpu":  # every call of torch's looks at it
+        if not torch.cuda.is_available():
+            raise ValueError("there is no GPU that torch can use")
         torch.set_default_device(arguments.device)
     turns = sorted(((case, direction) for case in chosen for direction in case.directions), key=_place)
     limits, absent = ceilings.measure(min(arguments.seconds, 1.0)), missing(chosen)
     table, progress = [], tqdm(turns)
     for case, direction in progress:
         progress.set_description(f"{case.name} {direction}")
-        contenders = tuple(c for c in case.present() if c.name not in arguments.without)
-        table += report.rows(measure(case, direction, arguments.seconds, contenders), limits)
+        table += report.rows(measure(case, direction, arguments.seconds, contenders[case.name]), limits)
         if arguments.out:  # after every case, since all of them take long
             output.write_json(arguments.out / "report.json", report.as_json(table, limits, absent))
     figures = report.as_json(table, limits, absent)
     _finish(arguments.out, "report", figures, report.markdown(figures), lambda folder: report.plots(table, folder))
+
+
+def _contenders(case: Case, without: list[str]) -> tuple[Contender, ...]:
+    left = tuple(c for c in case.present() if c.name not in without and c.label not in without)
+    if not any(c.ours for c in left):
+        raise ValueError(f"--without {' '.join(without)} leaves nothing of ours to report for {case.name}")
+    return left
 
 
 def _place(turn: tuple[Case, str]) -> tuple[object, ...]:
@@ -102,6 +127,8 @@ def _memory(arguments: argparse.Namespace) -> None:
     if not speed.CLEAR_REFS.exists():
         raise ValueError(f"peak memory is taken from {speed.CLEAR_REFS}, which this system does not have")
     if arguments.contender:
+        if not arguments.case:
+            raise ValueError("--contender needs a --case")
         print(memory.peak(memory.select(arguments.case), arguments.contender))
         return
     problems = [memory.select(arguments.case)] if arguments.case else list(memory.PROBLEMS.values())

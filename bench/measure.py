@@ -103,7 +103,9 @@ def exact(case: Case, direction: str) -> list[Tensor]:
     return [*result, *gradients(y, inputs, case.grad_out(y))]
 
 
-def measure(case: Case, direction: str, seconds: float = 3.0, contenders: tuple[Contender, ...] = ()) -> list[Measurement]:
+def measure(
+    case: Case, direction: str, seconds: float = 3.0, contenders: tuple[Contender, ...] | None = None
+) -> list[Measurement]:
     """Times every contender once a round, in an order that changes, until the time is over and five rounds are done.
 
     Args:
@@ -111,7 +113,7 @@ def measure(case: Case, direction: str, seconds: float = 3.0, contenders: tuple[
         contenders: those of the case that can run here, unless told.
     """
     torch.compiler.reset()  # what was compiled for other shapes counts against the limit of recompilations
-    contenders = contenders or case.present()
+    contenders = case.present() if contenders is None else contenders
     truth = exact(case, direction)
     runners = [Runner(case, contender) for contender in contenders]
     turns = [(Measurement(case, direction, r.contender, error(case, r, direction, truth)), r) for r in runners]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,14 +85,15 @@ def peak(problem: Problem, label: str) -> int:
     """Bytes that one contender needs beyond its inputs, its weights and the given gradient of the output.
 
     Taken from the process's resident memory, so that scratch memory which PyTorch's allocator doesn't see counts too; memory
-    freed earlier and kept by malloc would hide some of it, see :func:`peak_apart`. What building the contender leaves behind
-    counts, what it needs meanwhile doesn't. Linux only.
+    freed earlier and kept by malloc would hide some of it, so malloc gives it back first, and see :func:`peak_apart`. What
+    building the contender leaves behind counts, what it needs meanwhile doesn't. Linux only.
     """
     case, direction, weights = problem.case, problem.direction, problem.weights
     y, *_ = Runner(problem.small, problem.small.contender(label)).prepare(direction)()
     contender = case.contender(label)
     contender.build()  # the shared weights and the exported file stay
     gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     before = speed.resident("VmRSS")
     runner = Runner(case, contender)
     if direction != "forward" and case.gradients:

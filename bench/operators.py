@@ -136,7 +136,7 @@ def nmf_case(
 
     product = 2 * depth * pixels * rank  # of x or y with a factor
     gram = 2 * (depth + pixels) * rank * rank  # of a factor with itself, and of that with the other factor
-    flops = batch * ((3 + 2 * steps) * product + (1 + 2 * steps) * gram)
+    flops = batch * ((2 + 2 * steps) * product + (1 + 2 * steps) * gram)
     return Case(
         "nmf",
         f"{image_shape(batch, depth, pixels)}-r{rank}-{steps}steps",

@@ -183,6 +183,20 @@ def test_report_without_matplotlib_says_so(one_small_case, monkeypatch, tmp_path
 
 
 def test_unknown_case_is_an_error(capsys):
+    for arguments, problem in (
+        (["report", "--without", "torch.compiled"], "--without torch.compiled: no contender is called so"),
+        (["report", "--without", "fused"], "--without fused leaves nothing of ours to report for"),
+        (["report", "--device", "cuda"], "there is no GPU that torch can use"),
+        (["memory", "--contender", "fused"], "--contender needs a --case"),
+        (["report", "--out", "/dev/null/below"], "Not a directory"),
+    ):
+        if "cuda" not in arguments or not torch.cuda.is_available():
+            assert main(arguments) == 2
+            assert problem in capsys.readouterr().err
+    for arguments in (["report", "--threads", "0"], ["loop", "--rounds", "0"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert f"{arguments[1]}: invalid number of at least 1 value: '0'" in capsys.readouterr().err
     assert main(["report", "--case", "nothing"]) == 2
     assert "no benchmark case fits 'nothing'" in capsys.readouterr().err
 

@@ -69,7 +69,7 @@ class Band {
       const int64_t begin = std::max<int64_t>(row == first ? row - 1 : row + 1, 0);
       const int64_t end = std::max(begin, std::min(row + rows + 1, x_.height));
       const T* pixels = static_cast<const T*>(x_.data) + (n * x_.height + begin) * W_ * C_;
-      const Left<T> in(pixels, C_, (end - begin) * W_, C_);
+      const Left<T> in{pixels, C_, (end - begin) * W_, C_};
       for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
         if (!weights_[chunk]) weights_[chunk].emplace(fc1_, fc2_, chunk);
         widen(in, row, rows, begin, chunk, row == first);
