@@ -63,6 +63,9 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     mmsegmentation's depthwise convolutions sit one level higher; an encoder's checkpoint may lack the prefix and carry a
     classifier ``head.*``, which stays beside the encoder.
     """
+    for wrapper in ("_orig_mod.", "module.", "model."):  # torch.compile, DistributedDataParallel, somebody's own
+        if all(key.startswith(wrapper) for key in state):
+            state = {key.removeprefix(wrapper): value for key, value in state.items()}
     state = {re.sub(r"\.mlp\.dwconv\.(weight|bias)$", r".mlp.dwconv.dwconv.\1", key): value for key, value in state.items()}
     if any(key.startswith("decode_head.") for key in state):
         return state
@@ -73,7 +76,7 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the path's place once it is complete; if the block fails, nothing is left of it."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    temporary = path.with_name(f".{path.name[:40]}.{uuid4().hex}")  # no longer than file systems allow
     try:
         with temporary.open("xb") as file:
             yield file

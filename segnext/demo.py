@@ -67,7 +67,7 @@ def demo(
     device: str | torch.device = "cpu",
 ) -> tuple[Scores, Scores]:
     """Trains from random weights, prints how good the model is on held-out pictures before and after, and writes into ``out``:
-    held_out/ (picture, truth and prediction side by side; an earlier run's PNG files there are deleted), the checkpoint
+    held_out/ (picture, truth and prediction side by side; those of an earlier run are replaced), the checkpoint
     segnext-SIZE.pth and, of drawn scenes, scenes/.
 
     Args:
@@ -165,8 +165,8 @@ def _machine(model: nn.Module, name: str, seconds: float, device: torch.device) 
 def _write_pictures(model: nn.Module, task: Task, folder: Path) -> None:
     key = legend(task.classes, task.palette, columns=5)
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
+    for name in task.names:  # those of before; another's files stay
+        (folder / f"{name}.png").unlink(missing_ok=True)
     for i in _shown(task.held_out):
         image, truth = task.held_out[i]
         sheet = comparison(image, truth, segment(model, image, 0), task.palette, key, scale=2)

@@ -24,7 +24,7 @@ from .images import write_png
 from .model import SegNeXt
 from .palette import comparison
 from .palette import legend as drawn_legend
-from .recipes import Recipe
+from .recipes import Recipe, RecipeError
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
 
@@ -154,9 +154,12 @@ def evaluate_weights(
     Raises:
         WeightsError: from :func:`segnext.load`, or the model has another number of classes than the data set.
         DataError, ImageError: the data cannot be read.
+        RecipeError: the pictures would replace the data's.
     """
     with distributed.processes(device) as device:
         model, pairs, recipe = opened(weights, data, recipe, rank)
+        if pictures is not None:
+            _outside(Path(pictures), pairs)
         count, view = len(pairs.classes), view_of(recipe, multi_scale, flip)
         look = None if pictures is None else _writer(Path(pictures), pairs.classes, pairs.palette)
         scores = evaluate(
@@ -204,6 +207,12 @@ def table(classes: Sequence[str], columns: dict[str, Tensor]) -> str:
     for i, name in enumerate(classes):
         lines.append(f"{name:<{width}}" + "".join(f"{column[i]:>10.3f}" for column in columns.values()))
     return "\n".join(lines)
+
+
+def _outside(folder: Path, pairs: Pairs) -> None:
+    """Pictures are called as the data's images, which they must not replace."""
+    if any(Path(file).parent.resolve() == folder.resolve() for files in pairs.files for file in files):
+        raise RecipeError(f"{folder} holds images or masks of the data; choose another folder for the pictures")
 
 
 def _writer(folder: Path, classes: list[str], palette: list) -> Callable[[str, Tensor, Tensor, Tensor], None]:

@@ -89,7 +89,7 @@ class Recipe:
                 raise RecipeError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and min(value if isinstance(value, tuple) else (value,)) <= 0:
+            if value is not None and not all(0 < one < math.inf for one in (value if isinstance(value, tuple) else (value,))):
                 raise RecipeError(f"{name} must be positive, got {value}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)

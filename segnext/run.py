@@ -115,9 +115,12 @@ def last(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make torch raise anything
-        raise WeightsError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make torch raise anything, with any advice
+        raise WeightsError(f"{path} cannot be read, it may be cut short or no checkpoint at all") from error
+    if not isinstance(state, dict) or "optimizer" not in state:
+        raise WeightsError(f"{path} is no checkpoint to go on from: it has no optimizer's state")
+    return state
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -150,7 +153,8 @@ def _locked(folder: Path) -> int:
 def _rewritten(path: Path, columns: Sequence[str], done: int) -> io.TextIOBase:
     """The CSV file with its rows up to step ``done``, open for more; a last line that was cut off is dropped."""
     rows = read_csv(path) if path.exists() else []
-    kept = [row for row in rows if all(row.get(name) for name in columns) and int(row["step"]) <= done]
+    whole = [row for row in rows if all(row.get(name) for name in columns) and row["step"].isdigit()]
+    kept = [row for row in whole if int(row["step"]) <= done]
     with replacing(path) as file:
         text = io.TextIOWrapper(file, newline="", write_through=True)
         writer = csv.DictWriter(text, columns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,10 +84,11 @@ def train(
             raise RecipeError(f"{out} holds a training already; go on with it by --resume {out}, or choose another --out")
         pairs = [open_dataset(stage.dataset, root, stage.train) for stage, root in zip(stages, roots, strict=True)]
         stages = tuple(_resolved(stage, train, device) for stage, train in zip(stages, pairs, strict=True))
-        if distributed.rank() == 0:
-            out.mkdir(parents=True, exist_ok=True)
+
+        def begin() -> None:
             recipes.write(out / "recipe.json", stages, data=list(map(str, roots)), machine=vars(machine))
-        return _stages(stages, roots, out, device, machine, pairs)
+
+        return _stages(stages, roots, out, device, machine, pairs, begin)
 
 
 def resume(out: str | Path, **machine) -> SegNeXt | None:
@@ -117,15 +118,16 @@ def _stages(
     device: torch.device,
     machine: Machine,
     pairs: Sequence[Pairs] = (),
+    begin: Callable[[], None] | None = None,
 ) -> SegNeXt | None:
-    """``pairs``: what is trained on, if it is open already."""
+    """``pairs``: what is trained on, if it is open already. ``begin``: called once no other process can have the folder."""
     before = None
     for i, (recipe, root) in enumerate(zip(stages, roots, strict=True)):
         folder = out if len(stages) == 1 else out / f"{i + 1}-{recipe.dataset}-{recipe.train}"
         finished = folder / "model.pth"
         if not distributed.from_first(finished.exists()):
             data = pairs[i] if pairs else open_dataset(recipe.dataset, root, recipe.train)
-            _stage(recipe, data, root, folder, before, device, machine)
+            _stage(recipe, data, root, folder, before, device, machine, begin if i == 0 else None)
         elif distributed.rank() == 0:
             print(f"{folder} is trained to its end")
         distributed.barrier()
@@ -134,7 +136,14 @@ def _stages(
 
 
 def _stage(
-    recipe: Recipe, pairs: Pairs, root: Path, folder: Path, before: Path | None, device: torch.device, machine: Machine
+    recipe: Recipe,
+    pairs: Pairs,
+    root: Path,
+    folder: Path,
+    before: Path | None,
+    device: torch.device,
+    machine: Machine,
+    begin: Callable[[], None] | None = None,
 ) -> None:
     """One training from its beginning or its last checkpoint to its end."""
     torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
@@ -160,6 +169,8 @@ def _stage(
         raise RecipeError(f"{folder} is not the same folder for all processes: all machines must share it")
     try:
         with deaths_told(), opened(folder, trainer.done) if distributed.rank() == 0 else nullcontext() as run:
+            if run is not None and begin is not None:
+                begin()
             _loop(trainer, run, val, best, losses, machine)
     except torch.OutOfMemoryError as error:
         raise RecipeError(f"the memory of {device} is too small; try --accumulate {2 * machine.accumulate}") from error

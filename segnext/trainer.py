@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -78,6 +79,14 @@ class Trainer:
             raise RecipeError(
                 f"a batch of {recipe.batch} cannot be dealt out: {distributed.world()} processes, {accumulate} parts each"
             )
+        if augment is not None and recipe.crop is not None:
+            together = recipe.batch // (accumulate if recipe.sync_norm else shares)
+            if together * math.prod(-(-side // 32) for side in recipe.crop) == 1:
+                crop = "x".join(map(str, recipe.crop))
+                raise RecipeError(
+                    f"batch norms need more than one value, and one picture of {crop} at a time has one at the encoder's end:"
+                    " give a larger --crop, a larger --batch, or fewer parts"
+                )
         self.model, self.dataset, self.recipe, self.augment = model, dataset, recipe, augment
         self.device = next(model.parameters()).device
         self.class_weights = None if class_weights is None else class_weights.to(self.device)

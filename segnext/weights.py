@@ -108,9 +108,12 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
         path: ends in .pth, .pt or .safetensors. A file that was there is replaced only once the new one is complete.
 
     Raises:
+        TypeError: the model is no SegNeXt, compiled or not.
         WeightsError: the path has another ending, or cannot be written.
     """
-    path = Path(path)
+    path, model = Path(path), getattr(model, "_orig_mod", model)
+    if not isinstance(model, SegNeXt):
+        raise TypeError(f"save: model must be a SegNeXt, got {type(model).__name__}")
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     is_safetensors = suffix(path) == SAFETENSORS_SUFFIX
     with writing(path) as file:

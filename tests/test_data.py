@@ -59,7 +59,7 @@ def test_scenes_end():
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Two training pictures, upright and lying, and one for validation."""
-    (tmp_path / "classes.txt").write_text("road\nsky\n\n")
+    (tmp_path / "classes.txt").write_text("\ufeffroad\nsky\n\n", encoding="utf-8")  # as Windows' editors begin a file
     for split, name, size in (("train", "a", (12, 16)), ("train", "b", (20, 10)), ("val", "c", (8, 8))):
         for kind in ("images", "masks"):
             (tmp_path / split / kind).mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,8 @@ def suggested_command(printed: str) -> list[str]:
 def test_demo_on_scenes(tmp_path, quick, capsys):
     out = tmp_path / "with a space"
     (out / "held_out").mkdir(parents=True)
-    (out / "held_out" / "of_an_earlier_run.png").touch()
+    somebodys = out / "held_out" / "of_somebody_else.png"
+    somebodys.touch()
     assert cli.main(["demo", "--out", str(out), "--seconds", "2", "--image-size", "32x48"]) == 0
     printed = capsys.readouterr().out
     for text in (
@@ -66,6 +67,7 @@ def test_demo_on_scenes(tmp_path, quick, capsys):
         "balloon",
     ):
         assert text in printed
+    somebodys.unlink()  # it is still there
     pictures = sorted(path.name for path in (out / "held_out").iterdir())
     assert pictures == sorted(path.name for path in (out / "scenes").iterdir()) and len(pictures) == 5
     assert Image.open(out / "held_out" / pictures[0]).width >= 3 * 2 * 48

@@ -15,8 +15,8 @@ from PIL import Image
 import segnext
 from segnext import cli
 from segnext.data import open_dataset
-from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, table, view_of
-from segnext.recipes import RECIPES
+from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, evaluate_weights, table, view_of
+from segnext.recipes import RECIPES, RecipeError
 from segnext.views import MULTI_SCALE, View, label_map
 
 
@@ -145,3 +145,13 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(tmp_path, data, weights, c
     assert run(*(option.format(data=data, weights=weights, other=tmp_path / "other.pth") for option in options)) == 2
     error = capsys.readouterr().err
     assert error.startswith("segnext: ") and message in error and error.count("\n") == 1
+
+
+def test_pictures_do_not_replace_the_data(tmp_path):
+    data = folders.folder(tmp_path / "data", 2, 2)
+    segnext.save(small.labelling(list(folders.CLASSES)), tmp_path / "w.pth")
+    before = {path: path.read_bytes() for path in data.rglob("*.png")}
+    for kind in ("images", "masks"):
+        with pytest.raises(RecipeError, match="holds images or masks of the data; choose another folder"):
+            evaluate_weights(tmp_path / "w.pth", data, RECIPES["folder"][0], pictures=data / "val" / kind)
+    assert {path: path.read_bytes() for path in data.rglob("*.png")} == before

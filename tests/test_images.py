@@ -206,3 +206,9 @@ def test_legend_shows_every_colour(count):
     palette = generated_palette(count)
     colours = {colour for _, colour in legend([f"class {i}" for i in range(count)], palette).getcolors(1 << 20)}
     assert set(palette) <= colours
+
+
+def test_masks_of_fractions_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 5), 0.5, np.float32)).save(tmp_path / "mask.tiff")
+    with pytest.raises(ImageError, match=r"mask\.tiff: a mask must have whole numbers"):
+        read_labels(tmp_path / "mask.tiff")

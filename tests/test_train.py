@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,6 +265,34 @@ def test_two_processes_in_one_folder(trained):
         pass
 
 
+def test_a_refused_training_leaves_the_recipe_of_the_other(tmp_path, data):
+    """Before there is a checkpoint, too."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with run.opened(out, 0):
+        (out / "recipe.json").write_text("the other's")
+        with pytest.raises(RecipeError, match="another process is training in"):
+            train([SHORT], [data], out, HERE)
+    assert (out / "recipe.json").read_text() == "the other's"
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(1, 1), (2, 2)])
+def test_one_value_for_a_batch_norm_is_told(tmp_path, data, batch, accumulate):
+    with pytest.raises(RecipeError, match="batch norms need more than one value, and one picture of 32x32 at a time"):
+        train([replace(SHORT, batch=batch, crop=(32, 32))], [data], tmp_path / "run", replace(HERE, accumulate=accumulate))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"what is this", None], ids=["empty", "text", "weights alone"])
+def test_a_damaged_checkpoint_is_told(tmp_path, trained, content):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "model.pth").replace(tmp_path / "run" / "last.pth")
+    if content is not None:
+        (tmp_path / "run" / "last.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"last\.pth (cannot be read, it may be cut short|is no checkpoint to go on from)"):
+        resume(tmp_path / "run")
+
+
 def test_a_process_that_reads_pictures_does_not_keep_the_folder(trained):
     """It lives some seconds longer than a training that was killed."""
     context = multiprocessing.get_context("fork")
@@ -356,14 +385,21 @@ def test_class_weights_by_hand():
 @pytest.mark.parametrize(
     "size, crop, scale", [((90, 120), 64, (360, 90)), ((40, 30), 32, (120, 30)), ((700, 900), 512, (2048, 512))]
 )
-def test_a_folder_decides_on_its_scale(tmp_path, size, crop, scale):
+def test_a_folder_decides_on_its_scale(tmp_path, size, crop, scale, monkeypatch):
+    begun = []
+
+    def begin(recipe, *rest):
+        begun.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("segnext.train._stage", begin)
     for kind in ("images", "masks"):
         (tmp_path / "data" / "train" / kind).mkdir(parents=True)
         Image.new("L", size[::-1]).save(tmp_path / "data" / "train" / kind / "a.png")
     (tmp_path / "data" / "classes.txt").write_text("one\ntwo")
-    with pytest.raises(WeightsError):  # the encoder is not there: the recipe is written by then
-        train([replace(SCRATCH, val=None, encoder="absent.pth")], [tmp_path / "data"], tmp_path / "run", HERE)
-    ((stage,), _) = recipes.read(tmp_path / "run" / "recipe.json")
+    with pytest.raises(KeyboardInterrupt):
+        train([replace(SCRATCH, val=None)], [tmp_path / "data"], tmp_path / "run", HERE)
+    (stage,) = begun
     assert (stage.crop, stage.scale) == ((crop, crop), scale) and stage.precision in ("bfloat16", "float32")
 
 

@@ -240,3 +240,22 @@ def test_config_of_a_custom_network(tmp_path):
     config = Config((4, 6, 8, 10), (1, 2, 1, 1), (2, 3, 4, 5), decoder_channels=96, head="msca", num_classes=2, in_channels=1)
     segnext.save(SegNeXt(config), tmp_path / "model.safetensors")
     assert segnext.load(tmp_path / "model.safetensors").config == config
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.", "_orig_mod.module."])
+def test_names_of_wrappers_are_left_out(tmp_path, wrapper):
+    model = small.model()
+    state = {wrapper + key: value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "wrapped.pth")
+    loaded = segnext.load(tmp_path / "wrapped.pth", rank=model.config.rank)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_what_is_saved_can_be_loaded(tmp_path):
+    """A compiled model as the model, a fused one not at all; names of any length."""
+    model, path = small.model(), tmp_path / f"{'w' * 250}.pth"
+    segnext.save(torch.compile(model), path)
+    assert segnext.load(path).state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(TypeError, match="^save: model must be a SegNeXt, got FusedSegNeXt$"):
+        segnext.save(segnext.fuse(model), tmp_path / "fused.pth")
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]

@@ -43,7 +43,7 @@ def folder(root: Path, split: str) -> Pairs:
 def read_classes(path: Path) -> list[str]:
     """The class names in a file of one a line; blank lines at the end are left out."""
     try:
-        classes = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+        classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except FileNotFoundError:
         raise MissingError(f"{path}: no such file; it names the classes, one a line") from None
     except UnicodeDecodeError:
