@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segnext.images import ImageError, normalise, read_image, write_png
+from segnext.images import ImageError, normalise, read_image, read_labels, write_png
 from segnext.palette import generated_palette, legend, mask_image, overlay
 
 RNG = np.random.default_rng(0)
