@@ -184,7 +184,7 @@ def test_tuning_runs_kernels_many_times(kernels, monkeypatch, backend):
 def test_matrices_beyond_32_bits_are_left_to_others(backend):
     large = torch.empty(1).expand(1, 1 << 16, 1 << 15)
     assert _select.why_not(backend, "nmf", large) == (
-        "the Triton kernels of nmf are for matrices below 2**31 elements, x is [1, 65536, 32768]"
+        "the Triton kernels of nmf are for matrices below 2**31 elements and 65536 rows, x is [1, 65536, 32768]"
     )
 
 
