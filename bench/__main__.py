@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import segnext_kernels
 from segnext import speed
+from segnext.cli.options import positive
 
 from . import cases, ceilings, cuda_static, loop, memory, output, report, scaling, triton_static
 from .case import DIRECTIONS, Case, Contender
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     space.set_defaults(run=_memory)
     around = commands.add_parser("loop", help="what training and evaluating cost beside the model")
     around.add_argument(
-        "--rounds", type=_positive, default=12, help="steps of training for each line; evaluation takes a quarter"
+        "--rounds", type=positive, default=12, help="steps of training for each line; evaluation takes a quarter"
     )
     around.set_defaults(run=_loop)
     static = commands.add_parser(
@@ -68,19 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(threads=None)
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown here")
     for command in (timing, growth, space, around):
-        command.add_argument("--threads", type=_positive, help="for PyTorch's intra-operator parallelism, and other runtimes")
+        command.add_argument("--threads", type=positive, help="for PyTorch's intra-operator parallelism, and other runtimes")
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown, JSON and plots here")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-_positive.__name__ = "number of at least 1"  # argparse says: invalid ... value
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -49,6 +49,13 @@ class Contender:
         return f"{', '.join(absent)} not installed" if absent else None
 
 
+def in_both_layouts(ways: dict[str, Callable[[], Callable[..., Tensor]]]) -> tuple[Contender, ...]:
+    """Every way by its name, of a contiguous and of a channels_last input; those that are called fused are ours."""
+    return tuple(
+        Contender(name, layout, build, ours=name.startswith("fused")) for name, build in ways.items() for layout in LAYOUTS
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem with everybody who solves it.

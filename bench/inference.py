@@ -12,7 +12,7 @@ from torch import Tensor
 import segnext_kernels as kernels
 
 from . import plain
-from .case import LAYOUTS, Case, Contender, Work, generator, image_shape
+from .case import Case, Work, generator, image_shape, in_both_layouts
 
 GROUPS = 32
 
@@ -22,7 +22,7 @@ def conv_act_case(channels: int, side: int, outputs: int, kernel_size: int, stri
     options = kernel_size, stride, "relu"
 
     def setup() -> list[Tensor]:
-        return [*image(channels, side), *linear(outputs, channels, kernel_size)]
+        return [image(channels, side), *linear(outputs, channels, kernel_size)]
 
     def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
         packed, floats = kernels.pack(weight, dtype), bias.float()
@@ -44,7 +44,7 @@ def spatial_attention_case(channels: int, side: int, dtype: torch.dtype) -> Case
             for size in ((1, k), (k, 1)):
                 strips += [draw(channels, 1, *size) / k**0.5, draw(channels)]
         first, gate, second = (linear(channels, channels, 1) for _ in range(3))
-        return [*image(channels, side), *first, *strips, *gate, *second, draw(channels)]
+        return [image(channels, side), *first, *strips, *gate, *second, draw(channels)]
 
     def fused(x: Tensor, *weights: Tensor) -> Callable[[Tensor], Tensor]:
         ready = list(weights[:20])
@@ -65,7 +65,7 @@ def mlp_case(channels: int, hidden: int, side: int, dtype: torch.dtype) -> Case:
     def setup() -> list[Tensor]:
         draw = partial(torch.randn, generator=generator(), dtype=torch.float64)
         depthwise = [draw(hidden, 1, 3, 3) / 3, draw(hidden)]
-        return [*image(channels, side), *linear(hidden, channels, 1), *depthwise, *linear(channels, hidden, 1)]
+        return [image(channels, side), *linear(hidden, channels, 1), *depthwise, *linear(channels, hidden, 1)]
 
     def fused(x: Tensor, fc1: Tensor, bias1: Tensor, *rest: Tensor) -> Callable[[Tensor], Tensor]:
         *depthwise, fc2, bias2 = rest
@@ -88,7 +88,7 @@ def group_norm_relu_case(channels: int, side: int, dtype: torch.dtype) -> Case:
 
     def setup() -> list[Tensor]:
         draw = partial(torch.randn, generator=generator(), dtype=torch.float64)
-        return [*image(channels, side), draw(channels), draw(channels), draw(1, channels, side, side)]
+        return [image(channels, side), draw(channels), draw(channels), draw(1, channels, side, side)]
 
     def fused(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Callable[..., Tensor]:
         weight, bias = weight.float(), bias.float()
@@ -109,7 +109,7 @@ def resize_concat_conv_case(channels: tuple[int, ...], side: int, outputs: int, 
     levels = len(channels)
 
     def setup() -> list[Tensor]:
-        maps = [image(count, side >> i)[0] for i, count in enumerate(channels)]
+        maps = [image(count, side >> i) for i, count in enumerate(channels)]
         maps[1:] = [one.contiguous(memory_format=torch.channels_last) for one in maps[1:]]
         weight, bias = linear(outputs, sum(channels), 1)
         return [*maps, weight, bias]
@@ -129,8 +129,8 @@ def resize_concat_conv_case(channels: tuple[int, ...], side: int, outputs: int, 
     )
 
 
-def image(channels: int, side: int) -> list[Tensor]:
-    return [torch.randn(1, channels, side, side, generator=generator(), dtype=torch.float64)]
+def image(channels: int, side: int) -> Tensor:
+    return torch.randn(1, channels, side, side, generator=generator(), dtype=torch.float64)
 
 
 def linear(outputs: int, inputs: int, kernel_size: int) -> list[Tensor]:
@@ -173,12 +173,9 @@ def _case(
         "PyTorch": lambda: function,
         "torch.compile": partial(torch.compile, function, fullgraph=True, dynamic=False),
     }
-    contenders = tuple(
-        Contender(name, layout, build, ours=name == "fused") for name, build in ways.items() for layout in LAYOUTS
-    )
 
     def work(direction: str) -> Work:
         read = sum(prod(tensor.shape) for tensor in setup())
         return Work((read + written) * dtype.itemsize, 2 * products)
 
-    return Case(operator, shape, dtype, setup, function, contenders, ("forward",), work, gradients=False)
+    return Case(operator, shape, dtype, setup, function, in_both_layouts(ways), ("forward",), work, gradients=False)

@@ -16,7 +16,7 @@ from segnext_kernels.nmf.reference import nmf as nmf_reference
 from segnext_kernels.scale_add.reference import scale_add as scale_add_reference
 
 from . import plain
-from .case import DIRECTIONS, LAYOUTS, Case, Contender, Work, generator, image_shape
+from .case import DIRECTIONS, Case, Contender, Work, generator, image_shape, in_both_layouts
 
 BRANCHES = (7, 11, 21)
 Backends = tuple[str | None, ...]  # of the operator, each a contender of its own; None for the one that serves
@@ -28,9 +28,7 @@ def contenders(
     """The fused operator, what users write in plain PyTorch, and that compiled, each in both layouts."""
     ways = {f"fused {backend}" if backend else "fused": partial(_same, partial(fused, backend=backend)) for backend in backends}
     ways |= {"PyTorch": partial(_same, plain), "torch.compile": partial(torch.compile, plain, fullgraph=True, dynamic=False)}
-    return tuple(
-        Contender(name, layout, build, ours=name.startswith("fused")) for name, build in ways.items() for layout in LAYOUTS
-    )
+    return in_both_layouts(ways)
 
 
 def msca_strips_case(

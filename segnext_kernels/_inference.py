@@ -39,13 +39,14 @@ def call(operator: str, backend: str | None, validate: Callable, reference: Call
 
 
 def _first(x: Tensor | list[Tensor]) -> Tensor:
-    return x if isinstance(x, Tensor) else x[0]
+    """The image, or the first of a list of them; what is neither stays."""
+    return x[0] if isinstance(x, (list, tuple)) and x else x
 
 
 def _ready(operator: str, args: tuple) -> bool:
     """Whether the kernel can be asked before anything is checked. A call that is recorded must not fail, and where a tensor is
     on meta or stands in for another nothing would be refused."""
-    x = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
+    x = _first(args[0])
     if type(x) not in (Tensor, nn.Parameter):
         return False
     differentiated = torch.is_grad_enabled()
@@ -70,7 +71,7 @@ def _tensors(args: tuple) -> list[Tensor]:
 
 def _validated(validate: Callable, args: tuple) -> tuple:
     """Under autocast, too, dtypes must fit: these operators do not cast."""
-    x = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    x = _first(args[0])
     if isinstance(x, Tensor) and _validate.autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return validate(*args)

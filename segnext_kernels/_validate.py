@@ -258,8 +258,13 @@ def vector(op: str, name: str, tensor: Tensor, count: int, x: Tensor, dtype: tor
     return tensor.contiguous()
 
 
+def _is_whole(number: object) -> bool:
+    return isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
+
+
 def whole(op: str, name: str, number: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+    """Checks an int; a bool is none."""
+    if not _is_whole(number):
         raise TypeError(f"{op}: {name} must be an int, got {type(number).__name__}")
 
 
@@ -271,9 +276,7 @@ def _sequence(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 def _logits(op: str, logits: Tensor, size: Sequence[int]) -> None:
     """Checks an image that can be resized to ``size``."""
     _tensor(op, "logits", logits, "[N, C, h, w]")
-    if not isinstance(size, (list, tuple)) or len(size) != 2:
-        raise ValueError(f"{op}: size must be two whole numbers (H, W), got {size!r}")
-    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in size):
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(_is_whole(n) and n >= 0 for n in size):
         raise ValueError(f"{op}: size must be two whole numbers (H, W), got {size!r}")
     if 0 in logits.shape[1:] and 0 not in size:
         raise ValueError(f"{op}: empty logits {list(logits.shape)} cannot be resized to {list(size)}")
