@@ -14,6 +14,7 @@ from .case import Case
 from .inference import (
     conv_act_case,
     group_norm_relu_case,
+    hamburger_case,
     mlp_case,
     resize_concat_conv_case,
     spatial_attention_case,
@@ -61,6 +62,8 @@ def _registry() -> Iterable[Case]:
         for (channels, side), (hidden, _) in zip(T_STAGES, T_MLPS, strict=True):
             yield mlp_case(channels, hidden, side, dtype)
         yield group_norm_relu_case(256, 64, dtype)
+        yield hamburger_case(256, 64, 16, dtype)
+        yield hamburger_case(1024, 64, 64, dtype)
         yield resize_concat_conv_case((64, 160, 256), 64, 256, dtype)
     for dtype in DTYPES:
         for size, config in SIZES.items():

@@ -7,6 +7,7 @@ from functools import partial
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import segnext_kernels as kernels
@@ -98,6 +99,33 @@ def group_norm_relu_case(channels: int, side: int, dtype: torch.dtype) -> Case:
     shape = image_shape(1, channels, side, side)
     function = partial(plain.group_norm_relu, groups=GROUPS)
     return _case("group_norm_relu", shape, dtype, setup, fused, function, pixels, 9 * pixels // 2, kept=(0, 3))
+
+
+def hamburger_case(channels: int, side: int, rank: int, dtype: torch.dtype) -> Case:
+    """The Hamburger of [1, channels, side, side] with seven steps.
+
+    Counted is what :func:`segnext_kernels.hamburger` computes: W_in on all pixels, the decomposition's products with x (two a
+    step, and two more) and the last one, of the factors.
+    """
+    steps = 7
+
+    def setup() -> list[Tensor]:
+        draw = partial(torch.randn, generator=generator(), dtype=torch.float64)
+        bases = F.normalize(draw(1, channels, rank).abs(), dim=1)
+        ham_in, ham_out = linear(channels, channels, 1), linear(channels, channels, 1)[:1]
+        return [image(channels, side), *ham_in, bases, *ham_out, draw(channels), draw(channels)]
+
+    def fused(x: Tensor, ham_in: Tensor, *rest: Tensor) -> Callable[[Tensor], Tensor]:
+        packed = kernels.pack(ham_in, dtype)
+        bias, bases, ham_out, *norm = (t.float() for t in rest)
+        ham_out, rounded = ham_out.flatten(1), dtype == torch.bfloat16
+        return lambda x: kernels.hamburger(x, packed, bias, bases, steps, ham_out, *norm, GROUPS, round_factors=rounded)
+
+    pixels = channels * side**2
+    products = pixels * (channels + (2 * steps + 2) * rank)
+    shape = f"{image_shape(1, channels, side, side)}-rank{rank}"
+    function = partial(plain.hamburger, steps=steps, groups=GROUPS)
+    return _case("hamburger", shape, dtype, setup, fused, function, pixels, products)
 
 
 def resize_concat_conv_case(channels: tuple[int, ...], side: int, outputs: int, dtype: torch.dtype) -> Case:

@@ -68,6 +68,13 @@ def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, g
     return F.relu(F.group_norm(x, groups, weight, bias) + residual)
 
 
+def hamburger(x: Tensor, *weights: Tensor, steps: int, groups: int) -> Tensor:
+    ham_in, bias, bases, ham_out, norm_weight, norm_bias = weights
+    v = F.relu(F.conv2d(x, ham_in, bias))
+    z = F.conv2d(nmf(v.flatten(2), bases, steps).view(x.shape), ham_out)
+    return F.relu(x + F.group_norm(z, groups, norm_weight, norm_bias))
+
+
 def resize_concat_conv(*inputs: Tensor) -> Tensor:
     first, *others, weight, bias = inputs
     resized = [F.interpolate(one, first.shape[2:], mode="bilinear", align_corners=False) for one in others]
@@ -100,8 +107,9 @@ PLAIN = {AttentionModule: PlainAttentionModule, DWConvGELU: PlainDWConvGELU, NMF
 
 
 def network(model: nn.Module) -> nn.Module:
-    """A copy of a SegNeXt, with its parameters, that has no operator of ours."""
+    """A copy of a SegNeXt, with its parameters, that has no operator of ours and computes in the official code's order."""
     model = copy.deepcopy(model)
+    model.decode_head.resize_first = True
     for module in model.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
     return model

@@ -9,6 +9,7 @@ using segnext::AttentionWeights;
 using segnext::Convolution;
 using segnext::Dtype;
 using segnext::GroupNorm;
+using segnext::HamburgerWeights;
 using segnext::Image;
 using segnext::kStripTensors;
 using segnext::MlpWeights;
@@ -93,13 +94,17 @@ Tensor mlp(const Tensor& x, const Tensor& fc1, const Tensor& bias1, const Tensor
   return y;
 }
 
+GroupNorm group_norm(const Tensor& weight, const Tensor& bias, int64_t groups, double eps, const Image& x) {
+  STD_TORCH_CHECK(groups > 0 && x.channels % groups == 0, "segnext_kernels: ", groups, " groups do not divide ", x.channels,
+                  " channels");
+  return {floats(weight, x.channels, "the norm's weight"), floats(bias, x.channels, "the norm's bias"), groups,
+          static_cast<float>(eps)};
+}
+
 Tensor group_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
                        const std::optional<Tensor>& residual) {
   const Image in = pixels(x, "x");
-  STD_TORCH_CHECK(groups > 0 && in.channels % groups == 0, "segnext_kernels: ", groups, " groups do not divide ", in.channels,
-                  " channels");
-  const GroupNorm norm{floats(weight, in.channels, "weight"), floats(bias, in.channels, "bias"), groups,
-                       static_cast<float>(eps)};
+  const GroupNorm norm = group_norm(weight, bias, groups, eps, in);
   Image add{};
   if (residual) {
     add = image_like(*residual, in, "residual");
@@ -107,6 +112,25 @@ Tensor group_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias
   }
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() > 0) segnext::group_norm_relu_forward(in, norm, add, pixels(y, "y"), parallel());
+  return y;
+}
+
+Tensor hamburger(const Tensor& x, const Tensor& ham_in, const Tensor& bias, const Tensor& bases, int64_t steps,
+                 const Tensor& ham_out, const Tensor& norm_weight, const Tensor& norm_bias, int64_t groups, double eps,
+                 bool round_factors) {
+  const Image in = pixels(x, "x");
+  const int64_t C = in.channels;
+  STD_TORCH_CHECK(bases.dim() == 3 && bases.size(0) == in.images && bases.size(1) == C && bases.size(2) > 0 && steps >= 0,
+                  "segnext_kernels: bases must be [N, C, R] for x [N, C, H, W], and steps at least 0");
+  const HamburgerWeights w{packed(ham_in, bias, C, C, in, "ham_in"),
+                           floats(bases, in.images * C * bases.size(2), "bases"),
+                           floats(ham_out, C * C, "ham_out"),
+                           group_norm(norm_weight, norm_bias, groups, eps, in),
+                           bases.size(2),
+                           steps,
+                           round_factors};
+  Tensor y = torch::stable::empty_like(x);
+  if (x.numel() > 0) segnext::hamburger_forward(in, w, pixels(y, "y"), parallel());
   return y;
 }
 
@@ -135,5 +159,6 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
   m.impl("spatial_attention", TORCH_BOX(&spatial_attention));
   m.impl("mlp", TORCH_BOX(&mlp));
   m.impl("group_norm_relu", TORCH_BOX(&group_norm_relu));
+  m.impl("hamburger", TORCH_BOX(&hamburger));
   m.impl("resize_concat_conv", TORCH_BOX(&resize_concat_conv));
 }

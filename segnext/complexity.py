@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -51,6 +52,8 @@ def count(size: str, head: str = "ham", num_classes: int = 150, image_size: tupl
 
 def count_model(model: SegNeXt, image_size: tuple[int, int], upsampled: bool = True) -> Complexity:
     """:func:`count` for a model on the meta device, to logits at the image's size or at stride 8."""
+    model = copy.deepcopy(model)
+    model.decode_head.resize_first = True  # as the paper counts
     with torch.no_grad(), _Counter() as counter:
         logits = model.eval()(torch.empty(1, model.config.in_channels, *image_size, device="meta"))
         if upsampled:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import segnext_kernels as kernels
 
-from .heads import Head
+from .heads import Hamburger, HamHead, Head
 from .model import SegNeXt
 from .mscan import MLP, MSCAN, Block, SpatialAttention
 
@@ -136,6 +136,24 @@ class GroupNormReLU(nn.Module):
         return kernels.group_norm_relu(x, self.weight, self.bias, self.groups, self.eps, residual)
 
 
+class FusedHamburger(nn.Module):
+    """The matrix decomposition, its two convolutions and the shortcut."""
+
+    def __init__(self, hamburger: Hamburger, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, bias = matrix(hamburger.ham_in.conv)
+        self.ham_in, self.bias = frozen(kernels.pack(weight, dtype)), frozen(bias.float())
+        self.ham, norm = copy.deepcopy(hamburger.ham), hamburger.ham_out.gn
+        self.ham_out = frozen(hamburger.ham_out.conv.weight.flatten(1).float())
+        self.norm_weight, self.norm_bias = frozen(norm.weight.float()), frozen(norm.bias.float())
+        self.options = norm.num_groups, norm.eps, dtype == torch.bfloat16
+
+    def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
+        bases = self.ham.initial_bases(x) if bases is None else bases
+        norm = self.norm_weight, self.norm_bias, *self.options
+        return kernels.hamburger(x, self.ham_in, self.bias, bases, self.ham.eval_steps, self.ham_out, *norm)
+
+
 def fused_block(block: Block, dtype: torch.dtype) -> nn.Sequential:
     attention = FusedAttention(block.attn, dtype, block.norm1, block.layer_scale_1)
     return nn.Sequential(attention, FusedMLP(block.mlp, dtype, block.norm2, block.layer_scale_2))
@@ -177,23 +195,19 @@ class FusedHead(nn.Module):
         self.squeeze_bias = frozen(torch.zeros(head.squeeze.conv.out_channels, device=parts[0].device))
         self.squeeze_norm, self.align_norm = GroupNormReLU(head.squeeze.gn), GroupNormReLU(head.align.gn)
         self.align, self.conv_seg = ConvAct(head.align.conv, dtype), ConvAct(head.conv_seg, dtype)
-        self.hamburger = getattr(head, "hamburger", None) is not None
-        if self.hamburger:
-            self.ham_in = ConvAct(head.hamburger.ham_in.conv, dtype, "relu")
-            self.ham = copy.deepcopy(head.hamburger.ham)
-            self.ham.round_factors = dtype == torch.bfloat16
-            self.ham_out, self.ham_norm = ConvAct(head.hamburger.ham_out.conv, dtype), GroupNormReLU(head.hamburger.ham_out.gn)
+        if isinstance(head, HamHead):
+            self.mix = FusedHamburger(head.hamburger, dtype)
         else:
-            self.attention = FusedAttention(head.attention, dtype, None, None)
+            self.mix = FusedAttention(head.attention, dtype, None, None)
 
     def forward(self, features: Sequence[Tensor], bases: Tensor | None = None) -> Tensor:
         x = self.squeeze_norm(kernels.resize_concat_conv(features[1:], values(self.squeeze), self.squeeze_bias))
-        if self.hamburger:
-            x = self.ham_norm(self.ham_out(self.ham(self.ham_in(x), bases)), x)
+        if isinstance(self.mix, FusedHamburger):
+            x = self.mix(x, bases)
         elif bases is not None:
             raise ValueError("the MSCA head has no matrix decomposition, so it takes no bases")
         else:
-            x = self.attention(x)
+            x = self.mix(x)
         return self.conv_seg(self.align_norm(self.align(x)))
 
 

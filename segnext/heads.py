@@ -45,12 +45,18 @@ class Hamburger(nn.Module):
 class Head(nn.Module):
     """What both heads share; a subclass says with ``mix`` how pixels learn of each other.
 
+    ``resize_first`` says whether maps are resized and concatenated before they are squeezed, as in the official code and in what
+    the paper counts. A 1x1 convolution and resizing commute, so each map is squeezed at its own size, a quarter of the products,
+    unless it is set.
+
     Args:
         in_channels: of stages 2-4.
         channels: of the decoder, a multiple of 32.
         num_classes: channels of the logits.
         dropout: probability that a channel is dropped before the classifier, in training.
     """
+
+    resize_first = False
 
     def __init__(self, in_channels: Sequence[int], channels: int, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -66,12 +72,23 @@ class Head(nn.Module):
     def mix(self, x: Tensor, bases: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def squeezed(self, fine: Tensor, *coarse: Tensor) -> Tensor:
+        """The squeezing convolution of the maps, at the size of the finest."""
+
+        def resize(x: Tensor) -> Tensor:
+            return F.interpolate(x, fine.shape[-2:], mode="bilinear", align_corners=False)
+
+        if self.resize_first:
+            return self.squeeze.conv(torch.cat([fine, *map(resize, coarse)], dim=1))
+        first, *weights = self.squeeze.conv.weight.split([x.shape[1] for x in (fine, *coarse)], dim=1)
+        z = F.conv2d(fine, first)
+        for x, weight in zip(coarse, weights, strict=True):
+            z = z + resize(F.conv2d(x, weight))
+        return z
+
     def forward(self, features: Sequence[Tensor], bases: Tensor | None = None) -> Tensor:
         """The encoder's four maps -> logits [B, num_classes, H, W] of the second map's size."""
-        fine, *coarse = features[1:]
-        size = fine.shape[-2:]
-        resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in coarse]
-        x = F.relu(self.squeeze(torch.cat([fine, *resized], dim=1)))
+        x = F.relu(self.squeeze.gn(self.squeezed(*features[1:])))
         x = F.relu(self.align(self.mix(x, bases)))
         return self.conv_seg(self.dropout(x))
 

@@ -13,6 +13,7 @@ from ._select import missing as _missing
 from .conv_act import conv_act
 from .dwconv_gelu import dwconv_gelu
 from .group_norm_relu import group_norm_relu
+from .hamburger import hamburger
 from .mlp import mlp
 from .msca_strips import msca_strips
 from .nmf import nmf
@@ -30,6 +31,7 @@ __all__ = [
     "dwconv_gelu",
     "explain",
     "group_norm_relu",
+    "hamburger",
     "mlp",
     "msca_strips",
     "nmf",

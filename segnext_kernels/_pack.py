@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._validate import PACKED_DTYPES, PANEL
+from ._validate_inference import PACKED_DTYPES, PANEL
 
 
 def pack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

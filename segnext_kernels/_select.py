@@ -21,6 +21,7 @@ OPERATORS = (
     "spatial_attention",
     "mlp",
     "group_norm_relu",
+    "hamburger",
     "resize_concat_conv",
 )
 BACKENDS = ("cuda", "triton", "cpu", "reference")

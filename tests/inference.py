@@ -95,6 +95,20 @@ def truth_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     return rows.view(x.shape) * weight[:, None, None] + bias[:, None, None]
 
 
+def hamburger(shape, dtype, steps=3):
+    image, channels = shape[:4], shape[1]
+    draw, groups = Draw(dtype), next(g for g in (32, 16, 11, 3, 1) if channels % g == 0)
+    rank = shape[4] % 70 + 1
+    x, ham_in, ham_out = draw(*image), draw.matrix(channels, channels), draw.matrix(channels, channels).float().double()
+    bias, weight, norm_bias, bases = (draw.floats(*s) for s in (*((channels,),) * 3, (image[0], channels, rank)))
+    bases = bases.abs()
+    v = F.relu(product(x, ham_in, bias))
+    z = product(kernels.nmf(v.flatten(2), bases, steps, backend="reference").view(x.shape), ham_out)
+    truth = F.relu(x + truth_norm(z, groups, weight, norm_bias))
+    floats = [t.float() for t in (ham_out, weight, norm_bias)]
+    return x.to(dtype), (kernels.pack(ham_in, dtype), bias.float(), bases.float(), steps, *floats, groups, 1e-5, False), truth
+
+
 def resize_concat_conv(shape, dtype):
     batch, channels, height, width, outputs = shape
     draw = Draw(dtype)
@@ -106,7 +120,7 @@ def resize_concat_conv(shape, dtype):
     return [m.to(dtype) for m in maps], ([kernels.pack(m, dtype) for m in matrices], bias.float()), truth
 
 
-MAKE = {f.__name__: f for f in (conv_act, spatial_attention, mlp, group_norm_relu, resize_concat_conv)}
+MAKE = {f.__name__: f for f in (conv_act, spatial_attention, mlp, group_norm_relu, hamburger, resize_concat_conv)}
 
 
 def channels_last(case: tuple) -> tuple:

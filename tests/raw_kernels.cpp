@@ -123,6 +123,12 @@ PYBIND11_MODULE(raw_kernels, m) {
     group_norm_relu_forward(image(x, true), {floats(weight), floats(weight), groups, 1e-5f}, image(residual, true),
                             image(y, true), kSerial);
   });
+  m.def("hamburger", [](py::array x, py::array matrix, py::array bias, py::array bases, int64_t steps, py::array out,
+                        int64_t groups, bool rounded, py::array y) {
+    const GroupNorm norm{floats(bias), floats(bias), groups, 1e-5f};
+    const HamburgerWeights weights{packed(matrix, bias), floats(bases), floats(out), norm, bases.shape(2), steps, rounded};
+    hamburger_forward(image(x, true), weights, image(y, true), kSerial);
+  });
   m.def("resize_concat_conv", [](py::list maps, py::list weights, py::array bias, py::array y) {
     std::vector<Image> images;
     std::vector<const void*> matrices;

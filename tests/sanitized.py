@@ -117,6 +117,10 @@ def inference(dtype, size, channels_last):
     y = poisoned(x, dtype)
     raw_kernels.group_norm_relu(x, bias, groups, normal(x.shape, dtype), y)
     yield y
+    for rank, rounded in ((3, False), (32, True)):
+        y, bases, out = poisoned(x, dtype), np.abs(normal((n, c, rank), "float32")), normal((c, c), "float32")
+        raw_kernels.hamburger(x, packed(c, c, dtype), bias, bases, 2, out, groups, rounded, y)
+        yield y
     maps = [x, normal((n, -(-h // 2), -(-w // 3), c), dtype)]
     y = poisoned(np.empty((n, h, w, columns)), dtype)
     raw_kernels.resize_concat_conv(maps, [packed(columns, c, dtype) for _ in maps], wide, y)

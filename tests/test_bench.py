@@ -5,7 +5,7 @@ from math import isnan
 
 import pytest
 import torch
-from benchmarks import ERRORS, LIMITS, SMALL, small_ceilings, turns, without
+from benchmarks import ERRORS, LIMITS, PLAIN_NMF_ERROR, SMALL, small_ceilings, turns, without
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +29,9 @@ def one_small_case(monkeypatch):
 
 @pytest.mark.parametrize(("case", "direction", "contender"), turns(SMALL))
 def test_contender_agrees_with_float64(case, direction, contender):
-    assert error(case, Runner(case, contender), direction, exact(case, direction)) < ERRORS[case.dtype]
+    rounds_factors = case.operator == "hamburger" and case.dtype == torch.bfloat16 and contender.name == "PyTorch"
+    limit = PLAIN_NMF_ERROR if rounds_factors else ERRORS[case.dtype]
+    assert error(case, Runner(case, contender), direction, exact(case, direction)) < limit
 
 
 def test_compiled_contender_agrees_with_float64():

@@ -41,14 +41,14 @@ def test_group_norm_relu_without_residual(dtype, shape, backend):
     check("group_norm_relu", group_norm_relu(shape, dtype, residual=False), dtype, "channels_last", backend)
 
 
-@pytest.mark.parametrize("operator", OPERATORS[:4])
+@pytest.mark.parametrize("operator", OPERATORS[:5])
 @packed_dtypes
 def test_no_images(operator, dtype, backend):
     case = MAKE[operator]((0, 8, 5, 5, 16), dtype)
     assert call(operator, case, backend=backend).shape == case[2].shape
 
 
-@pytest.mark.parametrize("operator", OPERATORS[:4])
+@pytest.mark.parametrize("operator", OPERATORS[:5])
 @packed_dtypes
 @compiled
 def test_images_without_pixels(operator, dtype, backend):
@@ -190,6 +190,13 @@ BAD = [
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, g, None, r), TypeError, "eps must be a number, got NoneType"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, 4, e, r), ValueError, "groups must divide the 17 channels"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, g, e, r[1:]), ValueError, "residual must be"),
+    ("hamburger", lambda x, w, b, bases, *r: (x, w, b, bases[:, 1:], *r), ValueError, r"bases must be \[B, D, R\] = \[2, 17, "),
+    ("hamburger", lambda x, w, b, bases, *r: (x, w, b, bases.double(), *r), TypeError, "bases must be torch.float32 for x of"),
+    ("hamburger", lambda x, w, b, bases, s, *r: (x, w, b, bases, 1.5, *r), TypeError, "steps must be an int, got float"),
+    ("hamburger", lambda x, w, b, bases, s, *r: (x, w, b, bases, -1, *r), ValueError, "steps must be at least 0, got -1"),
+    ("hamburger", lambda x, w, b, bases, s, out, *r: (x, w, b, bases, s, out[:, 1:], *r), ValueError, "ham_out must be"),
+    ("hamburger", lambda *args: (*args[:8], 4, *args[9:]), ValueError, "groups must divide the 17 channels, got 4"),
+    ("hamburger", lambda *args: (*args[:-1], 1), TypeError, "round_factors must be a bool, got int"),
     ("resize_concat_conv", lambda m, w, b: (m[0], w, b), TypeError, "maps must be a list or tuple of tensors, got Tensor"),
     ("resize_concat_conv", lambda m, w, b: (m, w[1:], b), ValueError, "as many weights as maps"),
     ("resize_concat_conv", lambda m, w, b: ([m[0][:1], *m[1:]], w, b), ValueError, "one batch size"),

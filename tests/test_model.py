@@ -24,7 +24,8 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 # A batch norm takes away again what the bias of the convolution before it adds, so that its true gradient is zero.
 ZERO_GRADIENTS = [f"backbone.patch_embed{part}.bias" for part in ("1.proj.0", "1.proj.3", "2.proj", "3.proj", "4.proj")]
 # The terms of these sums over all pixels cancel to a hundredth of their size, but their rounding does not: plain PyTorch is off
-# by 1.7e-5. With the compiled kernels on a contiguous input they need no exception.
+# by 1.7e-5. With the compiled kernels for AVX-512 on a contiguous input they need no exception; on a processor with AVX2 PyTorch
+# sums in another order, which comes to 1.4e-5.
 STEM_NORM = ("backbone.patch_embed1.proj.1.weight", "backbone.patch_embed1.proj.1.bias")
 STEM_NORM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5}
 
@@ -63,7 +64,7 @@ def test_golden_training(dtype, layout):
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         scale = expected[name.replace("bias", "weight") if name in ZERO_GRADIENTS else name]
-        exact = layout == torch.contiguous_format and segnext_kernels.build_info()["isa"]
+        exact = layout == torch.contiguous_format and (segnext_kernels.build_info()["isa"] or "").startswith(("avx512", "amx"))
         limit = STEM_NORM_TOLERANCE[dtype] if name in STEM_NORM and not exact else tolerance
         assert relative_error(gradient, expected[name], scale) < limit, name
 

@@ -118,6 +118,15 @@ struct GroupNorm {
 void group_norm_relu_forward(const Image& x, const GroupNorm& norm, const Image& residual, const Image& y,
                              const Parallel& parallel);
 
+struct HamburgerWeights {
+  PackedWeights in;
+  const float *bases, *out;  // [N][C][rank], [C][C]
+  GroupNorm norm;
+  int64_t rank, steps;
+  bool rounded;  // as in nmf_forward
+};
+void hamburger_forward(const Image& x, const HamburgerWeights& w, const Image& y, const Parallel& parallel);
+
 // `count` maps of y's dtype, the first of y's size, and as many packed weights.
 void resize_concat_conv_forward(const Image* maps, const void* const* weights, int64_t count, const float* bias, const Image& y,
                                 const Parallel& parallel);

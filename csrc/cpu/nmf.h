@@ -37,6 +37,8 @@ enum class Keep { kNothing, kLast, kAll };
 template <class A>
 class Nmf {
  public:
+  using Accumulator = A;
+
   // What is kept lies in `factors`, of nmf_factors_size, or in memory of its own where that is null.
   Nmf(const Matrices& x, int64_t rank, int64_t steps, Keep keep, void* factors, const Parallel& parallel)
       : x_(x),
@@ -70,14 +72,20 @@ class Nmf {
   // Of the factors that are kept, in accumulators.
   int64_t size() const { return (c_slots_ + c_ratio_slots_) * c_size_ + (2 * kept_steps_ + 1) * b_size_; }
 
-  // All steps but the last update of C.
-  void run(const void* bases) {
+  // All steps; y, if any, <- B C^T.
+  void run(const void* bases, const Matrices* y = nullptr) {
     begin(bases);
     for (int64_t step = 0; step < steps_; ++step) {
       update_coefficients(step, Then::kSum);
       update_bases(step, [&](int64_t image, int64_t first, int64_t rows, A*) { return xc(image, first, rows); });
     }
+    update_coefficients(steps_, y != nullptr ? Then::kMultiply : Then::kNothing, y);
   }
+
+  // The factors after run: C [N][padded] and B [D][padded] of an image.
+  A* last_coefficients(int64_t image) { return coefficients(steps_ + 1, image, 0); }
+  const A* last_bases(int64_t image) { return bases(steps_, image); }
+  const NmfShape<A>& shape() const { return s_; }
 
   // C of step + 1 from C and B of step.
   void update_coefficients(int64_t step, Then then, const Matrices* y = nullptr) {

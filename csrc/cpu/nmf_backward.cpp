@@ -32,10 +32,7 @@ class NmfBackward : public Nmf<A> {
         d_w_(Base::b_size_),
         gram_(x.batch * s_.rank * s_.padded) {}
 
-  void run_forward(const void* bases) {
-    Base::run(bases);
-    Base::update_coefficients(steps_, Then::kNothing);
-  }
+  void run_forward(const void* bases) { Base::run(bases); }
 
   void run(const Matrices& grad_x, void* grad_bases) {
     for (int64_t step = steps_; step >= 0; --step) {

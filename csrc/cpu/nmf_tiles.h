@@ -20,11 +20,11 @@ class NmfOnTiles : public Nmf<float> {
 
   static bool serves(const Matrices& x) { return x.transposed && x.rows % kPanel == 0 && x.columns % kPanel == 0; }
 
-  void run(const void* bases, const Matrices& y) {
+  void run(const void* bases, const Matrices* y = nullptr) {
     begin(bases);
     self().pack_bases(0);
     for (int64_t step = 0; step < steps_; ++step) {
-      update_coefficients(step);
+      update_coefficients(step, Then::kSum);
       update_bases(step, [&](int64_t image, int64_t first, int64_t rows, float* sums) -> const float* {
         Buffer<float> whole(s_.padded * rows);
         sum_products(image, first, rows, whole);
@@ -33,15 +33,15 @@ class NmfOnTiles : public Nmf<float> {
       });
       self().pack_bases(step + 1);
     }
-    self().pack_transposed();
-    update_coefficients(steps_, &y);
+    if (y != nullptr) self().pack_transposed();
+    update_coefficients(steps_, y != nullptr ? Then::kMultiply : Then::kNothing, y);
   }
 
  private:
   Derived& self() { return static_cast<Derived&>(*this); }
 
-  // As the base's; with y, the last update, whose product with B is written.
-  void update_coefficients(int64_t step, const Matrices* y = nullptr) {
+  // As the base's.
+  void update_coefficients(int64_t step, Then then, const Matrices* y = nullptr) {
     parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
       const int64_t R = s_.padded, most = self().part_rows();
       Buffer<float> num(most * R), den(most * R);
@@ -59,9 +59,9 @@ class NmfOnTiles : public Nmf<float> {
           }
           gemm<float>({before, R, 1}, count, s_.rank, bb(image), R, s_.vectors, den, R, false);
           scale(before, num, den, count * R, after, c_ratio(step, image, first));
-          if (y != nullptr) {
+          if (then == Then::kMultiply) {
             part.multiply(after, *y);
-          } else {
+          } else if (then == Then::kSum) {
             add_to_cc(after, after, count, item, first > start);
             part.add_products(after, xc_ + item * s_.D * R, first > start);
           }

@@ -17,7 +17,7 @@ from ..fuse import fuse
 from ..model import MEAN, STD, SegNeXt
 
 LEAST = 33  # pixels: of fewer the coarsest map has a single row or column, for which torch.export traces another program
-DECOMPOSED = ("conv_act", "group_norm_relu", "mlp", "nmf", "resize_concat_conv", "spatial_attention")
+DECOMPOSED = ("conv_act", "group_norm_relu", "hamburger", "mlp", "resize_concat_conv", "spatial_attention")
 
 
 class ExportError(RuntimeError):

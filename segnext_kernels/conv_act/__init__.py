@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _inference, _validate
+from .. import _inference, _validate_inference
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -48,4 +48,4 @@ def conv_act(
         SegNeXt (NeurIPS 2022), section 3.1: its stem, downsampling and projections, batch norms folded.
     """
     args = (x, weight, bias, kernel_size, stride, activation)
-    return _inference.call("conv_act", backend, _validate.conv_act, _reference.conv_act, *args)
+    return _inference.call("conv_act", backend, _validate_inference.conv_act, _reference.conv_act, *args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _inference, _validate
+from .. import _inference, _validate_inference
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -46,4 +46,4 @@ def group_norm_relu(
         "Group Normalization" (ECCV 2018); ``LightHamHead`` of the official code.
     """
     args = (x, weight, bias, groups, eps, residual)
-    return _inference.call("group_norm_relu", backend, _validate.group_norm_relu, _reference.group_norm_relu, *args)
+    return _inference.call("group_norm_relu", backend, _validate_inference.group_norm_relu, _reference.group_norm_relu, *args)

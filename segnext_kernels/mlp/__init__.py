@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _inference, _validate
+from .. import _inference, _validate_inference
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -47,4 +47,4 @@ def mlp(
         SegNeXt (NeurIPS 2022), section 3.1; ``Mlp`` of the official code.
     """
     args = (x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2)
-    return _inference.call("mlp", backend, _validate.mlp, _reference.mlp, *args)
+    return _inference.call("mlp", backend, _validate_inference.mlp, _reference.mlp, *args)

@@ -10,13 +10,17 @@ EPS = 1e-6
 
 def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", round_factors: bool = False) -> Tensor:
     """Multiplicative updates of x ~ bases coefᵀ, then their product. See the public function."""
-    dtype, x = x.dtype, x.to(bases.dtype)
+    bases, coef = factorise(x.to(bases.dtype), bases, steps, gradient)
+    return (bases @ coef.mT).to(x.dtype)
+
+
+def factorise(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact") -> tuple[Tensor, Tensor]:
+    """Bases [B, D, R] and coefficients [B, N, R] after all updates."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "exact"):
-        coef = torch.softmax(x.mT @ bases, dim=-1)  # [B, N, R]
+        coef = torch.softmax(x.mT @ bases, dim=-1)
         for _ in range(steps):
             coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)
             bases = bases * (x @ coef) / (bases @ (coef.mT @ coef) + EPS)
     if gradient == "one_step":
         bases = bases.detach()  # with no steps it is still the caller's
-    coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)
-    return (bases @ coef.mT).to(dtype)
+    return bases, coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import _inference, _validate
+from .. import _inference, _validate_inference
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -43,4 +43,4 @@ def resize_concat_conv(
         SegNeXt (NeurIPS 2022), section 3.2; ``LightHamHead`` of the official code.
     """
     args = (maps, weights, bias)
-    return _inference.call("resize_concat_conv", backend, _validate.resize_concat_conv, _reference.resize_concat_conv, *args)
+    return _inference.call("resize_concat_conv", backend, _validate_inference.resize_concat_conv, _reference.resize_concat_conv, *args)

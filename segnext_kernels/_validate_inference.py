@@ -1,0 +1,159 @@
+"""Argument checks of the operators that serve inference alone; each returns the arguments as the kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._validate import (
+    check_bases,
+    check_companion,
+    check_sequence,
+    check_shape,
+    check_tensor,
+    check_updates,
+    dense_image,
+    floats,
+    msca_strips,
+    whole,
+)
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = ("none", "gelu", "relu")
+PANEL = 32  # columns of packed weights that lie together
+
+
+def conv_act(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, stride: int, activation: str) -> tuple:
+    """Checks the arguments of conv_act and returns them, x in a dense layout."""
+    channels_last("conv_act", "x", x[:0] if isinstance(x, Tensor) and x.dim() else x)
+    whole("conv_act", "kernel_size", kernel_size)
+    whole("conv_act", "stride", stride)
+    if kernel_size < 1 or kernel_size % 2 == 0 or stride < 1:
+        raise ValueError(f"conv_act: kernel_size must be odd and stride at least 1, got {kernel_size} and {stride}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"conv_act: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    weight, bias = packed("conv_act", "weight", weight, bias, x.shape[1] * kernel_size**2, x)
+    return dense_image(x), weight, bias, kernel_size, stride, activation
+
+
+def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> tuple:
+    """Checks the arguments of spatial_attention and returns them, x in channels_last."""
+    op = "spatial_attention"
+    x = channels_last(op, "x", x)
+    check_sequence(op, "weights", weights)
+    if len(weights) != 21:
+        raise ValueError(f"{op}: weights must be 21 tensors: W1, b1, 14 strips, W3, b3, W2, b2, scale; got {len(weights)}")
+    channels, weights = x.shape[1], list(weights)
+    for name, i in (("W1", 0), ("W3", 16), ("W2", 18)):
+        weights[i : i + 2] = packed(op, name, weights[i], weights[i + 1], channels, x)
+        check_shape(op, f"the bias of {name}", weights[i + 1], (channels,))
+    sizes = msca_strips(x, weights[2:16], op, before=2)
+    if sizes != (7, 11, 21):
+        raise ValueError(f"{op}: the strips must have branch sizes (7, 11, 21), got {sizes}")
+    weights[20] = floats(op, "scale", weights[20], (channels,), x)
+    return x, weights
+
+
+def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor) -> tuple:
+    """Checks the arguments of mlp and returns them, x in channels_last."""
+    x = channels_last("mlp", "x", x)
+    fc1, bias1 = packed("mlp", "fc1", fc1, bias1, x.shape[1], x)
+    if bias1.shape[0] < 1:
+        raise ValueError("mlp: fc1 must have at least one output")
+    fc2, bias2 = packed("mlp", "fc2", fc2, bias2, bias1.shape[0], x)
+    check_shape("mlp", "bias2", bias2, (x.shape[1],))
+    depthwise_bias = floats("mlp", "depthwise_bias", depthwise_bias, (bias1.shape[0],), x)
+    depthwise = floats("mlp", "depthwise", depthwise, (bias1.shape[0], 1, 3, 3), x)
+    return x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2
+
+
+def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, residual: Tensor | None) -> tuple:
+    """Checks the arguments of group_norm_relu and returns them, x and the residual in channels_last."""
+    op = "group_norm_relu"
+    x = channels_last(op, "x", x)
+    weight, bias = group_norm(op, {"weight": weight, "bias": bias}, groups, eps, x)
+    if residual is not None:
+        check_companion(op, "residual", residual, x)
+        check_shape(op, "residual", residual, tuple(x.shape))
+        residual = channels_last(op, "residual", residual)
+    return x, weight, bias, groups, eps, residual
+
+
+def hamburger(
+    x: Tensor,
+    ham_in: Tensor,
+    bias: Tensor,
+    bases: Tensor,
+    steps: int,
+    ham_out: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    groups: int,
+    eps: float,
+    round_factors: bool,
+) -> tuple:
+    """Checks the arguments of hamburger and returns them, x in channels_last."""
+    op = "hamburger"
+    x = channels_last(op, "x", x)
+    channels = x.shape[1]
+    ham_in, bias = packed(op, "ham_in", ham_in, bias, channels, x)
+    check_shape(op, "the bias of ham_in", bias, (channels,))
+    check_bases(op, bases, tuple(x.shape[:2]), (x.dtype, torch.float32), x)
+    check_updates(op, steps, round_factors)
+    ham_out = floats(op, "ham_out", ham_out, (channels, channels), x)
+    norm = group_norm(op, {"norm_weight": norm_weight, "norm_bias": norm_bias}, groups, eps, x)
+    return x, ham_in, bias, bases.float().contiguous(), steps, ham_out, *norm, groups, eps, round_factors
+
+
+def group_norm(op: str, factors: dict[str, Tensor], groups: int, eps: float, x: Tensor) -> tuple[Tensor, ...]:
+    """Checks a group norm of x, its weight and bias by the names of the arguments, and returns them contiguous."""
+    factors = tuple(floats(op, name, factor, (x.shape[1],), x) for name, factor in factors.items())
+    whole(op, "groups", groups)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"{op}: groups must divide the {x.shape[1]} channels, got {groups}")
+    return factors
+
+
+def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> tuple:
+    """Checks the arguments of resize_concat_conv and returns them, the maps in channels_last."""
+    op = "resize_concat_conv"
+    check_sequence(op, "maps", maps)
+    check_sequence(op, "weights", weights)
+    if not maps or len(maps) != len(weights):
+        raise ValueError(f"{op}: as many weights as maps are needed and at least one, got {len(maps)} and {len(weights)}")
+    maps = [channels_last(op, f"maps[{i}]", x) for i, x in enumerate(maps)]
+    weights = list(weights)
+    for i, x in enumerate(maps):
+        check_companion(op, f"maps[{i}]", x, maps[0])
+        if x.shape[0] != maps[0].shape[0] or x.numel() == 0:
+            raise ValueError(f"{op}: maps must have one batch size and not be empty, got {[list(m.shape) for m in maps]}")
+        weights[i], bias = packed(op, f"weights[{i}]", weights[i], bias, x.shape[1], x)
+    return maps, weights, bias
+
+
+def channels_last(op: str, name: str, x: Tensor) -> Tensor:
+    """Checks an image for inference and returns it in channels_last: itself where it is, else a copy."""
+    check_tensor(op, name, x, "[N, C, H, W]")
+    if x.dtype not in PACKED_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32 or bfloat16, got {x.dtype}")
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks packed weights of a linear layer on ``inputs`` values and their bias, which tells the number of outputs, and
+    returns them contiguous."""
+    if not isinstance(bias, Tensor) or bias.dim() != 1:
+        raise TypeError(f"{op}: the bias of {name} must be a tensor [outputs]")
+    bias = floats(op, f"the bias of {name}", bias, (bias.shape[0],), x)
+    check_companion(op, name, weight, x)
+    step = 2 if x.dtype == torch.bfloat16 else 1
+    panels = -(-bias.shape[0] // PANEL)
+    shape = (panels, inputs, PANEL) if step == 1 else (panels, -(-inputs // step), PANEL, step)
+    check_shape(op, f"{name}, packed,", weight, shape)
+    return weight.contiguous(), bias
+
+
