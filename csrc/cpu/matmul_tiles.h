@@ -1,15 +1,18 @@
 // The operands of products and the micro-kernel that multiplies them in registers. Part of matmul.h.
 //
-// A panel holds 32 columns of the weights, so that a tile of 8 rows by 32 columns is summed in registers while its operands
-// come from the first two caches. Every sum runs over the depth in order, wherever the tiles begin.
+// A panel holds 32 columns of the weights, so that a tile of 8 rows by 32 columns (3 where there are 16 registers of 8) is summed
+// in registers while its operands come from the first two caches. Every sum runs over the depth in order, wherever the tiles
+// begin.
 #pragma once
+#include <algorithm>
+
 #include "cpu/image.h"
 
 namespace segnext {
 
-inline constexpr int kPanel = 32;                           // columns that are packed together
-inline constexpr int kTileRows = kRegisters == 32 ? 8 : 4;  // what the registers hold of two vectors each
-inline constexpr int kTileVectors = 2;
+inline constexpr int kPanel = 32;  // columns that are packed together
+inline constexpr int kTileRows = kRegisters == 32 ? 8 : 3;  // what the registers hold of that many vectors each
+inline constexpr int kTileVectors = kRegisters == 32 ? 2 : 4;
 
 // bfloat16 is multiplied in pairs by the processor's dot products where it has them; elsewhere it is widened first.
 #if defined(__AVX512BF16__)
@@ -62,17 +65,21 @@ struct Pixels {
   bool zeros = false;
 };
 
-// sum += the product of one element of the left side with a vector of the right, or of a pair with a vector of pairs.
-SEGNEXT_INLINE void multiply_add(Vector<float>& sum, const float* left, const float* right) {
-  sum += *left * load<float>(right);
+// One element of the left side in all lanes, or one pair.
+SEGNEXT_INLINE Vector<float> repeat(const float* left) { return broadcast(*left); }
+// sum += the product of what is repeated with a vector of the right side, or of pairs.
+SEGNEXT_INLINE void multiply_add(Vector<float>& sum, Vector<float> left, const float* right) {
+  sum += left * load<float>(right);
 }
 
 #if defined(__AVX512BF16__)
-SEGNEXT_INLINE void multiply_add(Vector<float>& sum, const BFloat16* left, const BFloat16* right) {
+SEGNEXT_INLINE __m512i repeat(const BFloat16* left) {
   int32_t pair;
   std::memcpy(&pair, left, sizeof pair);
-  const __m512 dot =
-      _mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(right));
+  return _mm512_set1_epi32(pair);
+}
+SEGNEXT_INLINE void multiply_add(Vector<float>& sum, __m512i left, const BFloat16* right) {
+  const __m512 dot = _mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)left, (__m512bh)_mm512_loadu_si512(right));
   sum = bit_cast<Vector<float>>(dot);
 }
 #endif
@@ -83,11 +90,52 @@ SEGNEXT_INLINE void multiply_tile(const O* left, int64_t left_row, const O* righ
                                   Vector<float> (&acc)[kTileVectors][M]) {
   constexpr int step = Packed<O>::step();
   for (int64_t k = 0; k < depth; k += step, right += step * kPanel) {
-    SEGNEXT_UNROLL
-    for (int m = 0; m < M; ++m) {
+    auto add = [&](int v, int m, auto repeated) { multiply_add(acc[v][m], repeated, right + v * kLanes<float> * step); };
+    if constexpr (kTileVectors <= kTileRows) {  // the vectors stay in registers, and each element meets them as it is read
       SEGNEXT_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) multiply_add(acc[v][m], left + m * left_row + k, right + v * kLanes<float> * step);
+      for (int m = 0; m < M; ++m) {
+        SEGNEXT_UNROLL
+        for (int v = 0; v < kTileVectors; ++v) add(v, m, repeat(left + m * left_row + k));
+      }
+    } else {
+      decltype(repeat(left)) repeated[M];
+      SEGNEXT_UNROLL
+      for (int m = 0; m < M; ++m) repeated[m] = repeat(left + m * left_row + k);
+      SEGNEXT_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) {
+        SEGNEXT_UNROLL
+        for (int m = 0; m < M; ++m) add(v, m, repeated[m]);
+      }
     }
+  }
+}
+
+// As a function of its own: its callers are so long that GCC does not spare 16 registers for the sums.
+template <int M, class O>
+SEGNEXT_ALONE void multiply_tile_alone(const O* left, int64_t left_row, const O* right, int64_t depth,
+                                       Vector<float> (&sums)[kTileVectors][M]) {
+  Vector<float> acc[kTileVectors][M] = {};
+  multiply_tile<M>(left, left_row, right, depth, acc);
+  SEGNEXT_UNROLL
+  for (int v = 0; v < kTileVectors; ++v) {
+    SEGNEXT_UNROLL
+    for (int m = 0; m < M; ++m) sums[v][m] = acc[v][m];
+  }
+}
+
+// sums <- a tile
+template <int M, class O>
+SEGNEXT_INLINE void sum_tile(const O* left, int64_t left_row, const O* right, int64_t depth,
+                             Vector<float> (&sums)[kTileVectors][M]) {
+  if constexpr (kRegisters == 32) {
+    SEGNEXT_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) {
+      SEGNEXT_UNROLL
+      for (int m = 0; m < M; ++m) sums[v][m] = Vector<float>{};
+    }
+    multiply_tile<M>(left, left_row, right, depth, sums);
+  } else {
+    multiply_tile_alone<M>(left, left_row, right, depth, sums);
   }
 }
 
@@ -104,7 +152,7 @@ class Operands {
         depth_(filled<T>(a.depth)),
         staged_(!kSame || (depth_ != a.depth && !a.zeros)),
         left_(staged_ ? a.count * depth_ : 0),
-        panel_(kSame && depth_ == packed_depth() ? 0 : depth_ * kPanel),
+        panel_(kSame && depth_ == packed_depth() ? 0 : std::max(depth_, packed_depth()) * kPanel),
         data_(nullptr),
         row_(staged_ ? depth_ : a.row) {
     if constexpr (kSame) data_ = a.data;
@@ -123,8 +171,13 @@ class Operands {
       std::memset(panel_ + packed_depth() * kPanel, 0, sizeof(T) * (depth_ - packed_depth()) * kPanel);
       return panel_;
     } else {
-      for (int64_t k = 0; k < depth_; ++k) {
-        for (int i = 0; i < kPanel; ++i) panel_[k * kPanel + i] = widen(panel[(k / 2 * kPanel + i) * 2 + k % 2]);
+      typedef VectorN<uint32_t, kLanes<float>> Pairs;
+      for (int64_t i = 0; i < packed_depth() * kPanel; i += 2 * kLanes<float>) {
+        Pairs pairs;
+        std::memcpy(&pairs, panel + i, sizeof pairs);
+        O* even = panel_ + i / (2 * kPanel) * 2 * kPanel + i % (2 * kPanel) / 2;
+        store<float>(even, bit_cast<Vector<float>>(pairs << 16));
+        store<float>(even + kPanel, bit_cast<Vector<float>>(pairs & 0xffff0000u));
       }
       return panel_;
     }
@@ -133,14 +186,14 @@ class Operands {
  private:
   int64_t packed_depth() const { return w_.depth + w_.depth % Packed<T>::step(); }
   void copy(const T* from, int64_t count, O* to) {
-    for (int64_t k = 0; k < count; ++k) {
-      if constexpr (kSame) {
-        to[k] = from[k];
-      } else {
-        to[k] = widen(from[k]);
-      }
+    if constexpr (kSame) {
+      std::copy_n(from, count, to);
+    } else {
+      int64_t k = 0;
+      for (; k + kLanes<float> <= count; k += kLanes<float>) store<float>(to + k, load_as<float>(from + k));
+      for (; k < count; ++k) to[k] = widen(from[k]);
     }
-    for (int64_t k = count; k < depth_; ++k) to[k] = O{};
+    std::fill(to + count, to + depth_, O{});
   }
 
   const Packed<T> w_;
@@ -156,9 +209,8 @@ template <class F>
 SEGNEXT_INLINE void for_row_tiles(int64_t rows, const F& f) {
   int64_t m = 0;
   for (; m + kTileRows <= rows; m += kTileRows) f(m, std::integral_constant<int, kTileRows>{});
-  if constexpr (kTileRows > 4) {
-    for (; m + 4 <= rows; m += 4) f(m, std::integral_constant<int, 4>{});
-  }
+  constexpr int kPart = kTileRows > 4 ? 4 : 2;
+  for (; m + kPart <= rows; m += kPart) f(m, std::integral_constant<int, kPart>{});
   for (; m < rows; ++m) f(m, std::integral_constant<int, 1>{});
 }
 
@@ -170,9 +222,9 @@ SEGNEXT_INLINE void for_product_tiles(const Pixels<T>& a, const Packed<T>& w, co
     const auto* panel = operands.panel(first / kPanel);
     for_row_tiles(a.count, [&](int64_t m, auto rows) {
       for (int column = 0; column < kPanel; column += kTileVectors * kLanes<float>) {
-        Vector<float> acc[kTileVectors][rows] = {};
-        multiply_tile<rows>(operands.left() + m * operands.row(), operands.row(), panel + column * Packed<Operand<T>>::step(),
-                            operands.depth(), acc);
+        Vector<float> acc[kTileVectors][rows];
+        sum_tile<rows>(operands.left() + m * operands.row(), operands.row(), panel + column * Packed<Operand<T>>::step(),
+                       operands.depth(), acc);
         f(m, rows, first + column, acc);
       }
     });
