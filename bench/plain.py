@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segnext.heads import in_published_order
 from segnext.mscan import Block
 from segnext_kernels.nn import NMF2D, AttentionModule, DWConvGELU
 
@@ -108,8 +109,7 @@ PLAIN = {AttentionModule: PlainAttentionModule, DWConvGELU: PlainDWConvGELU, NMF
 
 def network(model: nn.Module) -> nn.Module:
     """A copy of a SegNeXt, with its parameters, that has no operator of ours and computes in the official code's order."""
-    model = copy.deepcopy(model)
-    model.decode_head.resize_first = True
+    model = in_published_order(copy.deepcopy(model))
     for module in model.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
     return model

@@ -116,27 +116,48 @@ Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::strin
   check_nmf(bases, in, steps, gradient);
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() > 0) {
-    segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, round_factors, false, nullptr, matrices_like(y, in, "y"),
-                         parallel());
+    segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, round_factors, false, nullptr, nullptr,
+                         matrices_like(y, in, "y"), parallel());
   }
   return y;
 }
 
-std::tuple<Tensor, Tensor> nmf_and_factors(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
-  const Matrices in = matrices(x, "x");
+// y and, if `keep`, the factors for backward.
+std::tuple<Tensor, Tensor> nmf_kept(const Matrices& in, const Tensor& x, const Tensor& bases, const void* projection,
+                                    int64_t steps, const std::string& gradient, bool keep) {
   check_nmf(bases, in, steps, gradient);
   const bool one_step = gradient == "one_step";
   Tensor y = torch::stable::empty_like(x);
-  Tensor factors = torch::stable::new_empty(bases, {segnext::nmf_factors_size(in, bases.size(2), steps, one_step)});
+  const int64_t size = keep ? segnext::nmf_factors_size(in, bases.size(2), steps, one_step) : 0;
+  Tensor factors = torch::stable::new_empty(bases, {size});
   if (x.numel() == 0) return {y, torch::stable::zero_(factors)};
-  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, false, one_step, factors.data_ptr(),
-                       matrices_like(y, in, "y"), parallel());
+  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, false, one_step, keep ? factors.data_ptr() : nullptr,
+                       projection, matrices_like(y, in, "y"), parallel());
   return {y, factors};
 }
 
-std::tuple<Tensor, Tensor> nmf_backward(const Tensor& grad_out, const Tensor& x, const Tensor& bases,
-                                        const std::optional<Tensor>& factors, int64_t steps, const std::string& gradient,
-                                        bool need_x, bool need_bases) {
+std::tuple<Tensor, Tensor> nmf_and_factors(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
+  return nmf_kept(matrices(x, "x"), x, bases, nullptr, steps, gradient, true);
+}
+
+const void* projection_of(const Tensor& projection, const Tensor& bases, const Matrices& x) {
+  STD_TORCH_CHECK(projection.is_cpu() && projection.is_contiguous() && projection.numel() == x.rows * x.rows &&
+                      projection.scalar_type() == bases.scalar_type(),
+                  "segnext_kernels: projection must be contiguous [D, D] on the CPU in the bases' dtype");
+  return projection.data_ptr();
+}
+
+std::tuple<Tensor, Tensor> nmf_projected(const Tensor& x, const Tensor& bases, const Tensor& projection, int64_t steps,
+                                         const std::string& gradient, bool keep) {
+  const Matrices in = matrices(x, "x");
+  return nmf_kept(in, x, bases, projection_of(projection, bases, in), steps, gradient, keep);
+}
+
+// The gradients of x, the bases and, if there is one, the projection.
+std::tuple<Tensor, Tensor, Tensor> nmf_gradients(const Tensor& grad_out, const Tensor& x, const Tensor& bases,
+                                                 const std::optional<Tensor>& factors, const Tensor* projection, int64_t steps,
+                                                 const std::string& gradient, bool need_x, bool need_bases,
+                                                 bool need_projection) {
   const Matrices in = matrices(x, "x"), grad = matrices_like(grad_out, in, "grad_out");
   check_nmf(bases, in, steps, gradient);
   const bool one_step = gradient == "one_step";
@@ -145,11 +166,29 @@ std::tuple<Tensor, Tensor> nmf_backward(const Tensor& grad_out, const Tensor& x,
                   "segnext_kernels: factors must be as nmf_and_factors returned them for the same arguments");
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   Tensor grad_bases = need_bases ? contiguous_like(bases) : empty(bases);
-  if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_bases)};
-  segnext::nmf_backward(grad, in, bases.data_ptr(), factors ? factors->data_ptr() : nullptr, bases.size(2), steps, one_step,
-                        need_x ? matrices_like(grad_x, in, "grad_x") : Matrices{}, need_bases ? grad_bases.data_ptr() : nullptr,
+  Tensor grad_projection = need_projection ? contiguous_like(*projection) : empty(bases);
+  if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_bases), torch::stable::zero_(grad_projection)};
+  segnext::nmf_backward(grad, in, bases.data_ptr(), factors ? factors->data_ptr() : nullptr,
+                        projection != nullptr ? projection_of(*projection, bases, in) : nullptr, bases.size(2), steps, one_step,
+                        {need_x ? matrices_like(grad_x, in, "grad_x") : Matrices{},
+                         need_bases ? grad_bases.data_ptr() : nullptr, need_projection ? grad_projection.data_ptr() : nullptr},
                         parallel());
+  return {grad_x, grad_bases, grad_projection};
+}
+
+std::tuple<Tensor, Tensor> nmf_backward(const Tensor& grad_out, const Tensor& x, const Tensor& bases,
+                                        const std::optional<Tensor>& factors, int64_t steps, const std::string& gradient,
+                                        bool need_x, bool need_bases) {
+  auto [grad_x, grad_bases, none] =
+      nmf_gradients(grad_out, x, bases, factors, nullptr, steps, gradient, need_x, need_bases, false);
   return {grad_x, grad_bases};
+}
+
+std::tuple<Tensor, Tensor, Tensor> nmf_projected_backward(const Tensor& grad_out, const Tensor& x, const Tensor& bases,
+                                                          const Tensor& projection, const Tensor& factors, int64_t steps,
+                                                          const std::string& gradient, bool need_x, bool need_bases,
+                                                          bool need_projection) {
+  return nmf_gradients(grad_out, x, bases, factors, &projection, steps, gradient, need_x, need_bases, need_projection);
 }
 
 Tensor upsample_argmax(const Tensor& logits, int64_t height, int64_t width) {
@@ -207,6 +246,8 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
   m.impl("nmf", TORCH_BOX(&nmf));
   m.impl("nmf_and_factors", TORCH_BOX(&nmf_and_factors));
   m.impl("nmf_backward", TORCH_BOX(&nmf_backward));
+  m.impl("nmf_projected", TORCH_BOX(&nmf_projected));
+  m.impl("nmf_projected_backward", TORCH_BOX(&nmf_projected_backward));
   m.impl("upsample_argmax", TORCH_BOX(&upsample_argmax));
   m.impl("upsample_cross_entropy", TORCH_BOX(&upsample_cross_entropy));
   m.impl("upsample_cross_entropy_backward", TORCH_BOX(&upsample_cross_entropy_backward));

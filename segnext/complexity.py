@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .heads import in_published_order
 from .model import SegNeXt, create
 
 # (size, head) -> millions of parameters and GFLOPs at 512x512 with 150 classes, as the paper prints them.
@@ -52,10 +53,9 @@ def count(size: str, head: str = "ham", num_classes: int = 150, image_size: tupl
 
 def count_model(model: SegNeXt, image_size: tuple[int, int], upsampled: bool = True) -> Complexity:
     """:func:`count` for a model on the meta device, to logits at the image's size or at stride 8."""
-    model = copy.deepcopy(model)
-    model.decode_head.resize_first = True  # as the paper counts
+    model = in_published_order(copy.deepcopy(model)).eval()
     with torch.no_grad(), _Counter() as counter:
-        logits = model.eval()(torch.empty(1, model.config.in_channels, *image_size, device="meta"))
+        logits = model(torch.empty(1, model.config.in_channels, *image_size, device="meta"))
         if upsampled:
             F.interpolate(logits, image_size, mode="bilinear", align_corners=False)
     return Complexity(sum(p.numel() for p in model.parameters()), counter.macs)

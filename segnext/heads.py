@@ -22,8 +22,17 @@ def conv_norm(in_channels: int, channels: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, gn=nn.GroupNorm(GROUPS, channels)))
 
 
+def is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution is nothing but its filters: not replaced or parametrized, and nobody waits for it to be called."""
+    return type(conv) is nn.Conv2d and not (
+        conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks
+    )
+
+
 class Hamburger(nn.Module):
     """relu(x + ham_out(NMF(relu(ham_in(x))))) on [B, dim, H, W].
+
+    The convolution of ham_out meets the decomposition's bases instead of all pixels, unless ``published_order`` is set.
 
     Args:
         dim: channels.
@@ -32,6 +41,8 @@ class Hamburger(nn.Module):
     Source: "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), figure 2; ``Hamburger`` of the official code.
     """
 
+    published_order = False
+
     def __init__(self, dim: int, ham: NMF2D) -> None:
         super().__init__()
         self.ham_in = nn.Sequential(OrderedDict(conv=nn.Conv2d(dim, dim, 1)))
@@ -39,15 +50,17 @@ class Hamburger(nn.Module):
         self.ham_out = conv_norm(dim, dim)
 
     def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
-        return F.relu(x + self.ham_out(self.ham(F.relu(self.ham_in(x)), bases)))
+        v = F.relu(self.ham_in(x))
+        if self.published_order or not is_plain(self.ham_out.conv):
+            return F.relu(x + self.ham_out(self.ham(v, bases)))
+        return F.relu(x + self.ham_out.gn(self.ham(v, bases, self.ham_out.conv.weight.flatten(1))))
 
 
 class Head(nn.Module):
     """What both heads share; a subclass says with ``mix`` how pixels learn of each other.
 
-    ``resize_first`` says whether maps are resized and concatenated before they are squeezed, as in the official code and in what
-    the paper counts. A 1x1 convolution and resizing commute, so each map is squeezed at its own size, a quarter of the products,
-    unless it is set.
+    A 1x1 convolution and resizing commute, so each map is squeezed at its own size and then resized, a quarter of the products,
+    unless ``published_order`` is set.
 
     Args:
         in_channels: of stages 2-4.
@@ -56,7 +69,7 @@ class Head(nn.Module):
         dropout: probability that a channel is dropped before the classifier, in training.
     """
 
-    resize_first = False
+    published_order = False
 
     def __init__(self, in_channels: Sequence[int], channels: int, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -78,7 +91,7 @@ class Head(nn.Module):
         def resize(x: Tensor) -> Tensor:
             return F.interpolate(x, fine.shape[-2:], mode="bilinear", align_corners=False)
 
-        if self.resize_first:
+        if self.published_order or not is_plain(self.squeeze.conv):
             return self.squeeze.conv(torch.cat([fine, *map(resize, coarse)], dim=1))
         first, *weights = self.squeeze.conv.weight.split([x.shape[1] for x in (fine, *coarse)], dim=1)
         z = F.conv2d(fine, first)
@@ -125,3 +138,11 @@ class MSCAHead(Head):
         if bases is not None:
             raise ValueError("the MSCA head has no matrix decomposition, so it takes no bases")
         return self.attention(x)
+
+
+def in_published_order(model: nn.Module) -> nn.Module:
+    """The model, whose heads now do everything in the official code's order, which the paper counts: the same to rounding."""
+    for module in model.modules():
+        if isinstance(module, (Head, Hamburger)):
+            module.published_order = True
+    return model

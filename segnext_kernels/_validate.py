@@ -98,13 +98,16 @@ def scale_add(x: Tensor, y: Tensor, scale: Tensor, keep: Tensor | None) -> torch
     return torch.promote_types(torch.promote_types(x.dtype, y.dtype), scale.dtype)
 
 
-def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str, round_factors: bool) -> None:
+def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str, round_factors: bool, projection: Tensor | None) -> None:
     """Checks the arguments of nmf."""
     check_tensor("nmf", "x", x, "[B, D, N]")
     check_bases("nmf", bases, tuple(x.shape[:2]), (x.dtype, accumulator(x.dtype)), x)
     check_updates("nmf", steps, round_factors)
     if gradient not in GRADIENTS:
         raise ValueError(f"nmf: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    if projection is not None:
+        same = isinstance(projection, Tensor) and projection.dtype == x.dtype
+        floats("nmf", "projection", projection, (x.shape[1],) * 2, x, x.dtype if same else accumulator(x.dtype))
 
 
 def check_bases(op: str, bases: Tensor, sizes: tuple[int, int], dtypes: Sequence[torch.dtype], x: Tensor) -> None:
@@ -151,9 +154,7 @@ def upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, we
         floats(op, "weight", weight, (logits.shape[1],), logits, accumulator(logits.dtype))
 
 
-def floats(
-    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def floats(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Checks numbers of a dtype, float32 unless told, on x's device, and returns them contiguous."""
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
         found = getattr(tensor, "dtype", type(tensor).__name__)

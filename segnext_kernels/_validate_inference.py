@@ -155,5 +155,3 @@ def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Ten
     shape = (panels, inputs, PANEL) if step == 1 else (panels, -(-inputs // step), PANEL, step)
     check_shape(op, f"{name}, packed,", weight, shape)
     return weight.contiguous(), bias
-
-

@@ -74,7 +74,8 @@ class NMF2D(nn.Module):
         gradient: "exact" or "one_step", see :func:`segnext_kernels.nmf`.
         round_factors: see there.
 
-    Shape: x [N, C, H, W] >= 0 -> [N, C, H, W], in x's layout; optionally bases [N, C, rank].
+    Shape: x [N, C, H, W] >= 0 -> [N, C, H, W], in x's layout; optionally bases [N, C, rank], and the filters [C, C] of a 1x1
+        convolution without bias that follows.
     Source: ``NMF2D`` of the official code.
     """
 
@@ -95,11 +96,12 @@ class NMF2D(nn.Module):
         self.rank, self.train_steps, self.eval_steps = rank, train_steps, eval_steps
         self.bases, self.seed, self.gradient, self.round_factors = bases, seed, gradient, round_factors
 
-    def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bases: Tensor | None = None, projection: Tensor | None = None) -> Tensor:
         if bases is None:
             bases = self.initial_bases(x)
         steps = self.train_steps if self.training else self.eval_steps
-        return nmf(x.flatten(2), bases, steps, self.gradient, round_factors=self.round_factors).view(x.shape)
+        options = {"projection": projection, "round_factors": self.round_factors}
+        return nmf(x.flatten(2), bases, steps, self.gradient, **options).view(x.shape)
 
     def initial_bases(self, x: Tensor) -> Tensor:
         """Columns of length one, uniform before that: [N, C, rank] for x [N, C, H, W]."""

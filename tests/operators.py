@@ -35,16 +35,21 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 image_layouts = pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
 matrix_layouts = pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
 
+
+def _projected(projection: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {"projection": projection[0]} if projection else {}
+
+
 FUNCTIONS = {
     "msca_strips": lambda x, *weights, **options: segnext_kernels.msca_strips(x, list(weights), **options),
     "dwconv_gelu": segnext_kernels.dwconv_gelu,
-    "nmf": segnext_kernels.nmf,
+    "nmf": lambda x, bases, *projection, **options: segnext_kernels.nmf(x, bases, **_projected(projection), **options),
     "scale_add": segnext_kernels.scale_add,
 }
 REFERENCES = {
     "msca_strips": lambda x, *weights: msca_strips_reference(x, list(weights)),
     "dwconv_gelu": dwconv_gelu_reference,
-    "nmf": nmf_reference,
+    "nmf": lambda x, bases, *projection, **options: nmf_reference(x, bases, **_projected(projection), **options),
     "scale_add": scale_add_reference,
 }
 
@@ -119,12 +124,18 @@ def scale_add_sample(shape: Sequence[int], dropped: bool = True) -> Sample:
     return Sample("scale_add", leaves, {"keep": keep} if dropped else {})
 
 
-def nmf_sample(batch: int, rows: int, columns: int, rank: int, steps: int, gradient: str = "exact") -> Sample:
-    """x [B, D, N] with the exact zeros of a ReLU and bases [B, D, R] with columns of length one, in float64."""
+def nmf_sample(
+    batch: int, rows: int, columns: int, rank: int, steps: int, gradient: str = "exact", projected: bool = False
+) -> Sample:
+    """x [B, D, N] with the exact zeros of a ReLU and bases [B, D, R] with columns of length one, in float64; and a projection
+    [D, D] if wanted."""
     draw = generator()
     x = normal((batch, rows, columns), draw).relu_()
     bases = torch.rand((batch, rows, rank), generator=draw, dtype=torch.float64)
-    return Sample("nmf", (x, torch.nn.functional.normalize(bases, dim=1)), {"steps": steps, "gradient": gradient})
+    leaves = (x, torch.nn.functional.normalize(bases, dim=1))
+    if projected:
+        leaves += (normal((rows, rows), draw) / max(rows, 1) ** 0.5,)
+    return Sample("nmf", leaves, {"steps": steps, "gradient": gradient})
 
 
 def require(backend: str) -> None:
@@ -219,7 +230,7 @@ def check(sample: Sample, backend: str | None = None, grad_out: Tensor | None = 
 
 def cancelling(sample: Sample, want: list[Tensor]) -> float:
     """The magnitude of the terms whose sum is the gradient of nmf's bases: where the fit is exact they cancel to nothing."""
-    x, bases = (leaf.double().abs().max() for leaf in sample.leaves)
+    x, bases = (leaf.double().abs().max() for leaf in sample.leaves[:2])
     return (x * want[1].abs().max() / bases).item()
 
 

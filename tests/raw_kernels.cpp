@@ -82,18 +82,20 @@ PYBIND11_MODULE(raw_kernels, m) {
   m.def("nmf_factors_size", [](py::array x, int64_t rank, int64_t steps, bool one_step) {
     return nmf_factors_size(matrices(x, false), rank, steps, one_step);
   });
-  // without elements, factors are not kept, or not given
+  // without elements, factors are not kept, or not given, and there is no projection
   auto kept = [](py::array factors) { return factors.size() > 0 ? data(factors) : nullptr; };
-  m.def("nmf", [kept](py::array x, py::array bases, int64_t steps, bool rounded, bool one_step, py::array factors, py::array y,
-                      bool transposed) {
-    nmf_forward(matrices(x, transposed), data(bases), bases.shape(2), steps, rounded, one_step, kept(factors),
+  m.def("nmf", [kept](py::array x, py::array bases, int64_t steps, bool rounded, bool one_step, py::array factors,
+                      py::array projection, py::array y, bool transposed) {
+    nmf_forward(matrices(x, transposed), data(bases), bases.shape(2), steps, rounded, one_step, kept(factors), kept(projection),
                 matrices(y, transposed), kSerial);
   });
-  m.def("nmf_backward", [kept](py::array grad_out, py::array x, py::array bases, py::array factors, int64_t steps,
-                               bool one_step, py::array grad_x, py::array grad_bases, bool transposed) {
-    nmf_backward(matrices(grad_out, transposed), matrices(x, transposed), data(bases), kept(factors), bases.shape(2), steps,
-                 one_step, matrices(grad_x, transposed), data(grad_bases), kSerial);
-  });
+  m.def("nmf_backward",
+        [kept](py::array grad_out, py::array x, py::array bases, py::array factors, py::array projection, int64_t steps,
+               bool one_step, py::array grad_x, py::array grad_bases, py::array grad_projection, bool transposed) {
+          nmf_backward(matrices(grad_out, transposed), matrices(x, transposed), data(bases), kept(factors), kept(projection),
+                       bases.shape(2), steps, one_step, {matrices(grad_x, transposed), data(grad_bases), kept(grad_projection)},
+                       kSerial);
+        });
   m.def("upsample_argmax", [](py::array logits, py::array_t<int64_t> labels, bool channels_last) {
     upsample_argmax_forward(image(logits, channels_last), labels.shape(1), labels.shape(2), labels.mutable_data(), kSerial);
   });

@@ -72,12 +72,20 @@ def matrices(dtype, size, transposed):
         size = raw_kernels.nmf_factors_size(matrix, rank, steps, one_step) if keep else 0
         factors = np.full(size, np.nan, DTYPES[accumulator])
         rounded = one_step  # where nothing is kept, forward knows no one_step; so half of these calls round
-        raw_kernels.nmf(x, bases, steps, rounded, one_step, factors, y, transposed)
-        raw_kernels.nmf_backward(grad_out, x, bases, factors, steps, one_step, grad_x, grad_bases, transposed)
+        none = np.empty(0, DTYPES[accumulator])
+        raw_kernels.nmf(x, bases, steps, rounded, one_step, factors, none, y, transposed)
+        raw_kernels.nmf_backward(grad_out, x, bases, factors, none, steps, one_step, grad_x, grad_bases, none, transposed)
         if dtype.startswith("float"):
             tolerance = 1e-2 if dtype == "float16" else 1e-4
             assert np.allclose(grad_x, again.setdefault(one_step, grad_x), tolerance, tolerance * np.abs(grad_x).max())
         yield from (y, grad_x, grad_bases)
+        projection, grad_projection = normal((d, d), accumulator), poisoned(np.empty((d, d)), accumulator)
+        y, grad_x, grad_bases = poisoned(x, dtype), poisoned(x, dtype), poisoned(bases, accumulator)
+        raw_kernels.nmf(x, bases, steps, rounded, one_step, factors, projection, y, transposed)
+        raw_kernels.nmf_backward(
+            grad_out, x, bases, factors, projection, steps, one_step, grad_x, grad_bases, grad_projection, transposed
+        )
+        yield from (y, grad_x, grad_bases, grad_projection)
 
 
 def upsampled(dtype, size, channels_last):

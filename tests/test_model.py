@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import segnext
 import segnext_kernels
+from segnext.heads import in_published_order
 from segnext.model import HEADS, SIZES, Config
 from segnext.mscan import MSCAN, DropPath
 
@@ -24,8 +26,8 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 # A batch norm takes away again what the bias of the convolution before it adds, so that its true gradient is zero.
 ZERO_GRADIENTS = [f"backbone.patch_embed{part}.bias" for part in ("1.proj.0", "1.proj.3", "2.proj", "3.proj", "4.proj")]
 # The terms of these sums over all pixels cancel to a hundredth of their size, but their rounding does not: plain PyTorch is off
-# by 1.7e-5. With the compiled kernels for AVX-512 on a contiguous input they need no exception; on a processor with AVX2 PyTorch
-# sums in another order, which comes to 1.4e-5.
+# by 1.7e-5. With the compiled kernels for AVX-512 on a contiguous input they need no exception; with AVX2 PyTorch sums in
+# another order, which comes to 1.4e-5.
 STEM_NORM = ("backbone.patch_embed1.proj.1.weight", "backbone.patch_embed1.proj.1.bias")
 STEM_NORM_TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5}
 
@@ -67,6 +69,41 @@ def test_golden_training(dtype, layout):
         exact = layout == torch.contiguous_format and (segnext_kernels.build_info()["isa"] or "").startswith(("avx512", "amx"))
         limit = STEM_NORM_TOLERANCE[dtype] if name in STEM_NORM and not exact else tolerance
         assert relative_error(gradient, expected[name], scale) < limit, name
+
+
+@pytest.mark.parametrize("head", HEADS)
+@LAYOUTS
+def test_order_of_the_official_code(head, layout):
+    """The heads convolve before they resize, and bases instead of pixels: the same values and gradients."""
+    model = small.model(head=head).double().train()
+    model.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, (nn.Dropout2d, DropPath)) else None)
+    images = torch.randn(2, 3, 70, 97, dtype=torch.float64).contiguous(memory_format=layout)
+    bases = torch.rand(2, model.config.decoder_channels, model.config.rank, dtype=torch.float64) if head == "ham" else None
+    answers = []
+    for network in (model, in_published_order(copy.deepcopy(model))):
+        logits = network(images, bases)
+        logits.square().mean().backward()
+        answers.append([logits.detach(), *(parameter.grad for parameter in network.parameters())])
+    for found, expected in zip(*answers, strict=True):
+        assert (found - expected).abs().max() <= 1e-9 * max(expected.abs().max(), 1e-6)
+
+
+def test_hooks_and_parametrizations_of_the_heads_convolutions_are_kept():
+    """Where more than a convolution is meant, its module is called, after all else in the official code's order."""
+    model, calls = small.model().eval(), []
+    images = torch.randn(1, 3, 70, 97)
+    with torch.no_grad():
+        expected = model(images)
+        for name in ("squeeze.conv", "hamburger.ham_out.conv"):
+            convolution = model.decode_head.get_submodule(name)
+            hook = convolution.register_forward_hook(lambda *args, name=name: calls.append(name))
+            assert relative_error(model(images), expected.double()) < 1e-5
+            assert calls.pop() == name and not calls
+            hook.remove()
+            torch.nn.utils.parametrizations.weight_norm(convolution)
+            assert relative_error(model(images), expected.double()) < 1e-5
+        model(images)
+    assert not calls
 
 
 @DTYPES

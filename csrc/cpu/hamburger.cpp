@@ -1,8 +1,8 @@
 // hamburger: y = relu(x + group norm of W V) in channels_last, with V = B C^T the decomposition of relu(W1 x + b1).
 //
-// W V = (W B) C^T: W meets the R columns of B instead of all pixels, and one product of depth R, with norm, shortcut and ReLU on
-// its way out, writes y. The norm's mean and variance follow from the mean and the second moments of C's rows, in double: where
-// columns of B are alike, large terms cancel in them.
+// W V = (W B) C^T: W meets the R columns of B instead of all pixels, and one product of depth R, with norm, shortcut and ReLU
+// on its way out, writes y. The norm's mean and variance follow from the mean and the second moments of C's rows, in double:
+// where columns of B are alike, large terms cancel in them.
 #include <algorithm>
 #include <cmath>
 #include <deque>
@@ -26,12 +26,11 @@ class NormOfProduct {
         w_(w),
         parallel_(parallel),
         panels_size_((s_.D + kPanel - 1) / kPanel * kPanel * s_.padded),
-        projected_(images * s_.D * s_.padded),
         mean_(images * s_.chunks * s_.padded),
         moments_(images * s_.chunks * s_.rank * s_.padded),
         panels_(images * panels_size_),
         shift_(images * s_.D) {
-    project_bases();
+    nmf.project(w.out);
     centre_coefficients();
     std::memset(panels_, 0, sizeof(float) * images * panels_size_);
     parallel(images * w.norm.groups, [&](int64_t begin, int64_t end) {
@@ -60,17 +59,6 @@ class NormOfProduct {
   }
 
  private:
-  // projected_ [D][padded] <- W B
-  void project_bases() {
-    parallel_(images_ * s_.row_blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t image = item / s_.row_blocks, first = item % s_.row_blocks * kRowBlock;
-        gemm<float>({w_.out + first * s_.D, s_.D, 1}, std::min(kRowBlock, s_.D - first), s_.D, nmf_.last_bases(image), s_.padded,
-                    s_.vectors, projected_ + (image * s_.D + first) * s_.padded, s_.padded, false);
-      }
-    });
-  }
-
   // C less its mean, in float; moments_ <- the mean square [rank][padded] of what is left.
   void centre_coefficients() {
     for_chunks([&](int64_t item, float* c, int64_t count) {
@@ -104,7 +92,7 @@ class NormOfProduct {
   // The scaled rows of W B and what is added to their products, for the channels of a group.
   void scale_group(int64_t image, int64_t group) {
     const int64_t R = s_.padded, channels = s_.D / w_.norm.groups, first = group * channels;
-    const float* projected = projected_ + (image * s_.D + first) * R;
+    const float* projected = nmf_.left(image) + first * R;
     const double* mean = this->mean(image);
     Buffer<double> rows(channels * R), products(channels * R), offset(channels);
     double group_mean = 0;
@@ -117,8 +105,8 @@ class NormOfProduct {
       }
     }
     group_mean /= static_cast<double>(channels);
-    gemm<double>({rows, R, 1}, channels, s_.rank, moments_ + image * s_.chunks * s_.rank * R, R, R / kLanes<double>, products, R,
-                 false);
+    gemm<double>({rows, R, 1}, channels, s_.rank, moments_ + image * s_.chunks * s_.rank * R, R, R / kLanes<double>, products,
+                 R, false);
     double variance = 0;
     for (int64_t d = 0; d < channels; ++d) {
       offset[d] -= group_mean;
@@ -163,7 +151,6 @@ class NormOfProduct {
   const HamburgerWeights& w_;
   const Parallel& parallel_;
   const int64_t panels_size_;
-  Buffer<float> projected_;
   Buffer<double> mean_, moments_;
   Buffer<float> panels_, shift_;
   std::deque<Weights<float>> scaled_;

@@ -53,11 +53,16 @@ struct Matrices {
 // rounded: in products with bfloat16 x the factors may be rounded to it, where nothing is left for backward.
 // one_step: backward differentiates the last update of the coefficients alone.
 int64_t nmf_factors_size(const Matrices& x, int64_t rank, int64_t steps, bool one_step);
+// projection [D, D], accumulators, may be null: else y is multiplied with it from the left.
 void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool rounded, bool one_step, void* factors,
-                 const Matrices& y, const Parallel& parallel);
-// factors may be null, and are then computed again; so may grad_x.data and grad_bases, which are then not wanted.
-void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, const void* factors, int64_t rank,
-                  int64_t steps, bool one_step, const Matrices& grad_x, void* grad_bases, const Parallel& parallel);
+                 const void* projection, const Matrices& y, const Parallel& parallel);
+// factors may be null, and are then computed again; so may what of the gradients is not wanted.
+struct NmfGradients {
+  Matrices x;
+  void *bases, *projection;  // accumulators
+};
+void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, const void* factors, const void* projection,
+                  int64_t rank, int64_t steps, bool one_step, const NmfGradients& gradients, const Parallel& parallel);
 
 // labels [N, height, width] <- the highest class of upsampled logits
 void upsample_argmax_forward(const Image& logits, int64_t height, int64_t width, int64_t* labels, const Parallel& parallel);

@@ -1,8 +1,8 @@
 // The operands of products and the micro-kernel that multiplies them in registers. Part of matmul.h.
 //
-// A panel holds 32 columns of the weights, so that a tile of 8 rows by 32 columns (3 where there are 16 registers of 8) is summed
-// in registers while its operands come from the first two caches. Every sum runs over the depth in order, wherever the tiles
-// begin.
+// A panel holds 32 columns of the weights, so that a tile of 8 rows by 32 columns (3 where there are 16 registers of 8) is
+// summed in registers while its operands come from the first two caches. Every sum runs over the depth in order, wherever the
+// tiles begin.
 #pragma once
 #include <algorithm>
 
@@ -10,7 +10,7 @@
 
 namespace segnext {
 
-inline constexpr int kPanel = 32;  // columns that are packed together
+inline constexpr int kPanel = 32;                           // columns that are packed together
 inline constexpr int kTileRows = kRegisters == 32 ? 8 : 3;  // what the registers hold of that many vectors each
 inline constexpr int kTileVectors = kRegisters == 32 ? 2 : 4;
 

@@ -10,7 +10,7 @@ int64_t nmf_factors_size(const Matrices& x, int64_t rank, int64_t steps, bool on
 }
 
 void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool rounded, bool one_step, void* factors,
-                 const Matrices& y, const Parallel& parallel) {
+                 const void* projection, const Matrices& y, const Parallel& parallel) {
   const Keep keep = factors == nullptr ? Keep::kNothing : one_step ? Keep::kLast : Keep::kAll;
   auto run = [&](auto& nmf) {
     using A = typename std::remove_reference_t<decltype(nmf)>::Accumulator;
@@ -18,7 +18,7 @@ void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t ste
       const int64_t unused = nmf_factors_size(x, rank, steps, one_step) - nmf.size();
       std::memset(static_cast<A*>(factors) + nmf.size(), 0, sizeof(A) * unused);
     }
-    nmf.run(bases, &y);
+    nmf.run(bases, &y, static_cast<const A*>(projection));
   };
   if (x.dtype != Dtype::kFloat64) return with_nmf(x, rank, steps, rounded, keep, factors, parallel, run);
   Nmf<double> nmf(x, rank, steps, keep, factors, parallel);

@@ -27,7 +27,7 @@ void softmax_rows(const NmfShape<A>& s, A* rows, int64_t count) {
   }
 }
 
-// What follows an update of C: sum x C and C^T C for the update of B, write y = B C^T, or nothing.
+// What follows an update of C: sum x C and C^T C for the update of B, write y = B C^T (or a projection of it), or nothing.
 enum class Then { kSum, kMultiply, kNothing };
 
 // What backward needs of the factors: nothing, those around the last update of C, or those of every step.
@@ -59,6 +59,7 @@ class Nmf {
         xc_(x.batch * s_.chunks * s_.D * s_.padded),
         cc_(x.batch * s_.chunks * rank * s_.padded),
         bb_(x.batch * s_.row_blocks * rank * s_.padded),
+        projected_(b_size_),
         gathered_(x.transposed ? 0 : x.batch * s_.N * s_.odd_row) {}
 
   void begin(const void* bases) {
@@ -72,15 +73,31 @@ class Nmf {
   // Of the factors that are kept, in accumulators.
   int64_t size() const { return (c_slots_ + c_ratio_slots_) * c_size_ + (2 * kept_steps_ + 1) * b_size_; }
 
-  // All steps; y, if any, <- B C^T.
-  void run(const void* bases, const Matrices* y = nullptr) {
+  // All steps; y, if any, <- B C^T, or projection [D][D] times that, if any.
+  void run(const void* bases, const Matrices* y = nullptr, const A* projection = nullptr) {
     begin(bases);
     for (int64_t step = 0; step < steps_; ++step) {
       update_coefficients(step, Then::kSum);
       update_bases(step, [&](int64_t image, int64_t first, int64_t rows, A*) { return xc(image, first, rows); });
     }
+    project(projection);
     update_coefficients(steps_, y != nullptr ? Then::kMultiply : Then::kNothing, y);
   }
+
+  // projection, if any, times the last B, which is then left() [D][padded].
+  void project(const A* projection) {
+    has_projected_ = projection != nullptr;
+    if (!has_projected_) return;
+    parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const auto [image, first, rows] = row_block(item);
+        gemm<A>({projection + first * s_.D, s_.D, 1}, rows, s_.D, last_bases(image), s_.padded, s_.vectors,
+                projected_ + (image * s_.D + first) * s_.padded, s_.padded, false);
+      }
+    });
+  }
+  // What y is the product of with C^T.
+  const A* left(int64_t image) { return has_projected_ ? projected_ + image * s_.D * s_.padded : last_bases(image); }
 
   // The factors after run: C [N][padded] and B [D][padded] of an image.
   A* last_coefficients(int64_t image) { return coefficients(steps_ + 1, image, 0); }
@@ -106,7 +123,7 @@ class Nmf {
           gemm<A>({before, s_.padded, 1}, columns, s_.rank, bb(image), s_.padded, s_.vectors, den, s_.padded, false);
           scale(before, num, den, columns * s_.padded, after, c_ratio(step, image, first));
           if (then == Then::kMultiply) {
-            x.product(s_, b, after, columns, false, scratch);
+            x.product(s_, left(image), after, columns, false, scratch);
             x.store_to(*y, image, first, columns);
           } else if (then == Then::kSum) {
             add_to_xc(x, after, columns, item, add);
@@ -250,8 +267,8 @@ class Nmf {
   A *const c_, *const c_ratio_, *const b_, *const b_ratio_;
 
  protected:
-  Buffer<A> xc_, cc_, bb_, gathered_;
-  bool has_gathered_ = false;
+  Buffer<A> xc_, cc_, bb_, projected_, gathered_;
+  bool has_gathered_ = false, has_projected_ = false;
 };
 
 }  // namespace segnext

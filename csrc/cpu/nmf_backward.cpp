@@ -5,7 +5,8 @@
 //   dP = dC' C / Q,  dQ = -dC' C' / Q,  dC = dC' P / Q + dQ S,  dB += x dP + B (dS + dS^T) with S = B^T B, dS = C^T dQ
 // B' = B U / W with U = x C, W = B C^T C + eps:
 //   dU = dB' B / W,  dW = -dB' B' / W,  dB = dB' U / W + dW T,  dC += x^T dU + C (dT + dT^T) with T = C^T C, dT = B^T dW
-// dx is the sum over all steps of B dP^T + dU C^T; it is written once, at the end.
+// dx is the sum over all steps of B dP^T + dU C^T; it is written once, at the end. With a projection, y = (W B) C^T:
+//   d(W B) = dy C,  dW = d(W B) B^T,  and W^T d(W B) belongs to dB
 #include "cpu/nmf.h"
 
 namespace segnext {
@@ -20,29 +21,34 @@ class NmfBackward : public Nmf<A> {
   using Base::x_;
 
  public:
-  NmfBackward(const Matrices& grad_out, const Matrices& x, const void* factors, int64_t rank, int64_t steps, bool one_step,
-              const Parallel& parallel)
+  NmfBackward(const Matrices& grad_out, const Matrices& x, const void* factors, const void* projection, int64_t rank,
+              int64_t steps, bool one_step, const Parallel& parallel)
       : Base(x, rank, steps, one_step ? Keep::kLast : Keep::kAll, const_cast<void*>(factors), parallel),
         grad_out_(grad_out),
+        projection_(static_cast<const A*>(projection)),
         one_step_(one_step),
         d_c_(Base::c_size_),
         d_p_(Base::c_ratio_slots_ * Base::c_size_),
         d_b_(Base::b_size_),
         d_u_(Base::kept_steps_ * Base::b_size_),
         d_w_(Base::b_size_),
-        gram_(x.batch * s_.rank * s_.padded) {}
+        gram_(x.batch * s_.rank * s_.padded),
+        yc_(projection == nullptr ? 0 : x.batch * s_.chunks * s_.D * s_.padded) {}
 
   void run_forward(const void* bases) { Base::run(bases); }
 
-  void run(const Matrices& grad_x, void* grad_bases) {
+  void run(const NmfGradients& gradients) {
+    Base::project(projection_);
     for (int64_t step = steps_; step >= 0; --step) {
       back_through_coefficients(step);
+      if (projection_ != nullptr && step == steps_) sum_projected_grad();
       if (one_step_) break;
       add_to_bases_grad(step);
       if (step > 0) back_through_bases(step);
     }
-    if (grad_x.data != nullptr) write_grad_x(grad_x);
-    if (grad_bases != nullptr) write_grad_bases(static_cast<A*>(grad_bases));
+    if (gradients.x.data != nullptr) write_grad_x(gradients.x);
+    if (gradients.bases != nullptr) write_grad_bases(static_cast<A*>(gradients.bases));
+    if (gradients.projection != nullptr) write_grad_projection(static_cast<A*>(gradients.projection));
   }
 
  private:
@@ -69,7 +75,11 @@ class NmfBackward : public Nmf<A> {
           if (!one_step_) Base::take(x, image, first, columns);
           if (step == steps_) {
             grad.load_from(grad_out_, image, first, columns);
-            gemm<A>(grad.by_column(), columns, s_.D, Base::bases(step, image), s_.padded, s_.vectors, d_c, s_.padded, false);
+            gemm<A>(grad.by_column(), columns, s_.D, Base::left(image), s_.padded, s_.vectors, d_c, s_.padded, false);
+            if (projection_ != nullptr) {
+              gemm<A>(grad.by_row(), s_.D, columns, after, s_.padded, s_.vectors, yc_ + item * s_.D * s_.padded, s_.padded,
+                      add);
+            }
           } else {  // what B of step + 1 passes on
             gemm<A>(x.by_column(), columns, s_.D, d_u(step, image), s_.padded, s_.vectors, d_c, s_.padded, true);
             gemm<A>({after, s_.padded, 1}, columns, s_.rank, gram(image), s_.padded, s_.vectors, d_c, s_.padded, true);
@@ -85,7 +95,7 @@ class NmfBackward : public Nmf<A> {
           gemm<A>({d_q, s_.padded, 1}, columns, s_.rank, Base::bb(image), s_.padded, s_.vectors, d_c, s_.padded, true);
           if (step == 0) back_through_softmax(before, d_c, columns, dp);
           Base::add_to_xc(x, dp, columns, item, add);
-          if (step == steps_) Base::add_to_xc(grad, after, columns, item, true);
+          if (step == steps_ && projection_ == nullptr) Base::add_to_xc(grad, after, columns, item, true);
           Base::add_to_cc(before, d_q, columns, item, add);
         });
       }
@@ -117,7 +127,19 @@ class NmfBackward : public Nmf<A> {
         }
         gemm<A>({Base::bases(step, image) + first * s_.padded, s_.padded, 1}, rows, s_.rank, gram(image), s_.padded, s_.vectors,
                 d_b, s_.padded, true);
+        if (step == steps_ && projection_ != nullptr) {
+          gemm<A>({projection_ + first, 1, s_.D}, rows, s_.D, d_projected(image), s_.padded, s_.vectors, d_b, s_.padded, true);
+        }
       }
+    });
+  }
+
+  // d_projected <- dy C
+  void sum_projected_grad() {
+    const int64_t size = s_.D * s_.padded;
+    Base::parallel_(x_.batch * s_.D, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item)
+        Base::sum_parts(d_projected(item / s_.D) + item % s_.D * s_.padded, s_.chunks, size, s_.padded);
     });
   }
 
@@ -160,6 +182,8 @@ class NmfBackward : public Nmf<A> {
     Base::sum_chunks();
   }
 
+  // Of the projected bases [D][padded].
+  A* d_projected(int64_t image) { return yc_ + image * s_.chunks * s_.D * s_.padded; }
   A* gram(int64_t image) { return gram_ + image * s_.rank * s_.padded; }
   // gram_ <- M + M^T for each image's [rank][padded]
   template <class F>
@@ -199,19 +223,38 @@ class NmfBackward : public Nmf<A> {
     }
   }
 
+  // grad_projection [D][D] <- the sum over all matrices of d(W B) B^T
+  void write_grad_projection(A* grad_projection) {
+    const int64_t row = (s_.D + L - 1) / L * L;
+    Base::parallel_(s_.row_blocks, [&](int64_t begin, int64_t end) {
+      Buffer<A> transposed(s_.rank * row), sums(kRowBlock * row);
+      for (int64_t first = begin * kRowBlock; first < std::min(end * kRowBlock, s_.D); first += kRowBlock) {
+        const int64_t rows = std::min(kRowBlock, s_.D - first);
+        for (int64_t image = 0; image < x_.batch; ++image) {
+          transpose_rows<A>(Base::last_bases(image), s_.padded, s_.D, s_.rank, transposed, row);
+          gemm<A>({d_projected(image) + first * s_.padded, s_.padded, 1}, rows, s_.rank, transposed, row, row / L, sums, row,
+                  image > 0);
+        }
+        for (int64_t d = 0; d < rows; ++d) std::copy_n(sums + d * row, s_.D, grad_projection + (first + d) * s_.D);
+      }
+    });
+  }
+
   const Matrices& grad_out_;
+  const A* projection_;
   const bool one_step_;
-  Buffer<A> d_c_, d_p_, d_b_, d_u_, d_w_, gram_;
+  Buffer<A> d_c_, d_p_, d_b_, d_u_, d_w_, gram_, yc_;  // the last: dy C of every chunk
 };
 
 }  // namespace
 
-void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, const void* factors, int64_t rank,
-                  int64_t steps, bool one_step, const Matrices& grad_x, void* grad_bases, const Parallel& parallel) {
+void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, const void* factors, const void* projection,
+                  int64_t rank, int64_t steps, bool one_step, const NmfGradients& gradients, const Parallel& parallel) {
   with_accumulator(x.dtype, [&](auto* type) {
-    NmfBackward<std::remove_pointer_t<decltype(type)>> backward(grad_out, x, factors, rank, steps, one_step, parallel);
+    NmfBackward<std::remove_pointer_t<decltype(type)>> backward(grad_out, x, factors, projection, rank, steps, one_step,
+                                                                parallel);
     if (factors == nullptr) backward.run_forward(bases);
-    backward.run(grad_x, grad_bases);
+    backward.run(gradients);
   });
 }
 

@@ -65,13 +65,13 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
     });
   }
 
-  // Calls f(image, d, r, B[d][r ...], B[d + 1][r ...]) for every other row d and every vector of the rank.
-  template <class F>
-  void for_base_pairs(int64_t step, const F& f) {
+  // Calls f(image, d, r, B[d][r ...], B[d + 1][r ...]) for every other row d and every vector of the rank, with B = of(image).
+  template <class B, class F>
+  void for_base_pairs(const B& of, const F& f) {
     parallel_(x_.batch * s_.D / 2, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t image = i / (s_.D / 2), d = i % (s_.D / 2) * 2;
-        const float* row = bases(step, image) + d * s_.padded;
+        const float* row = of(image) + d * s_.padded;
         for (int64_t r = 0; r < s_.padded; r += L) f(image, d, r, load<float>(row + r), load<float>(row + s_.padded + r));
       }
     });
@@ -80,7 +80,8 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
   // bases_ [panels][D / 2][32][2], the columns of B's high parts and then those of its low parts, if any
   void pack_bases(int64_t step) {
     packed_parts_ = step == 0 ? 2 : parts_;
-    for_base_pairs(step, [&](int64_t image, int64_t d, int64_t r, Vector<float> even, Vector<float> odd) {
+    const auto of = [&](int64_t image) { return bases(step, image); };
+    for_base_pairs(of, [&](int64_t image, int64_t d, int64_t r, Vector<float> even, Vector<float> odd) {
       const Split a(even), b(odd);
       auto put = [&](int64_t column, VectorN<uint16_t, L> even, VectorN<uint16_t, L> odd) {
         const auto bits = pair<L>(even, odd);
@@ -95,7 +96,8 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
   // transposed_ [panels][depth_ / 2][32][2], rows of B^T: the high parts and, for two parts, these again and the low parts
   void pack_transposed() {
     std::memset(transposed_, 0, sizeof(BFloat16) * x_.batch * s_.D * depth_);
-    for_base_pairs(steps_, [&](int64_t image, int64_t d, int64_t r, Vector<float> even, Vector<float> odd) {
+    const auto of = [&](int64_t image) { return left(image); };
+    for_base_pairs(of, [&](int64_t image, int64_t d, int64_t r, Vector<float> even, Vector<float> odd) {
       const Split rows[] = {Split(even), Split(odd)};
       for (int i = 0; i < 2; ++i) {
         const int64_t column = d + i;

@@ -40,8 +40,7 @@ class NmfOfFloat32 : public NmfOnTiles<NmfOfFloat32> {
   void pack_transposed() {
     pack(transposed_, s_.padded, s_.D, [&](int64_t image, float* panels) {
       for (int64_t d = 0; d < s_.D; d += kPanel)
-        transpose_rows<float>(bases(steps_, image) + d * s_.padded, s_.padded, kPanel, s_.padded, panels + d * s_.padded,
-                              kPanel);
+        transpose_rows<float>(left(image) + d * s_.padded, s_.padded, kPanel, s_.padded, panels + d * s_.padded, kPanel);
     });
   }
 

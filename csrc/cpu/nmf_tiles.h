@@ -4,9 +4,10 @@
 //   Part(derived, image, first row of x^T, rows)
 //   project(num)                 num [rows][padded] <- x^T B
 //   add_products(c, sums, add)   sums [padded][D] (+)= C^T x^T
-//   multiply(c, y)               y^T rows <- C B^T
+//   multiply(c, y)               y^T rows <- C B^T, or its projection
 //
-// after Derived::pack_bases(step) and, for multiply, pack_transposed() have made B an operand. A part has at most part_rows().
+// after Derived::pack_bases(step) and, for multiply, pack_transposed() have made B, or left(), an operand. A part has at most
+// part_rows().
 #pragma once
 #include "cpu/matmul.h"
 #include "cpu/nmf.h"
@@ -20,7 +21,7 @@ class NmfOnTiles : public Nmf<float> {
 
   static bool serves(const Matrices& x) { return x.transposed && x.rows % kPanel == 0 && x.columns % kPanel == 0; }
 
-  void run(const void* bases, const Matrices* y = nullptr) {
+  void run(const void* bases, const Matrices* y = nullptr, const float* projection = nullptr) {
     begin(bases);
     self().pack_bases(0);
     for (int64_t step = 0; step < steps_; ++step) {
@@ -33,6 +34,7 @@ class NmfOnTiles : public Nmf<float> {
       });
       self().pack_bases(step + 1);
     }
+    project(projection);
     if (y != nullptr) self().pack_transposed();
     update_coefficients(steps_, y != nullptr ? Then::kMultiply : Then::kNothing, y);
   }

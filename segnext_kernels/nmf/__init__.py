@@ -16,6 +16,7 @@ def nmf(
     steps: int,
     gradient: str = "exact",
     *,
+    projection: Tensor | None = None,
     round_factors: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -23,7 +24,8 @@ def nmf(
 
     ``C = softmax_R(x^T B)``, then ``steps`` times ``C <- C (x^T B) / (C B^T B + 1e-6)`` and
     ``B <- B (x C) / (B C^T C + 1e-6)`` (products and quotients of same shapes element by element); C is updated once more and
-    ``y = B C^T``. With zero steps only that last update of C is done.
+    ``y = B C^T``. With zero steps only that last update of C is done. With a projection P ``y = (P B) C^T``: the Hamburger's
+    second convolution, which then meets R columns instead of N.
 
     Equivalent to::
 
@@ -32,7 +34,7 @@ def nmf(
             C = C * (x.mT @ B) / (C @ (B.mT @ B) + 1e-6)
             B = B * (x @ C) / (B @ (C.mT @ C) + 1e-6)
         C = C * (x.mT @ B) / (C @ (B.mT @ B) + 1e-6)
-        y = B @ C.mT
+        y = (projection @ B if projection is not None else B) @ C.mT
 
     The factors are kept in float32 whatever x's dtype is (float64 for float64). Where a gradient is wanted, the CPU kernels
     keep the factors of every step for backward besides ``x`` and ``bases``, (2 steps + 3) N R + (2 steps + 1) D R numbers a
@@ -49,6 +51,7 @@ def nmf(
         steps: how often C and B are updated, >= 0. SegNeXt: 6 in training, 7 in evaluation.
         gradient: "exact" differentiates through all steps (what the official code does), "one_step" only through the last
             update of C (what the Hamburger paper proposes; the gradient for ``bases`` is then zero).
+        projection: [D, D], in x's dtype or in float32 (float64 for float64), what y is multiplied with from the left, or None.
         round_factors: whether products with bfloat16 ``x`` may take the factors rounded to bfloat16, all but the first, whose
             result is the softmax's logits. Where CPUs multiply bfloat16, high ranks then take little more than half the time,
             and an element of y is off by up to four roundings instead of its own one; the mean error grows by a twentieth for
@@ -68,12 +71,22 @@ def nmf(
         "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), section 2.2.2 (the one-step gradient: 2.3); ``NMF2D`` of
         the official SegNeXt code.
     """
-    _validate.nmf(x, bases, steps, gradient, round_factors)
-    x, bases = _validate.dense_matrix(x), bases.to(_validate.accumulator(x.dtype)).contiguous()
+    _validate.nmf(x, bases, steps, gradient, round_factors, projection)
+    dtype = _validate.accumulator(x.dtype)
+    x, bases = _validate.dense_matrix(x), bases.to(dtype).contiguous()
+    projection = None if projection is None else projection.to(dtype).contiguous()
     served = _select.select("nmf", backend, x, rank=bases.shape[2])
     if served == "reference":
-        return _register.run_reference(_reference.nmf, _autograd.autocast, x, bases, steps, gradient)
-    differentiated = torch.is_grad_enabled() and (x.requires_grad or bases.requires_grad)
+        return _register.run_reference(_reference.nmf, _autograd.autocast, x, bases, steps, gradient, projection)
+    given = [x, bases] if projection is None else [x, bases, projection]
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if served == "cpu" and projection is not None:
+        y, _ = _register.operator("nmf_projected", served)(x, bases, projection, steps, gradient, differentiated)
+        return y
+    if projection is not None:
+        y = nmf(x, bases, steps, gradient, round_factors=round_factors, backend=served)
+        projection = projection.to(y.dtype)
+        return projection @ y if y.is_contiguous() else (y.mT @ projection.mT).mT
     if served == "cpu" and differentiated:
         y, _ = _register.operator("nmf_and_factors", served)(x, bases, steps, gradient)
         return y

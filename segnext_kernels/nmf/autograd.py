@@ -1,7 +1,8 @@
 """Schema, fake, autograd and autocast of nmf.
 
-``nmf_and_factors`` is the same with what backward then need not compute again; only the CPU has it. Backward is that of factors
-that are not rounded, so ``round_factors`` is for calls without gradient.
+``nmf_and_factors`` is the same with what backward then need not compute again, and so is ``nmf_projected``, whose result is
+multiplied with a matrix; only the CPU has them. Backward is that of factors that are not rounded, so ``round_factors`` is for
+calls without gradient.
 """
 
 from __future__ import annotations
@@ -23,11 +24,21 @@ def _fake_and_factors(x, bases, steps, gradient):
     return torch.empty_like(x), bases.new_empty(batch * ((2 * kept + 3) * columns + (2 * kept + 1) * rows) * rank)
 
 
+def _projected_fake(x, bases, projection, steps, gradient, keep):
+    y, factors = _fake_and_factors(x, bases, steps, gradient)
+    return y, factors if keep else bases.new_empty(0)
+
+
 def _backward_fake(grad_out, x, bases, factors, steps, gradient, need_x, need_bases):
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
         torch.empty_like(bases) if need_bases else bases.new_empty(0),
     )
+
+
+def _projected_backward_fake(grad_out, x, bases, projection, factors, steps, gradient, need_x, need_bases, need_projection):
+    grad_x, grad_bases = _backward_fake(grad_out, x, bases, factors, steps, gradient, need_x, need_bases)
+    return grad_x, grad_bases, torch.empty_like(projection) if need_projection else bases.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -56,6 +67,23 @@ def _backward(operators, ctx, grad_out, _=None):
     return grad_x if need_x else None, grad_bases if need_bases else None, *others
 
 
+def _projected_setup_context(ctx, inputs, output):
+    x, bases, projection, ctx.steps, ctx.gradient, _ = inputs
+    _, factors = output
+    ctx.mark_non_differentiable(factors)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, bases, projection, factors)
+
+
+def _projected_backward(operators, ctx, grad_out, _=None):
+    if grad_out is None:
+        return (None,) * 6
+    needed = ctx.needs_input_grad[:3]
+    x, *rest = ctx.saved_tensors
+    grads = operators.nmf_projected_backward(like_layout(grad_out, x), x, *rest, ctx.steps, ctx.gradient, *needed)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
+
+
 def autocast(dtype, x, *args):
     return cast_floating(x, dtype), *args  # the factors stay in float32
 
@@ -77,5 +105,16 @@ register(
     fake=_fake_and_factors,
     setup_context=_setup_context_and_factors,
     backward=_backward,
+    autocast=autocast,
+)
+register(
+    "nmf_projected(Tensor x, Tensor bases, Tensor projection, int steps, str gradient, bool keep)"
+    " -> (Tensor y, Tensor factors)",
+    "nmf_projected_backward(Tensor grad_out, Tensor x, Tensor bases, Tensor projection, Tensor factors, int steps,"
+    " str gradient, bool need_x, bool need_bases, bool need_projection) -> (Tensor, Tensor, Tensor)",
+    fake=_projected_fake,
+    backward_fake=_projected_backward_fake,
+    setup_context=_projected_setup_context,
+    backward=_projected_backward,
     autocast=autocast,
 )

@@ -8,10 +8,11 @@ from torch import Tensor
 EPS = 1e-6
 
 
-def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", round_factors: bool = False) -> Tensor:
-    """Multiplicative updates of x ~ bases coefᵀ, then their product. See the public function."""
+def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", projection: Tensor | None = None) -> Tensor:
+    """Multiplicative updates of x ~ bases coefᵀ, then their product, projected if wanted. See the public function."""
     bases, coef = factorise(x.to(bases.dtype), bases, steps, gradient)
-    return (bases @ coef.mT).to(x.dtype)
+    left = bases if projection is None else projection @ bases
+    return (left @ coef.mT).to(x.dtype)
 
 
 def factorise(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact") -> tuple[Tensor, Tensor]:

@@ -43,4 +43,6 @@ def resize_concat_conv(
         SegNeXt (NeurIPS 2022), section 3.2; ``LightHamHead`` of the official code.
     """
     args = (maps, weights, bias)
-    return _inference.call("resize_concat_conv", backend, _validate_inference.resize_concat_conv, _reference.resize_concat_conv, *args)
+    return _inference.call(
+        "resize_concat_conv", backend, _validate_inference.resize_concat_conv, _reference.resize_concat_conv, *args
+    )

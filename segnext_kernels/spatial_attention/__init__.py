@@ -39,4 +39,6 @@ def spatial_attention(x: Tensor, weights: Sequence[Tensor], *, backend: str | No
         SegNeXt (NeurIPS 2022), figure 2 and equations 1 and 2; ``SpatialAttention`` of the official code.
     """
     args = (x, weights)
-    return _inference.call("spatial_attention", backend, _validate_inference.spatial_attention, _reference.spatial_attention, *args)
+    return _inference.call(
+        "spatial_attention", backend, _validate_inference.spatial_attention, _reference.spatial_attention, *args
+    )
