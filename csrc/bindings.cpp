@@ -122,22 +122,22 @@ Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::strin
   return y;
 }
 
-// y and, if `keep`, the factors for backward.
+// y and, if `keep`, the factors for backward, which are not rounded then.
 std::tuple<Tensor, Tensor> nmf_kept(const Matrices& in, const Tensor& x, const Tensor& bases, const void* projection,
-                                    int64_t steps, const std::string& gradient, bool keep) {
+                                    int64_t steps, const std::string& gradient, bool keep, bool round_factors) {
   check_nmf(bases, in, steps, gradient);
   const bool one_step = gradient == "one_step";
   Tensor y = torch::stable::empty_like(x);
   const int64_t size = keep ? segnext::nmf_factors_size(in, bases.size(2), steps, one_step) : 0;
   Tensor factors = torch::stable::new_empty(bases, {size});
   if (x.numel() == 0) return {y, torch::stable::zero_(factors)};
-  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, false, one_step, keep ? factors.data_ptr() : nullptr,
+  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, round_factors, one_step, keep ? factors.data_ptr() : nullptr,
                        projection, matrices_like(y, in, "y"), parallel());
   return {y, factors};
 }
 
 std::tuple<Tensor, Tensor> nmf_and_factors(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
-  return nmf_kept(matrices(x, "x"), x, bases, nullptr, steps, gradient, true);
+  return nmf_kept(matrices(x, "x"), x, bases, nullptr, steps, gradient, true, false);
 }
 
 const void* projection_of(const Tensor& projection, const Tensor& bases, const Matrices& x) {
@@ -148,9 +148,9 @@ const void* projection_of(const Tensor& projection, const Tensor& bases, const M
 }
 
 std::tuple<Tensor, Tensor> nmf_projected(const Tensor& x, const Tensor& bases, const Tensor& projection, int64_t steps,
-                                         const std::string& gradient, bool keep) {
+                                         const std::string& gradient, bool keep, bool round_factors) {
   const Matrices in = matrices(x, "x");
-  return nmf_kept(in, x, bases, projection_of(projection, bases, in), steps, gradient, keep);
+  return nmf_kept(in, x, bases, projection_of(projection, bases, in), steps, gradient, keep, round_factors);
 }
 
 // The gradients of x, the bases and, if there is one, the projection.

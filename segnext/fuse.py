@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import segnext_kernels as kernels
+from segnext_kernels.nn import NMF2D
 
 from .heads import Hamburger, HamHead, Head
 from .model import SegNeXt
@@ -141,6 +142,8 @@ class FusedHamburger(nn.Module):
 
     def __init__(self, hamburger: Hamburger, dtype: torch.dtype) -> None:
         super().__init__()
+        if type(hamburger.ham) is not NMF2D or hamburger.ham_out.conv.bias is not None:
+            raise TypeError("fuse: the Hamburger must have an NMF2D and, in ham_out, a convolution without bias")
         weight, bias = matrix(hamburger.ham_in.conv)
         self.ham_in, self.bias = frozen(kernels.pack(weight, dtype)), frozen(bias.float())
         self.ham, norm = copy.deepcopy(hamburger.ham), hamburger.ham_out.gn
@@ -192,7 +195,7 @@ class FusedHead(nn.Module):
         super().__init__()
         parts = head.squeeze.conv.weight.flatten(1).split(list(in_channels), dim=1)
         self.squeeze = nn.ParameterList(frozen(kernels.pack(part, dtype)) for part in parts)
-        self.squeeze_bias = frozen(torch.zeros(head.squeeze.conv.out_channels, device=parts[0].device))
+        self.squeeze_bias = frozen(matrix(head.squeeze.conv)[1].float())
         self.squeeze_norm, self.align_norm = GroupNormReLU(head.squeeze.gn), GroupNormReLU(head.align.gn)
         self.align, self.conv_seg = ConvAct(head.align.conv, dtype), ConvAct(head.conv_seg, dtype)
         if isinstance(head, HamHead):

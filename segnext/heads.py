@@ -22,17 +22,25 @@ def conv_norm(in_channels: int, channels: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, gn=nn.GroupNorm(GROUPS, channels)))
 
 
-def is_plain(conv: nn.Module) -> bool:
-    """Whether a convolution is nothing but its filters: not replaced or parametrized, and nobody waits for it to be called."""
-    return type(conv) is nn.Conv2d and not (
-        conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks
-    )
+def is_untouched(module: nn.Module, kind: type) -> bool:
+    """Whether a module is what its class says: not replaced, wrapped or parametrized, and nobody waits for it to be called."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
+
+
+def is_projection(layers: nn.Module) -> bool:
+    """Whether the convolution of :func:`conv_norm` is a product with its filters and nothing else."""
+    if not is_untouched(layers, nn.Sequential) or not is_untouched(layers.conv, nn.Conv2d):
+        return False
+    conv = layers.conv
+    return conv.bias is None and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 class Hamburger(nn.Module):
     """relu(x + ham_out(NMF(relu(ham_in(x))))) on [B, dim, H, W].
 
-    The convolution of ham_out meets the decomposition's bases instead of all pixels, unless ``published_order`` is set.
+    The convolution of ham_out meets the decomposition's bases instead of all pixels on the CPU, whose kernels do that, unless
+    ``published_order`` is set.
 
     Args:
         dim: channels.
@@ -51,7 +59,8 @@ class Hamburger(nn.Module):
 
     def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
         v = F.relu(self.ham_in(x))
-        if self.published_order or not is_plain(self.ham_out.conv):
+        on_bases = x.device.type == "cpu" and is_untouched(self.ham, NMF2D) and is_projection(self.ham_out)
+        if self.published_order or not on_bases:
             return F.relu(x + self.ham_out(self.ham(v, bases)))
         return F.relu(x + self.ham_out.gn(self.ham(v, bases, self.ham_out.conv.weight.flatten(1))))
 
@@ -86,22 +95,22 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def squeezed(self, fine: Tensor, *coarse: Tensor) -> Tensor:
-        """The squeezing convolution of the maps, at the size of the finest."""
+        """The maps through ``squeeze``, at the size of the finest."""
 
         def resize(x: Tensor) -> Tensor:
             return F.interpolate(x, fine.shape[-2:], mode="bilinear", align_corners=False)
 
-        if self.published_order or not is_plain(self.squeeze.conv):
-            return self.squeeze.conv(torch.cat([fine, *map(resize, coarse)], dim=1))
+        if self.published_order or not is_projection(self.squeeze):
+            return self.squeeze(torch.cat([fine, *map(resize, coarse)], dim=1))
         first, *weights = self.squeeze.conv.weight.split([x.shape[1] for x in (fine, *coarse)], dim=1)
         z = F.conv2d(fine, first)
         for x, weight in zip(coarse, weights, strict=True):
             z = z + resize(F.conv2d(x, weight))
-        return z
+        return self.squeeze.gn(z)
 
     def forward(self, features: Sequence[Tensor], bases: Tensor | None = None) -> Tensor:
         """The encoder's four maps -> logits [B, num_classes, H, W] of the second map's size."""
-        x = F.relu(self.squeeze.gn(self.squeezed(*features[1:])))
+        x = F.relu(self.squeezed(*features[1:]))
         x = F.relu(self.align(self.mix(x, bases)))
         return self.conv_seg(self.dropout(x))
 

@@ -28,9 +28,9 @@ def call(operator: str, backend: str | None, validate: Callable, reference: Call
             return kernel(*args)
         except RuntimeError:
             pass
-    args = _validated(validate, args)
+    args = _without_autocast(validate, args)
     if _select.select(operator, backend, _first(args[0])) == "reference":
-        return reference(*args)
+        return _without_autocast(reference, args)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
         raise NotImplementedError(
             f"{operator} serves inference and has no derivative: call it under torch.no_grad(), or train the unfused model"
@@ -69,10 +69,10 @@ def _tensors(args: tuple) -> list[Tensor]:
     return found
 
 
-def _validated(validate: Callable, args: tuple) -> tuple:
-    """Under autocast, too, dtypes must fit: these operators do not cast."""
+def _without_autocast(function: Callable, args: tuple):
+    """These operators do not cast: under autocast, too, dtypes must fit, and the reference computes in float32."""
     x = _first(args[0])
     if isinstance(x, Tensor) and _validate.autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
-            return validate(*args)
-    return validate(*args)
+            return function(*args)
+    return function(*args)

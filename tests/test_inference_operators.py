@@ -228,6 +228,14 @@ def test_every_tensor_is_checked(operator, served):
                 getattr(kernels, operator)(x, *rest, backend=served)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast_changes_nothing(operator, backend):
+    x, rest, _ = MAKE[operator](SHAPES[4], torch.float32)
+    expected = getattr(kernels, operator)(x, *rest, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same([getattr(kernels, operator)(x, *rest, backend=backend)], [expected])
+
+
 def test_autocast_does_not_mix_dtypes():
     x, rest = channels_last(group_norm_relu(SHAPES[4], torch.float32))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="residual must have x's dtype"):

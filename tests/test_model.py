@@ -88,22 +88,48 @@ def test_order_of_the_official_code(head, layout):
         assert (found - expected).abs().max() <= 1e-9 * max(expected.abs().max(), 1e-6)
 
 
-def test_hooks_and_parametrizations_of_the_heads_convolutions_are_kept():
-    """Where more than a convolution is meant, its module is called, after all else in the official code's order."""
-    model, calls = small.model().eval(), []
-    images = torch.randn(1, 3, 70, 97)
+LAYERS = ("squeeze", "squeeze.conv", "hamburger.ham", "hamburger.ham_out", "hamburger.ham_out.conv")
+
+
+def touch(module: nn.Module, way: str, calls: list[str]) -> None:
+    """Has ``calls`` grow by one whenever a module is called."""
+    if way == "hook":
+        module.register_forward_hook(lambda *args: calls.append(way))
+    else:
+        forward = module.forward
+        module.forward = lambda *args: calls.append(way) or forward(*args)
+
+
+@pytest.mark.parametrize("way", ["hook", "forward"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_the_heads_that_are_watched_are_called(layer, way):
+    """Where more than a convolution is meant, its module is called, as in the official code."""
+    model, images, calls = small.model().eval(), torch.randn(1, 3, 70, 97), []
     with torch.no_grad():
         expected = model(images)
-        for name in ("squeeze.conv", "hamburger.ham_out.conv"):
-            convolution = model.decode_head.get_submodule(name)
-            hook = convolution.register_forward_hook(lambda *args, name=name: calls.append(name))
-            assert relative_error(model(images), expected.double()) < 1e-5
-            assert calls.pop() == name and not calls
-            hook.remove()
-            torch.nn.utils.parametrizations.weight_norm(convolution)
-            assert relative_error(model(images), expected.double()) < 1e-5
-        model(images)
-    assert not calls
+        touch(model.decode_head.get_submodule(layer), way, calls)
+        assert relative_error(model(images), expected.double()) < 1e-5
+    assert calls == [way]
+
+
+@pytest.mark.parametrize("layer", ["squeeze", "hamburger.ham_out"])
+def test_other_convolutions_in_the_heads_are_taken_as_they_are(layer):
+    model, images = small.model().eval(), torch.randn(1, 3, 70, 97)
+    layers = model.decode_head.get_submodule(layer)
+    weight, outputs = layers.conv.weight, layers.conv.out_channels
+    layers.conv = nn.Conv2d(layers.conv.in_channels, outputs, 1)
+    layers.conv.weight = weight
+    with torch.no_grad():
+        layers.conv.bias.normal_()
+        found, expected = model(images), in_published_order(copy.deepcopy(model))(images)
+        assert relative_error(found, expected.double()) < 1e-5
+        if layer == "squeeze":
+            assert relative_error(segnext.fuse(model)(images), expected.double()) < 1e-5
+        else:
+            with pytest.raises(
+                TypeError, match="fuse: the Hamburger must have an NMF2D and, in ham_out, a convolution without"
+            ):
+                segnext.fuse(model)
 
 
 @DTYPES

@@ -97,9 +97,9 @@ def test_opcheck(shape, layout, gradient, backend):
     sample = arranged(projected(*shape, gradient=gradient).to(torch.float32), layout)
     steps = shape[-1]
     leaves = [leaf.detach().requires_grad_() for leaf in sample.leaves]
-    y, factors = torch.ops.segnext_kernels.nmf_projected(*leaves, steps, gradient, True)
+    y, factors = torch.ops.segnext_kernels.nmf_projected(*leaves, steps, gradient, True, False)
     backward = (torch.ones_like(y), *sample.leaves, factors.detach(), steps, gradient, True, True, True)
-    checks.check_registration("nmf_projected", (*leaves, steps, gradient, True), backward)
+    checks.check_registration("nmf_projected", (*leaves, steps, gradient, True, False), backward)
 
 
 @gradients
@@ -147,7 +147,7 @@ def test_no_gradient_needed(dtype, backend):
     sample = projected(2, 32, 64, 17, 3).to(dtype)
     checks.check_nothing_needed(sample, backend)
     assert_same([sample(backend)], results(sample, backend)[:1])
-    assert torch.ops.segnext_kernels.nmf_projected(*sample.leaves, 3, "exact", False)[1].numel() == 0
+    assert torch.ops.segnext_kernels.nmf_projected(*sample.leaves, 3, "exact", False, False)[1].numel() == 0
 
 
 @matrix_layouts
@@ -186,11 +186,26 @@ def test_bad_projections(projection, exception, message):
 def test_the_operator_itself_checks_its_memory(backend):
     x, bases, projection = projected(2, 5, 9, 3, 2).to(torch.float32).leaves
     operators = torch.ops.segnext_kernels
-    _, factors = operators.nmf_projected(x, bases, projection, 2, "exact", True)
+    _, factors = operators.nmf_projected(x, bases, projection, 2, "exact", True, False)
     with pytest.raises(RuntimeError, match=r"projection must be contiguous \[D, D\]"):
-        operators.nmf_projected(x, bases, projection[:, :4], 2, "exact", True)
+        operators.nmf_projected(x, bases, projection[:, :4], 2, "exact", True, False)
     with pytest.raises(RuntimeError, match="factors must be as"):
         operators.nmf_projected_backward(x, x, bases, projection, factors[1:], 2, "exact", True, True, True)
+
+
+@matrix_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@compiled
+def test_rounded_factors(dtype, layout, backend):
+    """As without a projection: they change something where the processor multiplies bfloat16, and only without gradient."""
+    x, bases, projection = arranged(projected(1, 64, 128, 32, 7).to(dtype), layout).leaves
+    exact = nmf(x, bases, 7, projection=projection, backend=backend)
+    rounded = nmf(x, bases, 7, projection=projection, round_factors=True, backend=backend)
+    alone = [nmf(x, bases, 7, round_factors=rounds, backend=backend) for rounds in (False, True)]
+    assert torch.equal(rounded, exact) == torch.equal(*alone)
+    assert error(rounded, exact) <= 2e-2
+    wanted = projection.detach().requires_grad_()
+    assert_same([nmf(x, bases, 7, projection=wanted, round_factors=True, backend=backend).detach()], [exact])
 
 
 def test_explained_as_nmf():

@@ -162,11 +162,8 @@ void hamburger_forward(const Image& x, const HamburgerWeights& w, const Image& y
   with_dense_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t C = x.channels, pixels = x.height * x.width, blocks = (pixels + kPixels - 1) / kPixels;
-    Buffer<T> v(x.images * pixels * C);
-    Image decomposed = x;
-    decomposed.data = v;
-    conv_act_forward(x, {w.in, 1, 1, Activation::kRelu}, decomposed, parallel);
-    const Matrices columns{v, x.dtype, true, x.images, C, pixels};
+    conv_act_forward(x, {w.in, 1, 1, Activation::kRelu}, y, parallel);  // V lies where y will be
+    const Matrices columns{y.data, x.dtype, true, x.images, C, pixels};
     with_nmf(columns, w.rank, w.steps, w.rounded, Keep::kNothing, nullptr, parallel, [&](auto& nmf) {
       nmf.run(w.bases);
       const NormOfProduct norm(nmf, x.images, w, parallel);

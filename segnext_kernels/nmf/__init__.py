@@ -81,7 +81,8 @@ def nmf(
     given = [x, bases] if projection is None else [x, bases, projection]
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     if served == "cpu" and projection is not None:
-        y, _ = _register.operator("nmf_projected", served)(x, bases, projection, steps, gradient, differentiated)
+        rounded = round_factors and not differentiated
+        y, _ = _register.operator("nmf_projected", served)(x, bases, projection, steps, gradient, differentiated, rounded)
         return y
     if projection is not None:
         y = nmf(x, bases, steps, gradient, round_factors=round_factors, backend=served)

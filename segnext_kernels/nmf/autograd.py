@@ -24,7 +24,7 @@ def _fake_and_factors(x, bases, steps, gradient):
     return torch.empty_like(x), bases.new_empty(batch * ((2 * kept + 3) * columns + (2 * kept + 1) * rows) * rank)
 
 
-def _projected_fake(x, bases, projection, steps, gradient, keep):
+def _projected_fake(x, bases, projection, steps, gradient, keep, round_factors):
     y, factors = _fake_and_factors(x, bases, steps, gradient)
     return y, factors if keep else bases.new_empty(0)
 
@@ -68,7 +68,7 @@ def _backward(operators, ctx, grad_out, _=None):
 
 
 def _projected_setup_context(ctx, inputs, output):
-    x, bases, projection, ctx.steps, ctx.gradient, _ = inputs
+    x, bases, projection, ctx.steps, ctx.gradient, *_ = inputs
     _, factors = output
     ctx.mark_non_differentiable(factors)
     ctx.set_materialize_grads(False)
@@ -77,11 +77,11 @@ def _projected_setup_context(ctx, inputs, output):
 
 def _projected_backward(operators, ctx, grad_out, _=None):
     if grad_out is None:
-        return (None,) * 6
+        return (None,) * 7
     needed = ctx.needs_input_grad[:3]
     x, *rest = ctx.saved_tensors
     grads = operators.nmf_projected_backward(like_layout(grad_out, x), x, *rest, ctx.steps, ctx.gradient, *needed)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 4
 
 
 def autocast(dtype, x, *args):
@@ -108,7 +108,7 @@ register(
     autocast=autocast,
 )
 register(
-    "nmf_projected(Tensor x, Tensor bases, Tensor projection, int steps, str gradient, bool keep)"
+    "nmf_projected(Tensor x, Tensor bases, Tensor projection, int steps, str gradient, bool keep, bool round_factors)"
     " -> (Tensor y, Tensor factors)",
     "nmf_projected_backward(Tensor grad_out, Tensor x, Tensor bases, Tensor projection, Tensor factors, int steps,"
     " str gradient, bool need_x, bool need_bases, bool need_projection) -> (Tensor, Tensor, Tensor)",
