@@ -111,17 +111,6 @@ void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps, const std:
                   gradient);
 }
 
-Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient, bool round_factors) {
-  const Matrices in = matrices(x, "x");
-  check_nmf(bases, in, steps, gradient);
-  Tensor y = torch::stable::empty_like(x);
-  if (x.numel() > 0) {
-    segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, round_factors, false, nullptr, nullptr,
-                         matrices_like(y, in, "y"), parallel());
-  }
-  return y;
-}
-
 // y and, if `keep`, the factors for backward, which are not rounded then.
 std::tuple<Tensor, Tensor> nmf_kept(const Matrices& in, const Tensor& x, const Tensor& bases, const void* projection,
                                     int64_t steps, const std::string& gradient, bool keep, bool round_factors) {
@@ -134,6 +123,10 @@ std::tuple<Tensor, Tensor> nmf_kept(const Matrices& in, const Tensor& x, const T
   segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, round_factors, one_step, keep ? factors.data_ptr() : nullptr,
                        projection, matrices_like(y, in, "y"), parallel());
   return {y, factors};
+}
+
+Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient, bool round_factors) {
+  return std::get<0>(nmf_kept(matrices(x, "x"), x, bases, nullptr, steps, gradient, false, round_factors));
 }
 
 std::tuple<Tensor, Tensor> nmf_and_factors(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {

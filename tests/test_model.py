@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 import segnext
 import segnext_kernels
-from segnext.heads import in_published_order
 from segnext.model import HEADS, SIZES, Config
 from segnext.mscan import MSCAN, DropPath
 
@@ -69,67 +67,6 @@ def test_golden_training(dtype, layout):
         exact = layout == torch.contiguous_format and (segnext_kernels.build_info()["isa"] or "").startswith(("avx512", "amx"))
         limit = STEM_NORM_TOLERANCE[dtype] if name in STEM_NORM and not exact else tolerance
         assert relative_error(gradient, expected[name], scale) < limit, name
-
-
-@pytest.mark.parametrize("head", HEADS)
-@LAYOUTS
-def test_order_of_the_official_code(head, layout):
-    """The heads convolve before they resize, and bases instead of pixels: the same values and gradients."""
-    model = small.model(head=head).double().train()
-    model.apply(lambda module: setattr(module, "p", 0.0) if isinstance(module, (nn.Dropout2d, DropPath)) else None)
-    images = torch.randn(2, 3, 70, 97, dtype=torch.float64).contiguous(memory_format=layout)
-    bases = torch.rand(2, model.config.decoder_channels, model.config.rank, dtype=torch.float64) if head == "ham" else None
-    answers = []
-    for network in (model, in_published_order(copy.deepcopy(model))):
-        logits = network(images, bases)
-        logits.square().mean().backward()
-        answers.append([logits.detach(), *(parameter.grad for parameter in network.parameters())])
-    for found, expected in zip(*answers, strict=True):
-        assert (found - expected).abs().max() <= 1e-9 * max(expected.abs().max(), 1e-6)
-
-
-LAYERS = ("squeeze", "squeeze.conv", "hamburger.ham", "hamburger.ham_out", "hamburger.ham_out.conv")
-
-
-def touch(module: nn.Module, way: str, calls: list[str]) -> None:
-    """Has ``calls`` grow by one whenever a module is called."""
-    if way == "hook":
-        module.register_forward_hook(lambda *args: calls.append(way))
-    else:
-        forward = module.forward
-        module.forward = lambda *args: calls.append(way) or forward(*args)
-
-
-@pytest.mark.parametrize("way", ["hook", "forward"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layers_of_the_heads_that_are_watched_are_called(layer, way):
-    """Where more than a convolution is meant, its module is called, as in the official code."""
-    model, images, calls = small.model().eval(), torch.randn(1, 3, 70, 97), []
-    with torch.no_grad():
-        expected = model(images)
-        touch(model.decode_head.get_submodule(layer), way, calls)
-        assert relative_error(model(images), expected.double()) < 1e-5
-    assert calls == [way]
-
-
-@pytest.mark.parametrize("layer", ["squeeze", "hamburger.ham_out"])
-def test_other_convolutions_in_the_heads_are_taken_as_they_are(layer):
-    model, images = small.model().eval(), torch.randn(1, 3, 70, 97)
-    layers = model.decode_head.get_submodule(layer)
-    weight, outputs = layers.conv.weight, layers.conv.out_channels
-    layers.conv = nn.Conv2d(layers.conv.in_channels, outputs, 1)
-    layers.conv.weight = weight
-    with torch.no_grad():
-        layers.conv.bias.normal_()
-        found, expected = model(images), in_published_order(copy.deepcopy(model))(images)
-        assert relative_error(found, expected.double()) < 1e-5
-        if layer == "squeeze":
-            assert relative_error(segnext.fuse(model)(images), expected.double()) < 1e-5
-        else:
-            with pytest.raises(
-                TypeError, match="fuse: the Hamburger must have an NMF2D and, in ham_out, a convolution without"
-            ):
-                segnext.fuse(model)
 
 
 @DTYPES
