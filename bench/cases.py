@@ -84,6 +84,9 @@ def _gpu_registry() -> Iterable[Case]:
         for channels, side in T_MLPS:
             yield dwconv_gelu_case(channels, side, side, dtype, batch, both)
     for dtype in DTYPES:
+        for channels, side in T_STAGES:
+            yield scale_add_case(channels, side, side, dtype, batch)
+    for dtype in DTYPES:
         for depth, rank in ((256, 16), (1024, 64)):
             yield nmf_case(depth, 4096, rank, 7, ("forward",), dtype, batch)
             yield nmf_case(depth, 4096, rank, 6, ("backward", "step"), dtype, batch)

@@ -13,6 +13,7 @@ import segnext
 from segnext.complexity import count_model
 from segnext.export.formats import ONNX_RUNTIME, onnx_runtime
 from segnext.model import Config, SegNeXt
+from segnext_kernels.nn import NMF2D
 
 from . import exported, plain
 from .case import Case, Contender, Work, generator, image_shape
@@ -52,6 +53,9 @@ class FusedModel(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype, labels: bool) -> None:
         super().__init__()
         model = copy.deepcopy(network(config)).to(dtype, memory_format=torch.channels_last)
+        for module in model.modules():
+            if isinstance(module, NMF2D):
+                module.round_factors = dtype == torch.bfloat16  # as segnext.fuse does
         self.model, self.dtype = model.predict if labels else model, dtype
 
     def forward(self, images: Tensor) -> Tensor:
@@ -131,8 +135,8 @@ def _contenders(
             memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format"))
         )
 
-    def compiled() -> Callable[[Tensor], Tensor]:
-        return torch.compile(pytorch("channels_last"), fullgraph=True, dynamic=False)
+    def compiled(model: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+        return torch.compile(model or pytorch("channels_last"), fullgraph=True, dynamic=False)
 
     def file() -> str:
         return exported.onnx_file((config, shape, labels), lambda: PlainModel(config, torch.float32, labels), shape)
@@ -142,6 +146,7 @@ def _contenders(
         return (
             Contender("fused", None, ours, ours=True),
             Contender("fused, CUDA graph", None, lambda: Graphed(ours()), ours=True),
+            Contender("fused torch.compile, CUDA graph", None, lambda: Graphed(compiled(ours())), ours=True),
             Contender("PyTorch", "contiguous", partial(pytorch, "contiguous")),
             Contender("PyTorch", "channels_last", partial(pytorch, "channels_last")),
             Contender("PyTorch, CUDA graph", "channels_last", lambda: Graphed(pytorch("channels_last"))),

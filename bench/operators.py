@@ -88,7 +88,6 @@ def dwconv_gelu_case(
 
 def scale_add_case(channels: int, height: int, width: int, dtype: torch.dtype, batch: int = 2) -> Case:
     """scale_add of two [batch, channels, height, width], of which every image keeps the second."""
-    keep = torch.ones(batch)
 
     def setup() -> list[Tensor]:
         draw = partial(torch.randn, generator=generator(), dtype=torch.float64)
@@ -96,7 +95,7 @@ def scale_add_case(channels: int, height: int, width: int, dtype: torch.dtype, b
         return [draw(*image), draw(*image), draw(channels)]
 
     def keeping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda x, y, scale, **options: function(x, y, scale, keep.to(x.dtype), **options)
+        return lambda x, y, scale, **options: function(x, y, scale, x.new_ones(batch), **options)
 
     pixels = batch * channels * height * width
     return Case(

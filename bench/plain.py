@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from segnext.heads import in_published_order
 from segnext.mscan import Block
-from segnext_kernels.nn import NMF2D, AttentionModule, DWConvGELU
+from segnext_kernels.nn import NMF2D, AttentionModule, DWConvGELU, PointwiseConv2d
 
 
 def msca_strips(x: Tensor, *weights: Tensor) -> Tensor:
@@ -105,6 +105,7 @@ class PlainBlock(Block):
 
 
 PLAIN = {AttentionModule: PlainAttentionModule, DWConvGELU: PlainDWConvGELU, NMF2D: PlainNMF2D, Block: PlainBlock}
+PLAIN |= {PointwiseConv2d: nn.Conv2d}
 
 
 def network(model: nn.Module) -> nn.Module:

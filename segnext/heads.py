@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segnext_kernels.nn import NMF2D
+from segnext_kernels.nn import NMF2D, PointwiseConv2d
 from segnext_kernels.patch.kinds import silent
 
 from .mscan import SpatialAttention, init_convolution
@@ -53,7 +53,7 @@ class Hamburger(nn.Module):
 
     def __init__(self, dim: int, ham: NMF2D) -> None:
         super().__init__()
-        self.ham_in = nn.Sequential(OrderedDict(conv=nn.Conv2d(dim, dim, 1)))
+        self.ham_in = nn.Sequential(OrderedDict(conv=PointwiseConv2d(dim, dim)))
         self.ham = ham
         self.ham_out = conv_norm(dim, dim)
 
@@ -85,7 +85,7 @@ class Head(nn.Module):
         self.squeeze = conv_norm(sum(in_channels), channels)
         self.align = conv_norm(channels, channels)
         self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        self.conv_seg = PointwiseConv2d(channels, num_classes)
 
     def init_weights(self) -> None:
         self.apply(init_convolution)

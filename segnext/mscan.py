@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segnext_kernels import scale_add
-from segnext_kernels.nn import AttentionModule, DWConvGELU
+from segnext_kernels.nn import AttentionModule, DWConvGELU, PointwiseConv2d
 
 LAYER_SCALE = 1e-2
 
@@ -79,9 +79,9 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj_1 = nn.Conv2d(dim, dim, 1)
+        self.proj_1 = PointwiseConv2d(dim, dim)
         self.spatial_gating_unit = AttentionModule(dim)
-        self.proj_2 = nn.Conv2d(dim, dim, 1)
+        self.proj_2 = PointwiseConv2d(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj_2(self.spatial_gating_unit(F.gelu(self.proj_1(x))))
@@ -92,9 +92,9 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.fc1 = PointwiseConv2d(dim, hidden)
         self.dwconv = DWConvGELU(hidden)
-        self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.fc2 = PointwiseConv2d(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.dwconv(self.fc1(x)))

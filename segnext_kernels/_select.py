@@ -27,7 +27,7 @@ OPERATORS = (
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_BRANCHES = (7, 11, 21)
 CUDA_OPERATORS = ("msca_strips", "dwconv_gelu")
-TRITON_OPERATORS = (*CUDA_OPERATORS, "nmf", "upsample_argmax", "upsample_cross_entropy")
+TRITON_OPERATORS = (*CUDA_OPERATORS, "nmf", "scale_add", "upsample_argmax", "upsample_cross_entropy")
 TRITON_ROWS = 1 << 16  # times the rank and the parts that a GPU works on at once: below 2**31
 TRITON_RANK = 128  # the highest of a factorisation whose factors fit on the chip
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,7 +104,10 @@ def _transformed() -> bool:
 
 def select(operator: str, backend: str | None, x: Tensor, **details) -> str:
     """The named backend if it can serve the call (else ValueError), or the first that can."""
-    if backend is None:  # GPU kernels refuse tensors elsewhere, which need not be said at every call
+    if backend is None:
+        if operator == "scale_add" and x.device.type == "cuda" and torch.compiler.is_compiling():
+            return "reference"  # which torch.compile fuses with what is around it
+        # GPU kernels refuse tensors elsewhere, which need not be said at every call
         elsewhere = x.device.type == "cpu" and not _triton.interpreted
         candidates = BACKENDS[BACKENDS.index("cpu") :] if elsewhere else BACKENDS
         return next(name for name in candidates if why_not(name, operator, x, **details) is None)

@@ -13,6 +13,36 @@ from .msca_strips import msca_strips
 from .nmf import nmf
 
 
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution. On a GPU, of channels_last in 16 bits, a matrix product, whose library adds the bias in passing.
+
+    There PyTorch's convolution adds it in a kernel of its own, which takes as long as the product. In float32 convolutions may
+    be made in TF32 where products may not, so they stay what they are.
+
+    Args:
+        in_channels, out_channels, bias: as in ``torch.nn.Conv2d``.
+
+    Shape: x [N, in_channels, H, W] -> [N, out_channels, H, W], in x's layout.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _is_matrix_on_gpu(x):
+            return super()._conv_forward(x, weight, bias)
+        pixels = x.permute(0, 2, 3, 1)
+        y = F.linear(pixels.reshape(-1, x.shape[1]), weight.flatten(1), bias)
+        return y.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+def _is_matrix_on_gpu(x: Tensor) -> bool:
+    if x.device.type != "cuda" or x.dim() != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return dtype.itemsize == 2 and x.numel() > 0
+
+
 class AttentionModule(nn.Module):
     """MSCA, the attention of SegNeXt: (1x1 convolution of msca_strips(x)) * x.
 
@@ -31,7 +61,7 @@ class AttentionModule(nn.Module):
             columns = nn.Conv2d(dim, dim, (size, 1), padding=(size // 2, 0), groups=dim)
             self.add_module(f"conv{branch}_1", rows)
             self.add_module(f"conv{branch}_2", columns)
-        self.conv3 = nn.Conv2d(dim, dim, 1)
+        self.conv3 = PointwiseConv2d(dim, dim)
 
     def strip_weights(self) -> list[Tensor]:
         """The filters and biases in the order that :func:`segnext_kernels.msca_strips` takes them."""

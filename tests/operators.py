@@ -90,7 +90,8 @@ class Sample:
         return replace(self, leaves=(x.to(dtype), *(leaf.to(others) for leaf in rest)))
 
     def on(self, device: str) -> Sample:
-        return replace(self, leaves=tuple(leaf.to(device) for leaf in self.leaves))
+        options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()}
+        return replace(self, leaves=tuple(leaf.to(device) for leaf in self.leaves), options=options)
 
     def with_x(self, x: Tensor) -> Sample:
         return replace(self, leaves=(x, *self.leaves[1:]))

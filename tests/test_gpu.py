@@ -21,6 +21,7 @@ from operators import (
     GRADIENTS,
     IMAGES,
     Sample,
+    arrange,
     arranged,
     assert_same,
     check,
@@ -32,17 +33,20 @@ from operators import (
     msca_strips_sample,
     nmf_sample,
     results,
+    scale_add_sample,
     tolerance,
 )
 from torch import Tensor
 
 from segnext_kernels import _load, _select, _triton, explain, upsample_argmax, upsample_cross_entropy
+from segnext_kernels.nn import PointwiseConv2d
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 float32, bfloat16, float16 = GPU_DTYPES
 IMAGE_OPERATORS = {"msca_strips": msca_strips_sample, "dwconv_gelu": dwconv_gelu_sample}
-SERVED = [(backend, operator) for backend in ("cuda", "triton") for operator in IMAGE_OPERATORS] + [("triton", "nmf")]
+SAMPLES = IMAGE_OPERATORS | {"scale_add": scale_add_sample}
+SERVED = [("cuda", operator) for operator in IMAGE_OPERATORS] + [("triton", operator) for operator in (*SAMPLES, "nmf")]
 image_operators = pytest.mark.parametrize("operator", IMAGE_OPERATORS)
 served = pytest.mark.parametrize(("backend", "operator"), SERVED)
 
@@ -56,11 +60,14 @@ MATRICES += [((1, 1024, 4096, 64, 6), dtype) for dtype in (float32, bfloat16)]
 
 
 def sample_of(operator: str, shape: tuple[int, ...], dtype: torch.dtype = float32, device: str = "cuda") -> Sample:
-    return IMAGE_OPERATORS[operator](shape).to(dtype).on(device)
+    return SAMPLES[operator](shape).to(dtype).on(device)
 
 
 def a_sample(operator: str, dtype: torch.dtype = float32, layout: str = "contiguous") -> Sample:
-    """One of the operator's, large enough for many blocks."""
+    """One of the operator's, large enough for many blocks; of tensors alone."""
+    if operator == "scale_add":
+        sample = scale_add_sample((4, 64, 64, 64), dropped=False).to(dtype).on("cuda")
+        return replace(sample, leaves=(*(arrange(leaf, layout) for leaf in sample.leaves[:2]), sample.leaves[2]))
     if operator == "nmf":
         return arranged(nmf_sample(2, 64, 1000, 16, 3).to(dtype).on("cuda"), layout.replace("channels_last", "transposed"))
     return arranged(sample_of(operator, (4, 64, 64, 64), dtype), layout)
@@ -78,7 +85,7 @@ def test_the_kernels_serve():
         assert (found["cuda"], found["triton"]) == ("serves", "could serve")
     other = explain("msca_strips", torch.ones(1, 2, 3, 4, device="cuda"), branch_sizes=(3, 5))["cuda"]
     assert other == f"the compiled kernels have branch sizes {BRANCH_SIZES}, got (3, 5)"
-    for operator in ("nmf", "upsample_argmax", "upsample_cross_entropy"):
+    for operator in ("nmf", "scale_add", "upsample_argmax", "upsample_cross_entropy"):
         assert explain(operator, torch.ones(1, 2, 3, 4, device="cuda")[0 if operator == "nmf" else ...])["triton"] == "serves"
 
 
@@ -91,7 +98,7 @@ def test_values_and_gradients(operator, shape, dtype, layout):
     check(sample, "cuda", grad_like(sample.x))
 
 
-@image_operators
+@pytest.mark.parametrize("operator", SAMPLES)
 @pytest.mark.parametrize(("shape", "dtype"), TRITON_IMAGES, ids=str)
 @image_layouts
 def test_values_and_gradients_of_triton(operator, shape, dtype, layout):
@@ -136,7 +143,8 @@ def test_what_every_operator_must_do(backend, operator, layout):
     checks.check_nothing_needed(sample, backend)
     checks.check_fake(sample, backend)
     checks.check_poison(sample, backend)
-    checks.check_no_double_backward(sample, backend)
+    if operator != "scale_add":  # whose gradient of x is that of the result
+        checks.check_no_double_backward(sample, backend)
 
 
 @image_operators
@@ -157,7 +165,7 @@ def test_the_same_bits_from_run_to_run(backend, operator, layout):
         assert_same(results(sample, backend, grad_out), want)
 
 
-@pytest.mark.parametrize("operator", [*IMAGE_OPERATORS, "nmf"])
+@pytest.mark.parametrize("operator", [*SAMPLES, "nmf"])
 def test_tuned_kernels(operator, autotuned):
     """Triton's kernels in the fastest of their configurations."""
     sample = a_sample(operator, bfloat16)
@@ -177,7 +185,7 @@ def test_one_compiled_graph(operator):
         torch.testing.assert_close(compiled(*sample.leaves), sample("cuda"))
 
 
-@pytest.mark.parametrize("operator", [*IMAGE_OPERATORS, "nmf"])
+@pytest.mark.parametrize("operator", [*SAMPLES, "nmf"])
 def test_torch_compile_sees_through_triton(operator):
     """Forward and backward, launched by Inductor."""
     sample = a_sample(operator)
@@ -210,7 +218,9 @@ def test_torch_compile_of_upsampled_logits():
     assert_same([labels], [upsample_argmax(logits.detach(), (64, 64), backend="triton")])
 
 
-@served
+@pytest.mark.parametrize(
+    ("backend", "operator"), [(b, o) for b, o in SERVED if o != "scale_add"]
+)  # which promotes as PyTorch does
 @pytest.mark.parametrize("dtype", [bfloat16, float16], ids=str)
 def test_autocast(backend, operator, dtype):
     checks.check_autocast(a_sample(operator), backend, dtype)
@@ -260,7 +270,7 @@ def test_the_device_of_x_is_used(operator):
     assert_same([y.cpu()], [first("cuda").cpu()])
 
 
-@pytest.mark.parametrize(("backend", "operator"), SERVED[:-1])
+@pytest.mark.parametrize(("backend", "operator"), [(b, o) for b, o in SERVED if o in IMAGE_OPERATORS])
 @image_layouts
 def test_offsets_beyond_32_bits(backend, operator, layout):
     if torch.cuda.get_device_properties(0).total_memory < 20e9:
@@ -273,6 +283,22 @@ def test_offsets_beyond_32_bits(backend, operator, layout):
     filters = [leaf.repeat(8208 // 16, *[1] * (leaf.dim() - 1)) for leaf in small.leaves[1:]]
     y = replace(small, leaves=(x, *filters))(backend)
     assert error(y[:, -16:], small.exact()[0]) <= tolerance(float16)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@gpu_dtypes
+@image_layouts
+def test_pointwise_convolutions(layout, dtype, bias):
+    """Values, gradients and the layout of PyTorch's, whether they are products or not."""
+    ours = PointwiseConv2d(48, 24, bias).to("cuda", dtype)
+    x = arranged(sample_of("msca_strips", (3, 48, 9, 14), dtype), layout).x.requires_grad_()
+    plain = [leaf.detach().double().requires_grad_() for leaf in (x, *ours.parameters())]
+    y, want = ours(x), torch.nn.functional.conv2d(*plain)
+    grad_out = grad_like(y)
+    assert y.stride() == torch.nn.functional.conv2d(x, ours.weight).stride()
+    got = [y, *torch.autograd.grad(y, (x, *ours.parameters()), grad_out)]
+    for value, right in zip(got, [want, *torch.autograd.grad(want, plain, grad_out.double())], strict=True):
+        assert value.shape == right.shape and error(value, right) <= (2e-3 if dtype == float32 else 4 * tolerance(dtype))
 
 
 def test_float64_goes_to_the_reference():

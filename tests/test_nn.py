@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from operators import arrange, error, golden, image_layouts, nmf_sample, normal, tolerance
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import segnext_kernels.nn
 from segnext_kernels import nmf
-from segnext_kernels.nn import NMF2D, AttentionModule, DWConvGELU, fixed_uniform
+from segnext_kernels.nn import NMF2D, AttentionModule, DWConvGELU, PointwiseConv2d, _is_matrix_on_gpu, fixed_uniform
 
 ATTENTION = ["conv0", "conv0_1", "conv0_2", "conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3"]
 
@@ -189,3 +191,33 @@ def test_attention_is_msca_times_x(layout):
     a = convolutions["conv0"](x)
     strips = a + sum(convolutions[f"conv{i}_2"](convolutions[f"conv{i}_1"](a)) for i in range(3))
     assert error(module(x), F.conv2d(strips, module.conv3.weight, module.conv3.bias) * x) <= tolerance(torch.float64)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_pointwise_convolution_as_a_product(bias, monkeypatch):
+    """As on a GPU: the values, layout and gradients of a convolution."""
+    layer = PointwiseConv2d(6, 4, bias)
+    x = torch.randn(3, 6, 5, 7).to(memory_format=torch.channels_last).requires_grad_()
+    inputs = (x, *layer.parameters())
+    want = layer(x)
+    monkeypatch.setattr(segnext_kernels.nn, "_is_matrix_on_gpu", lambda x: True)
+    got = layer(x)
+    assert got.stride() == want.stride() and repr(layer).startswith("PointwiseConv2d(6, 4, kernel_size=(1, 1)")
+    grad_out = torch.randn_like(got)
+    found = [(y, *torch.autograd.grad(y, inputs, grad_out)) for y in (got, want)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA, and so no tensors of a GPU that is not there")
+def test_which_pointwise_convolutions_are_products(monkeypatch):
+    """On a GPU those of channels_last in 16 bits; in float32 a convolution may be in TF32 where a product may not."""
+    with FakeTensorMode():
+        images = {name: torch.empty(2, 6, 5, 7, dtype=getattr(torch, name)) for name in ("float32", "bfloat16", "float16")}
+        last = {name: x.to(memory_format=torch.channels_last) for name, x in images.items()}
+        on_gpu = {name: x.cuda() for name, x in last.items()}
+        assert [name for name, x in on_gpu.items() if _is_matrix_on_gpu(x)] == ["bfloat16", "float16"]
+        assert not any(_is_matrix_on_gpu(x) for x in (*last.values(), *(x.cuda() for x in images.values())))
+        assert not _is_matrix_on_gpu(on_gpu["bfloat16"][:0]) and not _is_matrix_on_gpu(on_gpu["bfloat16"][0])
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+        assert _is_matrix_on_gpu(on_gpu["float32"])

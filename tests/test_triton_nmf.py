@@ -209,3 +209,18 @@ def test_what_is_left_to_others(backend):
     assert _select.why_not(backend, "nmf", x, rank=129) == "the Triton kernels have ranks up to 128, got 129"
     assert "float64" in _select.why_not(backend, "nmf", x.double())
     assert "conv_act" not in _select.why_not(backend, "conv_act", x)
+
+
+@matrix_layouts
+@pytest.mark.parametrize("shape", [(2, 40, 70, 16, 3), (1, 70, 96, 33, 2), (1, 33, 45, 17, 0)], ids=str)
+@pytest.mark.parametrize("held", [True, False])
+def test_rounded_factors(held, shape, layout, kernels, monkeypatch, backend):
+    """An element of y is off by four roundings at most; without steps by its own, since logits are not rounded."""
+    monkeypatch.setattr(kernels, "_most_held", lambda x: kernels.HELD if held else 0)
+    sample = arranged(nmf_sample(*shape).to(torch.bfloat16), layout)
+    got, want = (nmf(*sample.leaves, shape[-1], round_factors=rounds, backend=backend) for rounds in (True, False))
+    exact, own = sample.exact()[0], torch.finfo(torch.bfloat16).eps / 2
+    assert torch.equal(got, want) == (shape[-1] == 0)
+    assert ((got.double() - exact).abs() - 4 * own * exact.abs()).max() <= 2e-5 * exact.abs().max()
+    wanted = nmf(sample.x, sample.leaves[1].requires_grad_(), shape[-1], round_factors=True, backend=backend)
+    assert_same([wanted.detach()], [want])

@@ -38,6 +38,7 @@ KERNELS = {
     "msca_strips": ({"strips"}, {"gradients", "reduce"}),
     "dwconv_gelu": ({"activate"}, {"differentiate", "reduce"}),
     "nmf": ({"finish", "step", "approximate"}, NMF_BACKWARD),
+    "scale_add": ({"add_scaled"}, {"add_scaled_backward", "reduce"}),
     "upsample_cross_entropy": ({"add_losses", "finish"}, {"add_weights", "keep_log_sum_exps", "gather"}),
     "upsample_argmax": ({"highest"}, set()),
 }
@@ -54,6 +55,7 @@ def arguments(operator: str, dtype: torch.dtype, larger: bool = False) -> Tensor
         "msca_strips": (x, *filters),
         "dwconv_gelu": (x, torch.empty(5, 1, 3, 3, dtype=dtype), filters[1]),
         "nmf": (torch.empty(images, 5, rows, dtype=dtype), torch.empty(images, 5, 3)),
+        "scale_add": (x, x.clone(), filters[1], torch.ones(images)),
         "upsample_cross_entropy": (x, torch.zeros(images, 8 * rows, 8 * columns, dtype=torch.int64)),
         "upsample_argmax": (x,),
     }[operator]
@@ -75,6 +77,10 @@ def calls(operator: str) -> list[tuple[Callable[..., object], set[str]]]:
         "nmf": (
             lambda x, b: sk.nmf(x, b, 2, backend="triton"),
             lambda x, b: backward(x, x, b, None, 2, "exact", True, True),
+        ),
+        "scale_add": (
+            lambda *a: sk.scale_add(*a, backend="triton"),
+            lambda x, y, s, k: backward(x, y, s, k, True, True),
         ),
         "upsample_cross_entropy": (
             lambda x, t: sk.upsample_cross_entropy(x, t, backend="triton"),

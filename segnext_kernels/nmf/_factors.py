@@ -12,10 +12,12 @@ EPS = tl.constexpr(1e-6)
 def product(x, factor, PRECISION: tl.constexpr, TERMS: tl.constexpr = 3):
     """x times a factor of float32. Of 16-bit x little is lost: the factor is "split" into a sum.
 
-    With bfloat16 of three bfloat16, or two, where that leaves the registers for a tile; float16 would overflow, so x is taken
-    as TF32 and the factor as two of these.
+    With bfloat16 of three bfloat16, or two, where that leaves the registers for a tile, or one, which is the factor "rounded";
+    float16 would overflow, so x is taken as TF32 and the factor as two of these.
     """
-    if PRECISION == "split":
+    if PRECISION == "rounded":
+        return tl.dot(x, factor.to(tl.bfloat16))
+    elif PRECISION == "split":
         if x.dtype == tl.bfloat16:
             high = factor.to(tl.bfloat16)
             rest = factor - high.to(tl.float32)
@@ -35,7 +37,7 @@ def product(x, factor, PRECISION: tl.constexpr, TERMS: tl.constexpr = 3):
 @triton.jit
 def inner(a, b, PRECISION: tl.constexpr):
     """The product of two factors."""
-    if PRECISION == "split":
+    if PRECISION == "split" or PRECISION == "rounded":
         return tl.dot(a, b, input_precision="tf32x3")
     else:
         return tl.dot(a, b, input_precision=PRECISION)
@@ -112,7 +114,7 @@ def store_sum(square, squares, count, rank: tl.constexpr, RANK: tl.constexpr, BO
     PIECE: tl.constexpr = RANK if RANK < 32 else 32
     for k in range(0, RANK, PIECE):
         total = tl.zeros([PIECE, RANK], tl.float32)
-        for i in tl.range(count, loop_unroll_factor=4):  # so that loads wait together
+        for i in tl.range(count, loop_unroll_factor=16 if RANK == 16 else 4):  # so that loads wait together
             total += load_block(squares + i * rank * rank, k, 0, rank, rank, PIECE, RANK)
             if BOTH:
                 total += tl.trans(load_block(squares + i * rank * rank, 0, k, rank, rank, RANK, PIECE))
@@ -171,6 +173,6 @@ def chunk_products(x, coef, row, start, stop, rows, columns, rank: tl.constexpr,
 def sum_rows(parts_of, parts, row, rows, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
     """The sum of some rows of ``parts`` matrices [rows, rank]."""
     total = tl.zeros([ROWS, RANK], tl.float32)
-    for part in tl.range(parts, loop_unroll_factor=4):
+    for part in tl.range(parts, loop_unroll_factor=16 if RANK == 16 else 4):
         total += load_rows(parts_of + part * rows * rank, row, rows, rank, ROWS, RANK)
     return total

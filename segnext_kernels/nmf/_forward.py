@@ -94,13 +94,14 @@ def step(
     start = tl.program_id(1) * part
     stop = tl.minimum(start + part, columns)
     total = zeros(CHUNKS if HELD else 0, ROWS, RANK)
+    OF_LOGITS: tl.constexpr = "split" if FIRST and PRECISION == "rounded" else PRECISION  # the softmax's are not rounded
     for column in range(start, stop, COLUMNS):
         if HELD:
             p, tiles = held_logits(x, bases, column, rows, columns, rank, stride_d, stride_n,
-                                   COLUMNS, RANK, ROWS, CHUNKS, PRECISION)  # fmt: skip
+                                   COLUMNS, RANK, ROWS, CHUNKS, OF_LOGITS)  # fmt: skip
         else:
             p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n,
-                       COLUMNS, RANK, ROWS, CHUNKS, STAGES, PRECISION)  # fmt: skip
+                       COLUMNS, RANK, ROWS, CHUNKS, STAGES, OF_LOGITS)  # fmt: skip
         if FIRST:
             store_rows(before, softmax(p, column, columns, rank, COLUMNS, RANK), column, columns, rank, COLUMNS, RANK)
             tl.debug_barrier()
@@ -202,9 +203,10 @@ def approximate(
     gram = scratch + (b * tl.num_programs(1) + tl.program_id(1)) * rank * rank
     store_sum(gram, grams + b * blocks * rank * rank, blocks, rank, RANK)
     tl.debug_barrier()  # what a thread stores, others read
+    OF_LOGITS: tl.constexpr = "split" if FIRST and PRECISION == "rounded" else PRECISION
     for column in range(start, tl.minimum(start + part, columns), COLUMNS):
         p = logits(x, bases, column, rows, columns, rank, stride_d, stride_n,
-                   COLUMNS, RANK, ROWS, CHUNKS, STAGES, PRECISION)  # fmt: skip
+                   COLUMNS, RANK, ROWS, CHUNKS, STAGES, OF_LOGITS)  # fmt: skip
         if FIRST:
             store_rows(coef, softmax(p, column, columns, rank, COLUMNS, RANK), column, columns, rank, COLUMNS, RANK)
             tl.debug_barrier()

@@ -13,8 +13,8 @@ from .. import _triton
 from .._triton import ceil_div, config, launch, power_of_2, wrap_triton
 from ._forward import finish, step
 
-PROGRAMS = 128  # that fill a GPU
-SHORT = 4  # times as many programs, where each reads its columns twice and they shall still be in the L2
+PROGRAMS = 512  # that fill a GPU
+SHORT = 2  # times as many programs, where each reads its columns of float32 twice and they shall still be in the L2
 LEAST_PARTS = 4  # programs for one matrix, however many matrices there are
 PART = 64  # columns of a program are a multiple of this, and of every configuration's tile
 HELD = 256  # rows of a tile of x and of sums that a program holds in registers, if the rank is at most 16
@@ -31,11 +31,14 @@ class Problem:
     precision: str
     most_held: int = HELD
     large: bool = False  # whether the GPU has room for larger tiles
+    lean: bool = False  # whether two warps can hold a tile and the sums
 
     @staticmethod
-    def of(x: Tensor, bases: Tensor) -> Problem:
+    def of(x: Tensor, bases: Tensor, round_factors: bool = False) -> Problem:
         batch, rows, columns = x.shape
-        return Problem(batch, int(rows), columns, int(bases.shape[2]), _precision(x), _most_held(x), _large(x))
+        rounded = round_factors and x.dtype == torch.bfloat16 and _precision(x) == "split"
+        precision = "rounded" if rounded else _precision(x)
+        return Problem(batch, int(rows), columns, int(bases.shape[2]), precision, _most_held(x), _large(x), _lean(x))
 
     @cached_property
     def part(self) -> int:
@@ -46,7 +49,9 @@ class Problem:
     @cached_property
     def programs(self) -> int:
         """Of a step. Each adds up sums of its own, which for a high rank are as large as the columns it reads."""
-        return PROGRAMS if self.held or self.rank > 16 else SHORT * PROGRAMS
+        if self.rank > 16:
+            return PROGRAMS // 2
+        return PROGRAMS if self.held or self.precision in ("split", "rounded") else SHORT * PROGRAMS
 
     @cached_property
     def parts(self) -> int:
@@ -60,16 +65,15 @@ class Problem:
     @cached_property
     def constants(self) -> dict[str, object]:
         """Those of the kernels that read x."""
-        wide = self.precision in ("split", "tf32") and self.rank <= 64 < self.rows  # a loop over one chunk would be unrolled
-        widest = 64 if wide else 32
-        chunk = min(power_of_2(self.rows, at_least=16), widest)
+        wide = self.precision in ("split", "rounded") and self.rank <= 64 < self.rows  # one chunk would be unrolled
+        chunk = min(power_of_2(self.rows, at_least=16), 64 if wide else 32)
         sizes = {"rows": self.rows, "columns": self.columns, "blocks": self.blocks}
         return self.of_factors | sizes | {"ROWS": chunk, "CHUNKS": ceil_div(self.rows, chunk)}
 
     @cached_property
     def held(self) -> bool:
-        """Whether a program of a step holds its tile of x and the sums in registers; products of three leave too few."""
-        return self.rank <= 16 and self.rows <= self.most_held and self.precision != "tf32x3"
+        """Whether a program of a step holds its tile of x and the sums in registers; TF32 leaves too few."""
+        return self.rank <= 16 and self.rows <= self.most_held and self.precision not in ("tf32", "tf32x3")
 
     @cached_property
     def stages(self) -> int:
@@ -89,38 +93,60 @@ class Problem:
     def widest_tile(self) -> int:
         return 16 if self.rank > 64 and torch.version.hip is not None else 32
 
+    @cached_property
+    def warps(self) -> int:
+        """So few that each has products of its own, where registers allow, and many programs share a multiprocessor.
+
+        An H100 told: a product of 32 x 16 has two for each of two warps, and eight would do every one four times.
+        """
+        if self.rank > 64 or self.precision == "ieee":
+            return 8
+        return 2 if self.rank <= 16 else 4
+
     # Beyond these, one target's compiler or another's keeps something in memory instead of registers.
 
     @cached_property
     def configs(self) -> list[triton.Config]:
         """Of ``step``."""
         small = 16 < self.rank <= 32 and self.rows <= 64  # the compiler unrolls the only chunk
-        if self.large and not self.held and not small and self.rank <= 64:  # half as many reads of the bases
-            return [config(8, registers=255, COLUMNS=64, STAGES=1), config(8, registers=255, COLUMNS=32, STAGES=self.stages)]
-        if self.held and self.rows > 64:  # a limit makes ptxas spill when this much is held, and saves it from that otherwise
-            few = self.precision != "ieee" and self.rows <= 128
-            return [config(8, registers=255 if few else None, COLUMNS=16 if few else 32, STAGES=self.stages)]
-        return [
-            config(8, registers=255 if self.rank <= 32 else None, COLUMNS=16 if small else self.widest_tile, STAGES=self.stages)
-        ]
+        if self.held and self.lean:
+            return self.tiles(32)
+        if self.held:  # a limit makes ptxas spill when this much is held, and saves it from that otherwise
+            few = self.rows <= 64 or (self.precision != "ieee" and self.rows <= 128)
+            columns = 16 if few and self.rows > 64 else 32
+            return [config(8, registers=255 if few else None, COLUMNS=columns, STAGES=self.stages)]
+        limit = 255 if self.rank <= 64 else None
+        if small:
+            return self.tiles(16)
+        return self.tiles(*((64,) if self.wide_tiles else ()), self.widest_tile, limit=limit)
 
     @cached_property
     def configs_of_output(self) -> list[triton.Config]:
         """Of ``approximate``."""
-        return [
-            config(8, registers=255, COLUMNS=columns, STAGES=self.stages) for columns in (32, 16) if columns <= self.widest_tile
-        ]
+        wide = (64,) if self.wide_tiles and torch.version.hip is None else ()
+        return self.tiles(*wide, *(columns for columns in (32, 16) if columns <= self.widest_tile))
+
+    @cached_property
+    def wide_tiles(self) -> bool:
+        """Of 64 columns, with half as many reads of the bases."""
+        return self.large and not self.held and self.rank <= 64
+
+    def tiles(self, *columns: int, limit: int | None = 255) -> list[triton.Config]:
+        return [config(max(self.warps, each // 16), registers=limit, COLUMNS=each, STAGES=self.stages) for each in columns]
 
     @cached_property
     def configs_backward(self) -> list[triton.Config]:
         """Of ``step_backward``."""
         narrow = self.rank > 16 or self.constants["CHUNKS"] == 1
-        return [config(8, registers=255, COLUMNS=16 if narrow else 32, STAGES=self.stages)]
+        if self.rank > 16 and self.constants["CHUNKS"] <= 4:  # a short loop, which is unrolled
+            return [config(8, registers=255, COLUMNS=16, STAGES=self.stages)]
+        stages = min(self.stages, 2) if self.warps == 2 else self.stages
+        return [config(self.warps, registers=255, COLUMNS=16 if narrow else 32, STAGES=stages)]
 
     @cached_property
     def configs_of_tiles(self) -> list[triton.Config]:
         """Of ``gradient_of_x``."""
-        return [config(8, registers=255, ROWS=32, COLUMNS=columns) for columns in (64, 32)]
+        return [config(self.warps, registers=255, ROWS=32, COLUMNS=columns) for columns in (64, 32)]
 
     @cached_property
     def configs_of_blocks(self) -> list[triton.Config]:
@@ -151,15 +177,18 @@ def _precision(x: Tensor) -> str:
 
 
 def _most_held(x: Tensor) -> int:
-    """On sm_100 float16, which is TF32 there, leaves less room, and so does bfloat16 on sm_120."""
-    crowded = (10, torch.float16), (12, torch.bfloat16)
-    return HELD // 2 if torch.version.hip is None and (_triton.capability(x)[0], x.dtype) in crowded else HELD
+    """On NVIDIA's later GPUs than sm_80 few warps are faster, and read a tile again from the caches, which are larger."""
+    return HELD if torch.version.hip is not None or _triton.capability(x)[0] == 8 else 0
 
 
 def _large(x: Tensor) -> bool:
     """Whether there is room for tiles of 64 columns: with AMD's threads of twice the registers, and with the tensor cores of
     sm_90 and sm_100, which read shared memory."""
     return torch.version.hip is not None or (_precision(x) == "split" and _triton.capability(x)[0] in (9, 10))
+
+
+def _lean(x: Tensor) -> bool:
+    return torch.version.hip is None and x.dtype == torch.bfloat16
 
 
 @dataclass

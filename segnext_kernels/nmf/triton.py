@@ -5,9 +5,9 @@ adds up x C over the columns of a program, then C^T C. ``finish`` adds the progr
 leaves B^T B for the next step. The first step begins with the softmax, whose logits x^T B are also the products of its update;
 the last update of C and y = B C^T are a pass of their own. That is 2 steps + 2 launches and steps + 1 reads of x.
 
-Where a tile and the sums of all D rows don't fit into registers (D > 256, R > 16, or three products for one), a program adds
-them up some rows at a time, reading its columns of x a second time; so do the programs that go back. See ``traffic`` for what
-memory has of that.
+Where a tile and the sums of all D rows don't fit into registers (D > 256, R > 16, three products for one, or later GPUs than
+sm_80, on which few warps are faster), a program adds them up some rows at a time, reading its columns of x a second time; so do
+the programs that go back. See ``traffic`` for what memory has of that.
 Keeping x on the chip through all steps would take a barrier between programs that all are resident, which Triton does not
 promise, so there is no such version.
 
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from .._triton import ceil_div, launch, wrap_triton
 from ._forward import approximate
-from ._steps import PROGRAMS, Problem, run
+from ._steps import HELD, PROGRAMS, Problem, run
 from .triton_backward import backward  # noqa: F401  the operator's other half
 
 
 def forward(x: Tensor, bases: Tensor, steps: int, gradient: str, round_factors: bool = False) -> Tensor:
     y = torch.empty_like(x)
     if x.numel() > 0:
-        p = Problem.of(x, bases)
+        p = Problem.of(x, bases, round_factors)
         factors = run(p, x, bases, steps, keep=False)
         launch(
             wrap_triton(approximate),
@@ -63,10 +63,12 @@ class Traffic(NamedTuple):
     cache: float  # everything as often as programs read and write it
 
 
-def traffic(shape: Sequence[int], rank: int, steps: int, itemsize: int, large: bool = False) -> Traffic:
-    """As the kernels' loops have it. Programs run together, and each reads all its columns before it begins again: where
-    there are just as many as fill a GPU, the L2 holds what is read again only if it is larger than all of x [B, D, N]."""
-    p = Problem(*shape, rank, "tf32x3" if itemsize == 4 else "split", large=large)
+def traffic(shape: Sequence[int], rank: int, steps: int, itemsize: int, later: bool = False) -> Traffic:
+    """As the kernels' loops have it, on sm_80 or a ``later`` GPU of NVIDIA's. Programs run together, and each reads all its
+    columns before it begins again: where there are no more than fill a GPU, the L2 holds what is read again only if it is
+    larger than all of x [B, D, N]."""
+    large = later and itemsize == 2
+    p = Problem(*shape, rank, "tf32x3" if itemsize == 4 else "split", most_held=0 if later else HELD, large=large)
     x, coef, bases, gram = (4 * size for size in (p.rows * p.columns, p.columns * rank, p.rows * rank, rank * rank))
     x = x * itemsize // 4
     twice = 0 if p.held else steps
@@ -82,5 +84,5 @@ def traffic(shape: Sequence[int], rank: int, steps: int, itemsize: int, large: b
     finish = p.parts * bases + p.blocks * (p.parts + 3) * gram + (4 + pieces) * bases
     last = update + ceil_div(p.columns, p.widest_tile) * bases + chunks * coef
     every = steps * (step + finish) + finish + last
-    again = twice if p.programs == PROGRAMS else 0
+    again = 0 if p.programs > PROGRAMS else twice
     return Traffic(steps + 1 + twice, again, steps + 2 + once / x, steps + 2 + twice + every / x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _triton
 from .._register import like_layout, register
 
 
@@ -41,4 +42,5 @@ register(
     setup_context=_setup_context,
     backward=_backward,
     autocast=autocast,
+    triton=_triton.kernels(__package__),
 )
