@@ -48,7 +48,7 @@ class PlainModel(nn.Module):
 
 
 class FusedModel(nn.Module):
-    """:func:`network` as it is on a GPU, where its operators are fused and no more: the same as :class:`PlainModel`."""
+    """:func:`network` as it is on a GPU, where its operators are fused and no more: as :class:`PlainModel`."""
 
     def __init__(self, config: Config, dtype: torch.dtype, labels: bool) -> None:
         super().__init__()

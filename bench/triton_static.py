@@ -218,8 +218,9 @@ def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Calla
 
     def residual(*shape: int) -> None:
         x, scale, keep = image(*shape), torch.empty(shape[1], dtype=dtype), torch.empty(shape[0])
-        scale_add.forward(x, x, scale, keep)
-        scale_add.backward(x, x, scale, keep, True, True)
+        for kept in (keep, None):
+            scale_add.forward(x, x, scale, kept)
+            scale_add.backward(x, x, scale, kept, True, True)
 
     def loss(*shape: int) -> None:
         logits, target = image(*shape), torch.empty(shape[0], 8 * shape[2], 8 * shape[3], dtype=torch.int64)
@@ -236,7 +237,7 @@ def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Calla
             lambda *shape: decomposition(shape[:3], shape[3], dtype, last),
             [(16, 256, 4096, 16), (16, 512, 4096, 64), (16, 1024, 4096, 64), (1, 45, 70, 5), (16, 512, 4096, 128)],
         ),
-        "scale_add": (residual, [(16, 32, 128, 128), (16, 160, 32, 32), (1, 5, 9, 300)]),
+        "scale_add": (residual, [(16, 32, 128, 128), (16, 160, 32, 32), (1, 5, 9, 300), (2, 64, 1, 1)]),
         "upsample_cross_entropy": (loss, [(16, 150, 64, 64), (2, 19, 128, 256), (1, 3, 9, 7)]),
         "upsample_argmax": (labels, [(16, 150, 64, 64), (2, 19, 128, 256), (1, 3, 9, 7)]),
     }
@@ -253,12 +254,14 @@ def decomposition(
     last: bool = False,
     gradients: Sequence[str] = ("exact", "one_step"),
 ) -> None:
-    """nmf forward and backward of x [B, D, N] without data; ``last``: a column's rows lie together."""
+    """nmf forward, factors rounded too, and backward of x [B, D, N] without data; ``last``: a column's rows lie together."""
     from segnext_kernels.nmf import triton as nmf
 
     batch, rows, columns = shape
     x = torch.empty(batch, columns, rows, dtype=dtype).mT if last else torch.empty(shape, dtype=dtype)
     bases = torch.empty(batch, rows, rank)
+    if dtype == torch.bfloat16:
+        nmf.forward(x, bases, 2, "exact", True)
     for gradient in gradients:
         nmf.forward(x, bases, 2, gradient)
         nmf.backward(x, x, bases, None, 2, gradient, True, True)

@@ -103,7 +103,7 @@ def _transformed() -> bool:
 
 
 def select(operator: str, backend: str | None, x: Tensor, **details) -> str:
-    """The named backend if it can serve the call (else ValueError), or the first that can."""
+    """The named backend if it can serve the call (else ValueError), or the first that can, but for what torch.compile fuses."""
     if backend is None:
         if operator == "scale_add" and x.device.type == "cuda" and torch.compiler.is_compiling():
             return "reference"  # which torch.compile fuses with what is around it
@@ -119,6 +119,8 @@ def select(operator: str, backend: str | None, x: Tensor, **details) -> str:
 
 def explain(operator: str, x: Tensor, *, branch_sizes: Sequence[int] = COMPILED_BRANCHES, rank: int = 1) -> dict[str, str]:
     """Says for every backend whether it serves a call of ``operator`` on ``x``: "serves", "could serve", or why not.
+
+    Under torch.compile ``scale_add`` on a GPU is plain PyTorch all the same, which is fused with what is around it.
 
     Args:
         operator: its name, such as "msca_strips".

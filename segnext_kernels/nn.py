@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._select import COMPILED_BRANCHES
-from ._validate import accumulator
+from ._validate import accumulator, transformed
 from .dwconv_gelu import dwconv_gelu
 from .msca_strips import msca_strips
 from .nmf import nmf
@@ -37,10 +37,10 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def _is_matrix_on_gpu(x: Tensor) -> bool:
-    if x.device.type != "cuda" or x.dim() != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+    if x.device.type != "cuda" or x.dim() != 4 or x.numel() == 0 or transformed():  # under vmap layouts cannot be asked for
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return dtype.itemsize == 2 and x.numel() > 0
+    return dtype.itemsize == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class AttentionModule(nn.Module):

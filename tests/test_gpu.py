@@ -38,7 +38,7 @@ from operators import (
 )
 from torch import Tensor
 
-from segnext_kernels import _load, _select, _triton, explain, upsample_argmax, upsample_cross_entropy
+from segnext_kernels import _load, _select, _triton, explain, scale_add, upsample_argmax, upsample_cross_entropy
 from segnext_kernels.nn import PointwiseConv2d
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -114,6 +114,16 @@ def test_nmf(shape, dtype, gradient, layout):
         pytest.skip("the layout has its turn with the exact gradient")
     sample = arranged(nmf_sample(*shape, gradient).to(dtype).on("cuda"), layout)
     check(sample, "triton", grad_like(sample.x))
+
+
+@pytest.mark.parametrize("shape", [(2, 256, 1000, 16, 6), (2, 512, 1000, 64, 6)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_nmf_with_rounded_factors(shape, layout):
+    """An element is off by four roundings at most instead of its own."""
+    sample = arranged(nmf_sample(*shape).to(bfloat16).on("cuda"), layout)
+    got, want = replace(sample, options=sample.options | {"round_factors": True})("triton").double(), sample.exact()[0]
+    assert not torch.equal(got, sample("triton").double())
+    assert ((got - want).abs() - 2 * torch.finfo(bfloat16).eps * want.abs()).max() <= 2e-5 * want.abs().max()
 
 
 def test_nmf_as_torch_allows_tf32(monkeypatch):
@@ -283,6 +293,17 @@ def test_offsets_beyond_32_bits(backend, operator, layout):
     filters = [leaf.repeat(8208 // 16, *[1] * (leaf.dim() - 1)) for leaf in small.leaves[1:]]
     y = replace(small, leaves=(x, *filters))(backend)
     assert error(y[:, -16:], small.exact()[0]) <= tolerance(float16)
+
+
+@image_layouts
+def test_offsets_of_scale_add_beyond_32_bits(layout):
+    if torch.cuda.get_device_properties(0).total_memory < 20e9:
+        pytest.skip("needs 20 GB of GPU memory")
+    fmt = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.empty((1, 8208, 512, 512), dtype=float16, device="cuda", memory_format=fmt).zero_()
+    x[:, -16:] = torch.randn(1, 16, 512, 512, device="cuda")
+    y = scale_add(x, x, torch.full((8208,), 0.5, dtype=float16, device="cuda"), backend="triton")
+    assert error(y[:, -16:], 1.5 * x[:, -16:].double()) <= tolerance(float16)
 
 
 @pytest.mark.parametrize("bias", [True, False])

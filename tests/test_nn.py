@@ -208,6 +208,18 @@ def test_pointwise_convolution_as_a_product(bias, monkeypatch):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
+def test_pointwise_convolution_as_a_product_under_autocast(monkeypatch):
+    layer, x = PointwiseConv2d(6, 4), torch.randn(3, 6, 5, 7).to(memory_format=torch.channels_last)
+    found = []
+    for as_product in (False, True):
+        monkeypatch.setattr(segnext_kernels.nn, "_is_matrix_on_gpu", lambda x, answer=as_product: answer)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), tuple(layer.parameters()))))
+    assert [tensor.dtype for tensor in found[1]] == [torch.bfloat16, torch.float32, torch.float32]
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA, and so no tensors of a GPU that is not there")
 def test_which_pointwise_convolutions_are_products(monkeypatch):
     """On a GPU those of channels_last in 16 bits; in float32 a convolution may be in TF32 where a product may not."""
@@ -218,6 +230,9 @@ def test_which_pointwise_convolutions_are_products(monkeypatch):
         assert [name for name, x in on_gpu.items() if _is_matrix_on_gpu(x)] == ["bfloat16", "float16"]
         assert not any(_is_matrix_on_gpu(x) for x in (*last.values(), *(x.cuda() for x in images.values())))
         assert not _is_matrix_on_gpu(on_gpu["bfloat16"][:0]) and not _is_matrix_on_gpu(on_gpu["bfloat16"][0])
+        with monkeypatch.context() as patched:  # layouts cannot be asked for there
+            patched.setattr(segnext_kernels.nn, "transformed", lambda: True)
+            assert not _is_matrix_on_gpu(on_gpu["bfloat16"])
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
         assert _is_matrix_on_gpu(on_gpu["float32"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib import import_module
 from types import ModuleType
 
@@ -209,6 +210,30 @@ def test_what_is_left_to_others(backend):
     assert _select.why_not(backend, "nmf", x, rank=129) == "the Triton kernels have ranks up to 128, got 129"
     assert "float64" in _select.why_not(backend, "nmf", x.double())
     assert "conv_act" not in _select.why_not(backend, "conv_act", x)
+
+
+@pytest.mark.parametrize("shape", [(1, 70, 150, 16, 0), (1, 70, 150, 33, 1)], ids=str)
+def test_tiles_of_64_columns(shape, monkeypatch, backend):
+    """As on sm_90, where nothing is held."""
+    module = import_module("segnext_kernels.nmf._steps")
+    monkeypatch.setattr(module, "_most_held", lambda x: 0)
+    monkeypatch.setattr(module, "_large", lambda x: True)
+    sample = nmf_sample(*shape).to(torch.bfloat16)
+    p = module.Problem.of(*sample.leaves)
+    assert p.parts > 1 and all(c[0].kwargs["COLUMNS"] == 64 for c in (p.configs, p.configs_of_output))
+    check(sample, backend, grad_like(sample.x))
+
+
+def test_programs_own_whole_tiles(backend):
+    """For every kind of problem; and together their sums have indices below 2**31."""
+    module = import_module("segnext_kernels.nmf._steps")
+    for precision, rank, rows in itertools.product(
+        ("split", "rounded", "tf32", "tf32x3", "ieee"), (1, 16, 17, 64, 128), (1, 256, 65535)
+    ):
+        for batch, most_held, large, lean in itertools.product((1, 16), (0, module.HELD), (False, True), (False, True)):
+            p = module.Problem(batch, rows, 1 << 14, rank, precision, most_held, large, lean)
+            tiles = [*p.configs, *p.configs_of_output, *p.configs_backward]
+            assert not any(p.part % c.kwargs["COLUMNS"] for c in tiles) and p.parts * rows * rank < 2**31
 
 
 @matrix_layouts

@@ -24,9 +24,10 @@ BY_TURNS = {"strips", "gradients"} | {"activate", "add_losses", "keep_log_sum_ex
 # Rows and rank: those of B and L, and above 64
 HIGH = {"sm_80": (brain, 512, 64), "sm_90": (half, 1024, 64), "sm_100": (single, 512, 64), "gfx942": (brain, 1024, 64)}
 HIGHER = {"sm_80": (single, 40, 65), "sm_90": (brain, 512, 128), "sm_100": (half, 512, 100), "gfx942": (single, 512, 128)}
-# Rows of which a step holds most in registers, and on sm_90 more than it holds
-HELD = [("sm_80", brain, 128), ("sm_90", half, 128), ("sm_90", brain, 512), ("sm_100", brain, 256), ("gfx942", single, 256)]
-# The same where torch allows TF32
+# Rows of which a step holds most in registers, and GPUs that hold nothing
+HELD = [("sm_80", brain, 128), ("sm_80", brain, 256), ("sm_80", half, 256), ("gfx942", single, 256)]
+HELD += [("sm_90", half, 128), ("sm_90", brain, 512), ("sm_100", brain, 256)]
+# Where torch allows TF32
 ALLOWED = [("sm_80", single, 128), ("sm_90", single, 256), ("sm_100", single, 512)]
 
 Jobs = list[tuple[static.Launch, str]]

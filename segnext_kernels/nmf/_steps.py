@@ -13,8 +13,7 @@ from .. import _triton
 from .._triton import ceil_div, config, launch, power_of_2, wrap_triton
 from ._forward import finish, step
 
-PROGRAMS = 512  # that fill a GPU
-SHORT = 2  # times as many programs, where each reads its columns of float32 twice and they shall still be in the L2
+WARPS = 1024  # that fill a GPU
 LEAST_PARTS = 4  # programs for one matrix, however many matrices there are
 PART = 64  # columns of a program are a multiple of this, and of every configuration's tile
 HELD = 256  # rows of a tile of x and of sums that a program holds in registers, if the rank is at most 16
@@ -49,9 +48,14 @@ class Problem:
     @cached_property
     def programs(self) -> int:
         """Of a step. Each adds up sums of its own, which for a high rank are as large as the columns it reads."""
-        if self.rank > 16:
-            return PROGRAMS // 2
-        return PROGRAMS if self.held or self.precision in ("split", "rounded") else SHORT * PROGRAMS
+        if self.rank > 16 or self.held or self.precision in ("split", "rounded"):
+            return self.together
+        return max(WARPS // 2, 2 * self.together)  # what is read again shall still be in the L2
+
+    @property
+    def together(self) -> int:
+        """Programs that run at the same time."""
+        return WARPS // self.warps
 
     @cached_property
     def parts(self) -> int:
@@ -99,7 +103,7 @@ class Problem:
 
         An H100 told: a product of 32 x 16 has two for each of two warps, and eight would do every one four times.
         """
-        if self.rank > 64 or self.precision == "ieee":
+        if self.rank > 64 or self.precision == "ieee" or (self.held and not self.lean):
             return 8
         return 2 if self.rank <= 16 else 4
 
@@ -114,7 +118,7 @@ class Problem:
         if self.held:  # a limit makes ptxas spill when this much is held, and saves it from that otherwise
             few = self.rows <= 64 or (self.precision != "ieee" and self.rows <= 128)
             columns = 16 if few and self.rows > 64 else 32
-            return [config(8, registers=255 if few else None, COLUMNS=columns, STAGES=self.stages)]
+            return self.tiles(columns, limit=255 if few else None)
         limit = 255 if self.rank <= 64 else None
         if small:
             return self.tiles(16)
@@ -177,7 +181,7 @@ def _precision(x: Tensor) -> str:
 
 
 def _most_held(x: Tensor) -> int:
-    """On NVIDIA's later GPUs than sm_80 few warps are faster, and read a tile again from the caches, which are larger."""
+    """On NVIDIA's GPUs after sm_8x few warps are faster, and read a tile again from the caches, which are larger."""
     return HELD if torch.version.hip is not None or _triton.capability(x)[0] == 8 else 0
 
 
