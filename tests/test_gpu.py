@@ -228,9 +228,8 @@ def test_torch_compile_of_upsampled_logits():
     assert_same([labels], [upsample_argmax(logits.detach(), (64, 64), backend="triton")])
 
 
-@pytest.mark.parametrize(
-    ("backend", "operator"), [(b, o) for b, o in SERVED if o != "scale_add"]
-)  # which promotes as PyTorch does
+# But for scale_add, which promotes as PyTorch does
+@pytest.mark.parametrize(("backend", "operator"), [(b, o) for b, o in SERVED if o != "scale_add"])
 @pytest.mark.parametrize("dtype", [bfloat16, float16], ids=str)
 def test_autocast(backend, operator, dtype):
     checks.check_autocast(a_sample(operator), backend, dtype)

@@ -54,9 +54,9 @@ def nmf(
         projection: [D, D], in x's dtype or in float32 (float64 for float64), what y is multiplied with from the left, or None.
         round_factors: whether products with bfloat16 ``x`` may take the factors rounded to bfloat16, all but the first, whose
             result is the softmax's logits. Where CPUs multiply bfloat16, high ranks then take little more than half the time;
-            in Triton on NVIDIA's GPUs a step takes two thirds. An element of y is off by up to four roundings instead of its
-            own; the mean error grows by a twentieth for values around one, and at most doubles where the softmax is sharp.
-            Without effect elsewhere, and where a gradient is wanted.
+            in Triton on NVIDIA's GPUs one product is made instead of two or three. An element of y is off by up to four
+            roundings instead of its own; the mean error grows by a twentieth for values around one, and at most doubles where
+            the softmax is sharp. Without effect elsewhere, and where a gradient is wanted.
         backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
 
     Returns:

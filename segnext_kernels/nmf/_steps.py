@@ -119,9 +119,9 @@ class Problem:
             few = self.rows <= 64 or (self.precision != "ieee" and self.rows <= 128)
             columns = 16 if few and self.rows > 64 else 32
             return self.tiles(columns, limit=255 if few else None)
-        limit = 255 if self.rank <= 64 else None
         if small:
             return self.tiles(16)
+        limit = 255 if self.rank <= 64 else None
         return self.tiles(*((64,) if self.wide_tiles else ()), self.widest_tile, limit=limit)
 
     @cached_property
