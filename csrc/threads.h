@@ -6,8 +6,10 @@
 namespace segnext::tensors {
 
 inline Parallel parallel() {
-  return {torch::stable::get_num_threads(), [](int64_t items, const Range& body) {
-            if (items > 0) torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
+  return {torch::stable::get_num_threads(), [](int64_t count, const std::function<void(int64_t)>& f) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) f(i);
+            });
           }};
 }
 

@@ -102,7 +102,7 @@ def check_threads(sample: Sample, set_threads: Callable[[int], None]) -> None:
     grad_out = grad_like(sample.x)
     set_threads(1)
     want = results(sample, "cpu", grad_out)
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 7):
         set_threads(threads)
         assert_same(results(sample, "cpu", grad_out), want)
 

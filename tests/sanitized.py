@@ -135,6 +135,18 @@ def inference(dtype, size, channels_last):
     yield y
 
 
+def loops():
+    """Every item is given once, to threads that take neighbours in order; one that is slow leaves its own to the others."""
+    for count, least, most, backward in itertools.product((1, 3, 7, 800), (1, 5), (0, 1, 6), (False, True)):
+        if backward and most > 0:
+            continue  # loops that go backward go item by item
+        given = raw_kernels.items_of_threads(count, least, most, backward)
+        assert sorted(itertools.chain(*given)) == list(range(count)), (count, least, most, backward)
+        assert len(given) == 8 and sum(map(bool, given)) <= max(count // least, 1)
+        if count == 800 and most <= 1:
+            assert len(given[0]) < 50 < 800 / 8, given[0]
+
+
 def main():
     if "planted" in sys.argv:
         x = normal((1, 16, 9, 13), "float32")
@@ -144,6 +156,7 @@ def main():
         for dtype, size, layout in itertools.product(dtypes, sizes, (False, True)):
             for array in run(dtype, size, layout):
                 assert finite(array), (run.__name__, dtype, size, layout)
+    loops()
     print("clean")
 
 

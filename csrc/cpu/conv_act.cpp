@@ -98,30 +98,30 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
       };
       if (conv.kernel == 1 && conv.stride == 1 && x.channels_last) {
         const int64_t pixels = x.images * x.height * x.width;
-        return parallel((pixels + kPixels - 1) / kPixels, [&](int64_t begin, int64_t end) {
-          const Weights<T> weights = prepared(packed, end - begin == 1);
-          for (int64_t first = begin * kPixels; first < std::min(end * kPixels, pixels); first += kPixels) {
+        const int64_t blocks = (pixels + kPixels - 1) / kPixels;
+        return parallel(blocks, [&](Share& items) {
+          const Weights<T> weights = prepared(packed, blocks <= parallel.threads);
+          for (const int64_t block : items) {
+            const int64_t first = block * kPixels;
             const T* in = static_cast<const T*>(x.data) + first * x.channels;
             product(weights, in, x.channels, first, std::min(kPixels, pixels - first));
           }
         });
       }
       // Where rows are short, several are gathered for one product.
-      parallel(y.images * y.height, [&](int64_t begin, int64_t end) {
-        const int64_t most = std::max(kPixels, 2 * y.width);
+      const int64_t most = std::max<int64_t>(kPixels / std::max<int64_t>(y.width, 1), 2);
+      parallel(y.images * y.height, [&](Share& items) {
         InputRows<T> rows(x, conv);
-        const Weights<T> weights = prepared(packed, (end - begin) * y.width <= kPixels);
-        const int64_t depth = filled<T>(packed.depth), size = std::min(most, (end - begin) * y.width) * depth;
+        const Weights<T> weights = prepared(packed, most * parallel.threads >= y.images * y.height);
+        const int64_t depth = filled<T>(packed.depth), size = most * y.width * depth;
         Buffer<T> gathered(size);
         std::memset(gathered, 0, sizeof(T) * size);
-        int64_t count = 0;
-        for (int64_t row = begin; row < end; ++row) {
-          rows.load(row / y.height, row % y.height);
-          rows.gather(0, y.width, gathered + count * depth, depth);
-          count += y.width;
-          if (count + y.width <= most && row + 1 < end) continue;
-          product(weights, gathered, depth, (row + 1) * y.width - count, count);
-          count = 0;
+        for (Range range = items.next(most); !range.empty(); range = items.next(most)) {
+          for (int64_t row = range.begin; row < range.end; ++row) {
+            rows.load(row / y.height, row % y.height);
+            rows.gather(0, y.width, gathered + (row - range.begin) * y.width * depth, depth);
+          }
+          product(weights, gathered, depth, range.begin * y.width, (range.end - range.begin) * y.width);
         }
       });
     });

@@ -60,11 +60,11 @@ void load_taps(const Image& x, const DepthwiseFilter& filter, const Part<A>& par
 }
 
 template <class A, class T, bool Staged>
-void forward(const Image& x, const DepthwiseFilter& filter, const Image& y, const Parts<A>& parts, int64_t begin, int64_t end) {
+void forward(const Image& x, const DepthwiseFilter& filter, const Image& y, const Parts<A>& parts, Share& items) {
   Buffer<A> taps(parts.block * kTaps * kLanes<A>);
   Source<A, T, Staged> source(x);
   Target<A, T, Staged> target(y);
-  for (int64_t item = begin; item < end; ++item) {
+  for (const int64_t item : items) {
     const Part<A> part(x, parts, item);
     if (part.direct == Staged) continue;
     load_taps<A>(x, filter, part, taps);
@@ -80,14 +80,14 @@ void forward(const Image& x, const DepthwiseFilter& filter, const Image& y, cons
 // A part computes the row of dz before and after its own once more.
 template <class A, class T, bool Staged>
 void backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x, A* partial,
-              const Parts<A>& parts, int64_t begin, int64_t end) {
+              const Parts<A>& parts, Share& items) {
   constexpr int L = kLanes<A>;
   const int64_t width = x.width, height = x.height;
   Buffer<A> taps(parts.block * kTaps * L), transposed(parts.block * kTaps * L), zeros(L);
   std::memset(zeros, 0, sizeof(A) * L);
   Source<A, T, Staged> source(x), dy(grad_out);
   Target<A, T, Staged> target(grad_x);
-  for (int64_t item = begin; item < end; ++item) {
+  for (const int64_t item : items) {
     const Part<A> part(x, parts, item);
     if (part.direct == Staged) continue;
     const int64_t step = part.groups * L;
@@ -117,10 +117,10 @@ void backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filt
 
 // Sums the items' gradients over images and parts, in order.
 template <class A>
-void reduce(const Image& x, const A* partial, const DepthwiseFilter& grads, const Parts<A>& parts, int64_t begin, int64_t end) {
+void reduce(const Image& x, const A* partial, const DepthwiseFilter& grads, const Parts<A>& parts, Share& items) {
   constexpr int L = kLanes<A>;
   Buffer<A> total(kTaps * L);
-  for (int64_t group = begin; group < end; ++group) {
+  for (const int64_t group : items) {
     sum_partial<A>(partial, x.images * parts.per_image, parts.groups, kTaps, group, total);
     store_row<A>(filter_row(grads.weight, x.dtype, x.channels, kTaps - 1), 0, group * L, 0, total);
     store_row<A>(filter_row(grads.bias, x.dtype, x.channels, 1), 0, group * L, 0, total + (kTaps - 1) * L);
@@ -142,10 +142,9 @@ void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Im
   with_accumulator(x.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
     const Parts<A> parts(x, 8);
-    parallel(parts.items, [&](int64_t begin, int64_t end) {
-      with_rows<A>(x, parts, [&](auto* row, auto staged) {
-        forward<A, std::remove_pointer_t<decltype(row)>, staged>(x, filter, y, parts, begin, end);
-      });
+    with_rows<A>(x, parts, [&](auto* row, auto staged) {
+      using T = std::remove_pointer_t<decltype(row)>;
+      parallel(parts.items, [&](Share& items) { forward<A, T, staged>(x, filter, y, parts, items); });
     });
   });
 }
@@ -157,13 +156,12 @@ void dwconv_gelu_backward(const Image& grad_out, const Image& x, const Depthwise
     const Parts<A> parts(x, 16);  // fewer rows would be computed twice too often
     Buffer<A> partial(grads == nullptr ? 0 : x.images * parts.per_image * parts.groups * kTaps * kLanes<A>);
     A* sums = grads == nullptr ? nullptr : static_cast<A*>(partial);
-    parallel(parts.items, [&](int64_t begin, int64_t end) {
-      with_rows<A>(x, parts, [&](auto* row, auto staged) {
-        backward<A, std::remove_pointer_t<decltype(row)>, staged>(grad_out, x, filter, grad_x, sums, parts, begin, end);
-      });
+    with_rows<A>(x, parts, [&](auto* row, auto staged) {
+      using T = std::remove_pointer_t<decltype(row)>;
+      parallel(parts.items, [&](Share& items) { backward<A, T, staged>(grad_out, x, filter, grad_x, sums, parts, items); });
     });
     if (grads == nullptr) return;
-    parallel(parts.groups, [&](int64_t begin, int64_t end) { reduce<A>(x, partial, *grads, parts, begin, end); });
+    parallel(parts.groups, [&](Share& items) { reduce<A>(x, partial, *grads, parts, items); });
   });
 }
 

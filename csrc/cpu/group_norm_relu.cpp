@@ -75,16 +75,16 @@ void group_norm_relu_forward(const Image& x, const GroupNorm& norm, const Image&
     const T *in = static_cast<const T*>(x.data), *add = static_cast<const T*>(residual.data);
     Buffer<float> sums(x.images * blocks * 3 * C), mean(x.images * C), scale(x.images * C);
     auto for_blocks = [&](const auto& f) {  // f(item, image, first element, pixels)
-      parallel(x.images * blocks, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
+      parallel(x.images * blocks, [&](Share& items) {
+        for (const int64_t item : items) {
           const int64_t n = item / blocks, first = item % blocks * kBlock;
           f(item, n, (n * pixels + first) * C, std::min(kBlock, pixels - first));
         }
       });
     };
     for_blocks([&](int64_t item, int64_t, int64_t at, int64_t count) { block_sums(in + at, C, count, sums + item * 3 * C); });
-    parallel(x.images * norm.groups, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
+    parallel(x.images * norm.groups, [&](Share& items) {
+      for (const int64_t item : items) {
         const int64_t n = item / norm.groups;
         statistics(norm, item % norm.groups, C, pixels, sums + n * blocks * 3 * C, mean + n * C, scale + n * C);
       }

@@ -33,8 +33,8 @@ class NormOfProduct {
     nmf.project(w.out);
     centre_coefficients();
     std::memset(panels_, 0, sizeof(float) * images * panels_size_);
-    parallel(images * w.norm.groups, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) scale_group(item / w.norm.groups, item % w.norm.groups);
+    parallel(images * w.norm.groups, [&](Share& items) {
+      for (const int64_t item : items) scale_group(item / w.norm.groups, item % w.norm.groups);
     });
     for (int64_t image = 0; image < images; ++image)
       scaled_.emplace_back(Packed<float>(panels_ + image * panels_size_, s_.padded, s_.D));
@@ -128,8 +128,8 @@ class NormOfProduct {
   // Calls f(item, its rows of C, how many) for every chunk of every image.
   template <class F>
   void for_chunks(const F& f) {
-    parallel_(images_ * s_.chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
+    parallel_(images_ * s_.chunks, [&](Share& items) {
+      for (const int64_t item : items) {
         const int64_t first = item % s_.chunks * s_.chunk;
         f(item, nmf_.last_coefficients(item / s_.chunks) + first * s_.padded, std::min(s_.chunk, s_.N - first));
       }
@@ -167,8 +167,8 @@ void hamburger_forward(const Image& x, const HamburgerWeights& w, const Image& y
     with_nmf(columns, w.rank, w.steps, w.rounded, Keep::kNothing, nullptr, parallel, [&](auto& nmf) {
       nmf.run(w.bases);
       const NormOfProduct norm(nmf, x.images, w, parallel);
-      parallel(x.images * blocks, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
+      parallel(x.images * blocks, [&](Share& items) {
+        for (const int64_t item : items) {
           const int64_t image = item / blocks, first = item % blocks * kPixels, at = (image * pixels + first) * C;
           norm.write(image, first, std::min(kPixels, pixels - first), static_cast<const T*>(x.data) + at,
                      static_cast<T*>(y.data) + at);

@@ -1,20 +1,11 @@
 // The CPU kernels: plain functions over pointers and sizes that know nothing of torch. No result depends on the number of
 // threads: where sums cross items, the work is cut into items by the shapes alone.
 #pragma once
-#include <functional>
-
 #include "cpu/activation.h"
 #include "cpu/image.h"
+#include "cpu/parallel.h"
 
 namespace segnext {
-
-// Runs body(begin, end) over ranges that cover [0, items), on up to `threads` threads at the same time.
-using Range = std::function<void(int64_t begin, int64_t end)>;
-struct Parallel {
-  int64_t threads;
-  std::function<void(int64_t items, const Range& body)> run;
-  void operator()(int64_t items, const Range& body) const { run(items, body); }
-};
 
 // Calls f with a null pointer of the accumulator's type.
 template <class F>

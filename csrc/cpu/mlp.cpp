@@ -1,11 +1,11 @@
 // mlp: y = x + W2 GELU(depthwise 3x3 (W1 x + b1) + bd) + b2 in channels_last, without the widened activations ever being held.
 //
-// An item is a band of rows of one image. It is walked in steps of a few rows; in each step the widened channels pass through
+// An item is a row of an image. A thread goes down them in steps of a few rows; in each step the widened channels pass through
 // the cache a chunk at a time:
 //
 //   x (rows + 2) --W1--> wide (chunk) --depthwise, GELU--> narrow (chunk) --W2--> sum (rows), added up over the chunks
 //
-// The last two widened rows of every chunk are carried over to the next step.
+// The last two widened rows of every chunk are carried over to the next step; where a thread begins anew it computes two more.
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -23,12 +23,12 @@ constexpr int64_t kChunk = 128;
 constexpr int64_t kCache = 768 * 1024;  // bytes of one step
 
 template <class T>
-class Band {
+class Walk {
   static constexpr int L = kLanes<float>, kGroups = kChunk / L;
 
  public:
-  // Of `rows` rows in all, of one or several images.
-  Band(const Image& x, const MlpWeights& w, const Image& y, int64_t rows)
+  // For steps of `step` rows at most; `once`: for one of them alone.
+  Walk(const Image& x, const MlpWeights& w, const Image& y, int64_t step, bool once)
       : x_(x),
         w_(w),
         y_(y),
@@ -36,7 +36,7 @@ class Band {
         W_(x.width),
         chunks_((w.hidden + kChunk - 1) / kChunk),
         sum_row_((C_ + kPanel - 1) / kPanel * kPanel),
-        step_(std::clamp<int64_t>(kCache / ((sum_row_ + kChunk) * W_ * 4 + kChunk * W_ * int64_t{sizeof(T)}), 1, x.height)),
+        step_(step),
         row_((W_ + 2) * L),
         group_((step_ + 2) * row_),
         wide_(kGroups * group_),
@@ -48,7 +48,7 @@ class Band {
         place_((step_ + 2) * W_),
         fc1_(static_cast<const T*>(w.fc1.data), C_, w.hidden),
         fc2_(static_cast<const T*>(w.fc2.data), w.hidden, C_),
-        keep_(rows > step_),
+        keep_(!once),
         weights_(chunks_) {
     std::memset(wide_, 0, sizeof(float) * kGroups * group_);  // the pixels beside the rows stay zero
     for (int64_t m = 0; m < (step_ + 2) * W_; ++m) place_[m] = m / W_ * row_ + (m % W_ + 1) * L;
@@ -62,24 +62,23 @@ class Band {
                     taps_ + (kTaps - 1) * L, groups, kTaps * L);
   }
 
-  // y <- rows [first, last) of image n
-  void run(int64_t n, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row += step_) {
-      const int64_t rows = std::min(step_, last - row);
-      const int64_t begin = std::max<int64_t>(row == first ? row - 1 : row + 1, 0);
-      const int64_t end = std::max(begin, std::min(row + rows + 1, x_.height));
-      const T* pixels = static_cast<const T*>(x_.data) + (n * x_.height + begin) * W_ * C_;
-      const Left<T> in{pixels, C_, (end - begin) * W_, C_};
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        if (!weights_[chunk]) weights_[chunk].emplace(fc1_, fc2_, chunk);
-        widen(in, row, rows, begin, chunk, row == first);
-        depthwise_gelu(rows, chunk);
-        const ChunkWeights& w = *weights_[chunk];
-        matmul_sum<T>(narrow_.first(rows * W_, w.last - w.first), w.fc2, sum_, sum_row_, chunk > 0);
-        if (!keep_) weights_[chunk].reset();
-      }
-      finish((n * x_.height + row) * W_, rows * W_);
+  // y <- rows [row, row + rows) of image n
+  void step(int64_t n, int64_t row, int64_t rows) {
+    const bool begins = row == 0 || n * x_.height + row != next_;
+    const int64_t begin = std::max<int64_t>(begins ? row - 1 : row + 1, 0);
+    const int64_t end = std::max(begin, std::min(row + rows + 1, x_.height));
+    const T* pixels = static_cast<const T*>(x_.data) + (n * x_.height + begin) * W_ * C_;
+    const Left<T> in{pixels, C_, (end - begin) * W_, C_};
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      if (!weights_[chunk]) weights_[chunk].emplace(fc1_, fc2_, chunk);
+      widen(in, row, rows, begin, chunk, begins);
+      depthwise_gelu(rows, chunk);
+      const ChunkWeights& w = *weights_[chunk];
+      matmul_sum<T>(narrow_.first(rows * W_, w.last - w.first), w.fc2, sum_, sum_row_, chunk > 0);
+      if (!keep_) weights_[chunk].reset();
     }
+    finish((n * x_.height + row) * W_, rows * W_);
+    next_ = n * x_.height + row + rows;
   }
 
  private:
@@ -96,7 +95,7 @@ class Band {
   float* wide(int64_t group, int64_t row) const { return wide_ + group * group_ + row * row_; }
 
   // wide <- rows row - 1 to row + rows of a chunk: those of `in`, which begin at one of them, and the two that are there
-  // already where the step isn't the band's first.
+  // already where the rows follow those of the step before.
   void widen(const Left<T>& in, int64_t row, int64_t rows, int64_t begin, int64_t chunk, bool begins) {
     float* carried = carried_ + chunk * kGroups * 2 * row_;
     for (int64_t g = 0; g < kGroups; ++g) {
@@ -153,22 +152,29 @@ class Band {
   Buffer<int64_t> place_;  // of a pixel in a group of wide
   const Packed<T> fc1_, fc2_;
   const bool keep_;
+  int64_t next_ = 0;  // the row after those that were computed last, counted through all images
   std::vector<std::optional<ChunkWeights>> weights_;
 };
 
 }  // namespace
 
 void mlp_forward(const Image& x, const MlpWeights& w, const Image& y, const Parallel& parallel) {
-  constexpr int64_t kLeastRows = 4;  // a band computes two widened rows more than it has
-  const int64_t wanted = x.images % parallel.threads == 0 ? 1 : parallel.threads;
-  const int64_t parts = std::clamp<int64_t>(x.height / kLeastRows, 1, wanted), rows = (x.height + parts - 1) / parts;
+  constexpr int64_t kLeastRows = 4;
+  const int64_t rows = x.images * x.height, share = (rows + parallel.threads - 1) / parallel.threads;
   with_dense_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    parallel(x.images * parts, [&](int64_t begin, int64_t end) {
-      Band<T> band(x, w, y, (end - begin) * rows);
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t first = item % parts * rows;
-        band.run(item / parts, std::min(first, x.height), std::min(first + rows, x.height));
+    const int64_t row_bytes =
+        ((x.channels + kPanel - 1) / kPanel * kPanel + kChunk) * x.width * 4 + kChunk * x.width * sizeof(T);
+    const int64_t fits = std::clamp<int64_t>(kCache / row_bytes, 1, x.height);
+    const int64_t steps = (share + fits - 1) / fits, step = (share + steps - 1) / steps;  // of a share, as long as each other
+    parallel({rows, kLeastRows}, [&](Share& items) {
+      Walk<T> walk(x, w, y, step, steps == 1);
+      for (Range range = items.next(step); !range.empty(); range = items.next(step)) {
+        for (int64_t at = range.begin; at < range.end;) {
+          const int64_t n = at / x.height, row = at % x.height, count = std::min(range.end - at, x.height - row);
+          walk.step(n, row, count);
+          at += count;
+        }
       }
     });
   });

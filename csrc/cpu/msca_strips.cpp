@@ -1,5 +1,6 @@
 // msca_strips forward: one pass over x, everything in between in a ring of rows that stays in cache.
 #include <algorithm>
+#include <optional>
 
 #include "cpu/strips.h"
 
@@ -36,50 +37,43 @@ class RowStarts {
   Vector<A> running_[kBranches][kBranchTaps[kBranches - 1] + 1];
 };
 
-// An item is a group of channels of an image, or a part of its rows where the groups are fewer than the threads. Parts compute
-// kReach rows of a beyond their own once more; no output depends on where the parts begin.
-template <class A>
-struct Parts {
-  Groups<A> groups;
-  int64_t per_group, rows;
-
-  Parts(const Image& x, int64_t threads) : groups(x) {
-    const int64_t wanted = groups.items > 0 ? (threads + groups.items - 1) / groups.items : 1;
-    rows = (x.height + wanted - 1) / wanted;
-    rows = (rows + kStripRows - 1) / kStripRows * kStripRows;
-    rows = rows < 2 * kReach ? 2 * kReach : rows;
-    per_group = (x.height + rows - 1) / rows;
-  }
-};
+// An item is kStripRows rows of a group of channels. A thread that begins in the middle of a group computes 2 kReach rows of a
+// more than it has; no output depends on where that is.
+int64_t items_per_group(const Image& x) { return (x.height + kStripRows - 1) / kStripRows; }
 
 template <class A>
-void forward(const Image& x, const StripFilters& filters, const Image& y, const Parts<A>& parts, int64_t begin, int64_t end) {
+void forward(const Image& x, const StripFilters& filters, const Image& y, Share& items) {
   Buffer<A> taps(kTaps * kLanes<A>), out(x.width * kLanes<A>);
   StripRows<A> strips(x.width);
   StemRows<A> stem(x, taps, false);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = parts.groups.image(item / parts.per_group), c = parts.groups.channel(item / parts.per_group);
-    const int64_t first = item % parts.per_group * parts.rows, last = std::min(first + parts.rows, x.height);
-    load_strip_taps<A>(filters, x, c, taps);
-    const RowStarts<A> starts(taps, x.height);
-    stem.restart(n, c, first - kReach);
-    for (int64_t row = first; row < last; row += kStripRows) {
-      stem.advance(row + kStripRows - 1 + kReach);
-      column_pass<A>(Window<A>(stem.a(), row, x.height), taps, x.width, strips);
-      for (int64_t r = row; r < row + kStripRows && r < last; ++r) {
-        const RowAhead<A> next(x, n, c, r + kStripRows + kReach + 2);  // what stem will load in its next step
-        with_storage<A>(y.dtype, [&](auto* type) {
-          using T = std::remove_pointer_t<decltype(type)>;
-          const RowAccess<T> at(y, n, c, r);
-          const bool whole = at.channels_last && at.channels >= kLanes<A>;
-          row_pass<A>(strips, r - row, taps, stem.a()[r], starts(r), x.width, [&](int64_t w, const auto& sums) {
-            next.fetch(w, std::extent_v<std::remove_reference_t<decltype(sums)>>);
-            if (whole) return store_tile<A>(at.first + w * at.pixel, at.pixel, sums);
-            store_tile<A>(out + w * kLanes<A>, kLanes<A>, sums);
-          });
-          if (!whole) store_row<A>(y, n, c, r, out);
+  std::optional<RowStarts<A>> starts;
+  const Groups<A> groups(x);
+  int64_t n = 0, c = 0, next_item = -1;
+  for (const int64_t item : items) {
+    const int64_t group = item / items_per_group(x), row = item % items_per_group(x) * kStripRows;
+    if (row == 0 || item != next_item) {
+      n = groups.image(group);
+      c = groups.channel(group);
+      load_strip_taps<A>(filters, x, c, taps);
+      starts.emplace(taps, x.height);
+      stem.restart(n, c, row - kReach);
+    }
+    next_item = item + 1;
+    stem.advance(row + kStripRows - 1 + kReach);
+    column_pass<A>(Window<A>(stem.a(), row, x.height), taps, x.width, strips);
+    for (int64_t r = row; r < std::min(row + kStripRows, x.height); ++r) {
+      const RowAhead<A> next(x, n, c, r + kStripRows + kReach + 2);  // what stem will load in its next step
+      with_storage<A>(y.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const RowAccess<T> at(y, n, c, r);
+        const bool whole = at.channels_last && at.channels >= kLanes<A>;
+        row_pass<A>(strips, r - row, taps, stem.a()[r], (*starts)(r), x.width, [&](int64_t w, const auto& sums) {
+          next.fetch(w, std::extent_v<std::remove_reference_t<decltype(sums)>>);
+          if (whole) return store_tile<A>(at.first + w * at.pixel, at.pixel, sums);
+          store_tile<A>(out + w * kLanes<A>, kLanes<A>, sums);
         });
-      }
+        if (!whole) store_row<A>(y, n, c, r, out);
+      });
     }
   }
 }
@@ -87,11 +81,11 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, const 
 }  // namespace
 
 void msca_strips_forward(const Image& x, const StripFilters& filters, const Image& y, const Parallel& parallel) {
+  constexpr int64_t kLeast = 2 * kReach / kStripRows;
   with_accumulator(x.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
-    const Parts<A> parts(x, parallel.threads);
-    parallel(parts.groups.items * parts.per_group,
-             [&](int64_t begin, int64_t end) { forward<A>(x, filters, y, parts, begin, end); });
+    const int64_t count = Groups<A>(x).items * items_per_group(x);
+    parallel({count, kLeast}, [&](Share& items) { forward<A>(x, filters, y, items); });
   });
 }
 

@@ -163,7 +163,7 @@ class TapGrads {
 
 template <class A>
 void backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x, A* partial,
-              int64_t begin, int64_t end) {
+              Share& items) {
   constexpr int L = kLanes<A>;
   const Groups<A> groups(x);
   const int64_t width = x.width, height = x.height;
@@ -172,7 +172,7 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
   StripRows<A> u(width);
   std::optional<TapGrads<A>> grads;
   if (partial != nullptr) grads.emplace(x, taps);
-  for (int64_t item = begin; item < end; ++item) {
+  for (const int64_t item : items) {
     const int64_t n = groups.image(item), c = groups.channel(item);
     load_strip_taps<A>(filters, x, c, taps);
     transpose_taps<A>(taps, transposed);
@@ -208,10 +208,10 @@ void backward(const Image& grad_out, const Image& x, const StripFilters& filters
 
 // Sums the items' gradients over the images, in order.
 template <class A>
-void reduce(const Image& x, const A* partial, const StripFilters& grads, int64_t begin, int64_t end) {
+void reduce(const Image& x, const A* partial, const StripFilters& grads, Share& items) {
   const int64_t groups = Groups<A>(x).per_image;
   Buffer<A> total(kTaps * kLanes<A>);
-  for (int64_t group = begin; group < end; ++group) {
+  for (const int64_t group : items) {
     sum_partial<A>(partial, x.images, groups, kTaps, group, total);
     for (int i = 0; i < kStripTensors; ++i) {
       store_row<A>(filter_row(grads.tensors[i], x.dtype, x.channels, kStripTaps[i]), 0, group * kLanes<A>, 0,
@@ -228,11 +228,11 @@ void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilt
     using A = std::remove_pointer_t<decltype(type)>;
     const Groups<A> groups(x);
     Buffer<A> partial(grads == nullptr ? 0 : groups.items * kTaps * kLanes<A>);
-    parallel(groups.items, [&](int64_t begin, int64_t end) {
-      backward<A>(grad_out, x, filters, grad_x, grads == nullptr ? nullptr : static_cast<A*>(partial), begin, end);
+    parallel(groups.items, [&](Share& items) {
+      backward<A>(grad_out, x, filters, grad_x, grads == nullptr ? nullptr : static_cast<A*>(partial), items);
     });
     if (grads == nullptr) return;
-    parallel(groups.per_image, [&](int64_t begin, int64_t end) { reduce<A>(x, partial, *grads, begin, end); });
+    parallel(groups.per_image, [&](Share& items) { reduce<A>(x, partial, *grads, items); });
   });
 }
 

@@ -88,8 +88,8 @@ class Nmf {
   void project(const A* projection) {
     has_projected_ = projection != nullptr;
     if (!has_projected_) return;
-    parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
+    parallel_(x_.batch * s_.row_blocks, [&](Share& items) {
+      for (const int64_t item : items) {
         const auto [image, first, rows] = row_block(item);
         gemm<A>({projection + first * s_.D, s_.D, 1}, rows, s_.D, last_bases(image), s_.padded, s_.vectors,
                 projected_ + (image * s_.D + first) * s_.padded, s_.padded, false);
@@ -106,10 +106,10 @@ class Nmf {
 
   // C of step + 1 from C and B of step.
   void update_coefficients(int64_t step, Then then, const Matrices* y = nullptr) {
-    parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
+    parallel_(x_.batch * s_.chunks, [&](Share& items) {
       Tile<A> x(s_);
       Buffer<A> num(s_.tile * s_.padded), den(s_.tile * s_.padded), scratch(x.scratch_size(s_));
-      for (int64_t item = begin; item < end; ++item) {
+      for (const int64_t item : items) {
         const int64_t image = item / s_.chunks;
         for_tiles_of(item, [&](int64_t first, int64_t columns, bool add) {
           take(x, image, first, columns);
@@ -140,9 +140,9 @@ class Nmf {
   template <class F>
   void update_bases(int64_t step, const F& products) {
     sum_chunks();
-    parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
+    parallel_(x_.batch * s_.row_blocks, [&](Share& items) {
       Buffer<A> den(kRowBlock * s_.padded), scratch(kRowBlock * s_.padded);
-      for (int64_t item = begin; item < end; ++item) {
+      for (const int64_t item : items) {
         const auto [image, first, rows] = row_block(item);
         const A* before = bases(step, image) + first * s_.padded;
         A* after = bases(step + 1, image) + first * s_.padded;
@@ -228,9 +228,8 @@ class Nmf {
     }
   }
   void sum_chunks() {
-    parallel_(x_.batch, [&](int64_t begin, int64_t end) {
-      for (int64_t image = begin; image < end; ++image)
-        sum_parts(cc(image), s_.chunks, s_.rank * s_.padded, s_.rank * s_.padded);
+    parallel_(x_.batch, [&](Share& items) {
+      for (const int64_t image : items) sum_parts(cc(image), s_.chunks, s_.rank * s_.padded, s_.rank * s_.padded);
     });
   }
   A* xc(int64_t image, int64_t first, int64_t rows) {
@@ -240,17 +239,16 @@ class Nmf {
   }
   // bb <- left^T right, over the rows of two matrices like B
   void sum_rows(const A* left, const A* right) {
-    parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
+    parallel_(x_.batch * s_.row_blocks, [&](Share& items) {
+      for (const int64_t item : items) {
         const auto [image, first, rows] = row_block(item);
         const int64_t at = (image * s_.D + first) * s_.padded;
         gemm<A>({left + at, 1, s_.padded}, s_.rank, rows, right + at, s_.padded, s_.vectors, bb_ + item * s_.rank * s_.padded,
                 s_.padded, false);
       }
     });
-    parallel_(x_.batch, [&](int64_t begin, int64_t end) {
-      for (int64_t image = begin; image < end; ++image)
-        sum_parts(bb(image), s_.row_blocks, s_.rank * s_.padded, s_.rank * s_.padded);
+    parallel_(x_.batch, [&](Share& items) {
+      for (const int64_t image : items) sum_parts(bb(image), s_.row_blocks, s_.rank * s_.padded, s_.rank * s_.padded);
     });
   }
   void sum_bb(int64_t step) { sum_rows(bases(step, 0), bases(step, 0)); }

@@ -62,10 +62,10 @@ class NmfBackward : public Nmf<A> {
   // sums.
   void back_through_coefficients(int64_t step) {
     Base::sum_bb(step);
-    Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
+    Base::parallel_(x_.batch * s_.chunks, [&](Share& items) {
       Tile<A> x(s_), grad(s_);
       Buffer<A> den(s_.tile * s_.padded), d_q(s_.tile * s_.padded);
-      for (int64_t item = begin; item < end; ++item) {
+      for (const int64_t item : items) {
         const int64_t image = item / s_.chunks;
         Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool add) {
           const int64_t size = columns * s_.padded, at = (image * s_.N + first) * s_.padded;
@@ -117,8 +117,8 @@ class NmfBackward : public Nmf<A> {
   void add_to_bases_grad(int64_t step) {
     Base::sum_chunks();
     symmetrise([&](int64_t image) { return Base::cc(image); });
-    Base::parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
+    Base::parallel_(x_.batch * s_.row_blocks, [&](Share& items) {
+      for (const int64_t item : items) {
         const auto [image, first, rows] = Base::row_block(item);
         const A* sums = Base::xc(image, first, rows);
         A* d_b = d_b_ + (image * s_.D + first) * s_.padded;
@@ -137,8 +137,8 @@ class NmfBackward : public Nmf<A> {
   // d_projected <- dy C
   void sum_projected_grad() {
     const int64_t size = s_.D * s_.padded;
-    Base::parallel_(x_.batch * s_.D, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item)
+    Base::parallel_(x_.batch * s_.D, [&](Share& items) {
+      for (const int64_t item : items)
         Base::sum_parts(d_projected(item / s_.D) + item % s_.D * s_.padded, s_.chunks, size, s_.padded);
     });
   }
@@ -147,9 +147,9 @@ class NmfBackward : public Nmf<A> {
   // gram_.
   void back_through_bases(int64_t step) {
     sum_cc(step);
-    Base::parallel_(x_.batch * s_.row_blocks, [&](int64_t begin, int64_t end) {
+    Base::parallel_(x_.batch * s_.row_blocks, [&](Share& items) {
       Buffer<A> den(kRowBlock * s_.padded);
-      for (int64_t item = begin; item < end; ++item) {
+      for (const int64_t item : items) {
         const auto [image, first, rows] = Base::row_block(item);
         const int64_t at = first * s_.padded, all = image * s_.D * s_.padded + at;
         const A *before = Base::bases(step - 1, image) + at, *after = Base::bases(step, image) + at;
@@ -171,8 +171,8 @@ class NmfBackward : public Nmf<A> {
 
   // cc <- C^T C of a step
   void sum_cc(int64_t step) {
-    Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
+    Base::parallel_(x_.batch * s_.chunks, [&](Share& items) {
+      for (const int64_t item : items) {
         Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool add) {
           const A* c = Base::coefficients(step, item / s_.chunks, first);
           Base::add_to_cc(c, c, columns, item, add);
@@ -200,10 +200,10 @@ class NmfBackward : public Nmf<A> {
   }
 
   void write_grad_x(const Matrices& grad_x) {
-    Base::parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
+    Base::parallel_(x_.batch * s_.chunks, [&](Share& items) {
       Tile<A> out(s_);
       Buffer<A> scratch(out.scratch_size(s_));
-      for (int64_t item = begin; item < end; ++item) {
+      for (const int64_t item : items) {
         const int64_t image = item / s_.chunks;
         Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool) {
           out.product(s_, Base::bases(steps_, image), d_p(steps_, image, first), columns, false, scratch);
@@ -226,10 +226,10 @@ class NmfBackward : public Nmf<A> {
   // grad_projection [D][D] <- the sum over all matrices of d(W B) B^T
   void write_grad_projection(A* grad_projection) {
     const int64_t row = (s_.D + L - 1) / L * L;
-    Base::parallel_(s_.row_blocks, [&](int64_t begin, int64_t end) {
+    Base::parallel_(s_.row_blocks, [&](Share& items) {
       Buffer<A> transposed(s_.rank * row), sums(kRowBlock * row);
-      for (int64_t first = begin * kRowBlock; first < std::min(end * kRowBlock, s_.D); first += kRowBlock) {
-        const int64_t rows = std::min(kRowBlock, s_.D - first);
+      for (const int64_t block : items) {
+        const int64_t first = block * kRowBlock, rows = std::min(kRowBlock, s_.D - first);
         for (int64_t image = 0; image < x_.batch; ++image) {
           transpose_rows<A>(Base::last_bases(image), s_.padded, s_.D, s_.rank, transposed, row);
           gemm<A>({d_projected(image) + first * s_.padded, s_.padded, 1}, rows, s_.rank, transposed, row, row / L, sums, row,

@@ -49,8 +49,8 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
 
   // pairs [panels][N / 2][32][2] <- rows of x^T
   void pair_rows() {
-    parallel_(x_.batch * s_.N / 2, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+    parallel_(x_.batch * s_.N / 2, [&](Share& items) {
+      for (const int64_t i : items) {
         const int64_t image = i / (s_.N / 2), n = i % (s_.N / 2) * 2;
         const BFloat16 *even = x_row(image, n), *odd = even + s_.D;
         for (int64_t d = 0; d < s_.D; d += L) {
@@ -68,8 +68,8 @@ class NmfOfBFloat16 : public NmfOnTiles<NmfOfBFloat16> {
   // Calls f(image, d, r, B[d][r ...], B[d + 1][r ...]) for every other row d and every vector of the rank, with B = of(image).
   template <class B, class F>
   void for_base_pairs(const B& of, const F& f) {
-    parallel_(x_.batch * s_.D / 2, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+    parallel_(x_.batch * s_.D / 2, [&](Share& items) {
+      for (const int64_t i : items) {
         const int64_t image = i / (s_.D / 2), d = i % (s_.D / 2) * 2;
         const float* row = of(image) + d * s_.padded;
         for (int64_t r = 0; r < s_.padded; r += L) f(image, d, r, load<float>(row + r), load<float>(row + s_.padded + r));

@@ -44,11 +44,11 @@ class NmfOnTiles : public Nmf<float> {
 
   // As the base's.
   void update_coefficients(int64_t step, Then then, const Matrices* y = nullptr) {
-    parallel_(x_.batch * s_.chunks, [&](int64_t begin, int64_t end) {
+    const Order order = step % 2 == 0 ? Order::kForward : Order::kBackward;  // what was read last is in the caches
+    parallel_({x_.batch * s_.chunks, 1, order}, [&](Share& items) {
       const int64_t R = s_.padded, most = self().part_rows();
       Buffer<float> num(most * R), den(most * R);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t item = step % 2 == 0 ? i : begin + end - 1 - i;  // what was read last is in the caches
+      for (const int64_t item : items) {
         const int64_t image = item / s_.chunks, start = item % s_.chunks * s_.chunk, stop = std::min(start + s_.chunk, s_.N);
         for (int64_t first = start; first < stop; first += most) {
           const int64_t count = std::min(most, stop - first);

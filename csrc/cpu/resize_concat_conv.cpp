@@ -45,9 +45,11 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
       float* product = coarse.back().product;
       const Packed<T> packed(static_cast<const T*>(weights[i]), x.channels, C);
       const int64_t pixels = x.images * x.height * x.width;
-      parallel((pixels + kPixels - 1) / kPixels, [&](int64_t begin, int64_t end) {
-        const Weights<T> part = prepared(packed, end - begin == 1);
-        for (int64_t first = begin * kPixels; first < std::min(end * kPixels, pixels); first += kPixels) {
+      const int64_t blocks = (pixels + kPixels - 1) / kPixels;
+      parallel(blocks, [&](Share& items) {
+        const Weights<T> part = prepared(packed, blocks <= parallel.threads);
+        for (const int64_t block : items) {
+          const int64_t first = block * kPixels;
           const T* in = static_cast<const T*>(x.data) + first * x.channels;
           matmul_sum<T>({in, x.channels, std::min(kPixels, pixels - first), x.channels}, part, product + first * padded, padded,
                         false);
@@ -55,7 +57,7 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
       });
     }
     const Packed<T> packed(static_cast<const T*>(weights[0]), maps[0].channels, C);
-    parallel(y.images * y.height, [&](int64_t begin, int64_t end) {
+    parallel(y.images * y.height, [&](Share& items) {
       const Weights<T> part = prepared(packed, false);
       int64_t size = 0;
       for (const Coarse& map : coarse) size += map.row;
@@ -64,7 +66,7 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
       for (const Coarse& map : coarse) {
         for (int64_t w = 0; w < y.width; ++w) samples.emplace_back(w, map.width, y.width);
       }
-      for (int64_t item = begin; item < end; ++item) {
+      for (const int64_t item : items) {
         const int64_t n = item / y.height, row = item % y.height;
         float* at = resized;
         for (const Coarse& map : coarse) {

@@ -70,13 +70,13 @@ SEGNEXT_INLINE void for_vectors(const Runs<A>& runs, int64_t item, const F& f) {
 }
 
 template <class A, class X, class Y>
-void forward(const Image& x, const Image& y, const ResidualScale& f, const Image& out, int64_t begin, int64_t end) {
+void forward(const Image& x, const Image& y, const ResidualScale& f, const Image& out, Share& items) {
   const Runs<A> runs(x);
   const X* from = static_cast<const X*>(x.data);
   const Y* add = static_cast<const Y*>(y.data);
   X* to = static_cast<X*>(out.data);
   const Factors<A> factors(x, f);
-  for (int64_t item = begin; item < end; ++item) {
+  for (const int64_t item : items) {
     const A keep = factors.of_item(runs, item);
     for_vectors<A>(runs, item, [&](int64_t c, int64_t i, auto count) {
       const Vector<A> scaled = factors.of_channel(runs, c) * load_lanes<A>(add + i, count) * keep;
@@ -86,14 +86,13 @@ void forward(const Image& x, const Image& y, const ResidualScale& f, const Image
 }
 
 template <class A, class X, class Y>
-void backward(const Image& grad_out, const Image& y, const ResidualScale& f, const Image& grad_y, A* partial, int64_t begin,
-              int64_t end) {
+void backward(const Image& grad_out, const Image& y, const ResidualScale& f, const Image& grad_y, A* partial, Share& items) {
   const Runs<A> runs(grad_out);
   const X* grad = static_cast<const X*>(grad_out.data);
   const Y* in = static_cast<const Y*>(y.data);
   Y* to = static_cast<Y*>(grad_y.data);
   const Factors<A> factors(grad_out, f);
-  for (int64_t item = begin; item < end; ++item) {
+  for (const int64_t item : items) {
     const A keep = factors.of_item(runs, item);
     A* sums = partial == nullptr ? nullptr : partial + item * runs.sums();
     if (sums != nullptr) std::memset(sums, 0, sizeof(A) * runs.sums());
@@ -146,7 +145,7 @@ void scale_add_forward(const Image& x, const Image& y, const ResidualScale& fact
     using A = std::remove_pointer_t<decltype(accumulator)>;
     using X = std::remove_pointer_t<decltype(first)>;
     using Y = std::remove_pointer_t<decltype(second)>;
-    parallel(Runs<A>(x).items, [&](int64_t begin, int64_t end) { forward<A, X, Y>(x, y, factors, out, begin, end); });
+    parallel(Runs<A>(x).items, [&](Share& items) { forward<A, X, Y>(x, y, factors, out, items); });
   });
 }
 
@@ -159,8 +158,7 @@ void scale_add_backward(const Image& grad_out, const Image& y, const ResidualSca
     const Runs<A> runs(grad_out);
     Buffer<A> partial(grad_scale == nullptr ? 0 : runs.items * runs.sums());
     A* sums = grad_scale == nullptr ? nullptr : static_cast<A*>(partial);
-    parallel(runs.items,
-             [&](int64_t begin, int64_t end) { backward<A, X, Y>(grad_out, y, factors, grad_y, sums, begin, end); });
+    parallel(runs.items, [&](Share& items) { backward<A, X, Y>(grad_out, y, factors, grad_y, sums, items); });
     if (grad_scale != nullptr) reduce<A>(grad_out, partial, factors, grad_scale);
   });
 }

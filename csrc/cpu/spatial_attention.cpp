@@ -46,12 +46,13 @@ void spatial_attention_forward(const Image& x, const AttentionWeights& w, const 
     in.data = u;
     conv_act_forward(x, {w.in, 1, 1, Activation::kGelu}, in, parallel);
     msca_strips_forward(in, w.strips, y, parallel);
-    parallel(blocks, [&](int64_t begin, int64_t end) {
+    parallel(blocks, [&](Share& items) {
       Buffer<T> gated(kPixels * C);
-      const Weights<T> gate = prepared<T>({static_cast<const T*>(w.gate.data), C, C}, end - begin == 1);
-      const Weights<T> out = prepared<T>({static_cast<const T*>(w.out.data), C, C}, end - begin == 1);
-      for (int64_t first = begin * kPixels; first < std::min(end * kPixels, pixels); first += kPixels) {
-        const int64_t last = std::min(first + kPixels, pixels);
+      const bool once = blocks <= parallel.threads;
+      const Weights<T> gate = prepared<T>({static_cast<const T*>(w.gate.data), C, C}, once);
+      const Weights<T> out = prepared<T>({static_cast<const T*>(w.out.data), C, C}, once);
+      for (const int64_t block : items) {
+        const int64_t first = block * kPixels, last = std::min(first + kPixels, pixels);
         gate_and_project<T>(x, w, gate, out, u, static_cast<T*>(y.data), first, last, gated);
       }
     });

@@ -38,9 +38,9 @@ void upsample_argmax_forward(const Image& logits, int64_t height, int64_t width,
   with_accumulator(logits.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
     const Upsampling<A> up(logits, height, width);
-    parallel(up.items, [&](int64_t begin, int64_t end) {
+    parallel(up.items, [&](Share& items) {
       UpsampledTiles<A> tiles(up);
-      for (int64_t item = begin; item < end; ++item) {
+      for (const int64_t item : items) {
         tiles.run(item, [&](const UpsampledTile<A>& tile) {
           int64_t row = tile.first_row;
           for (; row + 4 <= tile.last_row; row += 4) label_rows<A, 4>(up, tile, row, labels);

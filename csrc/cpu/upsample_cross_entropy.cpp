@@ -147,9 +147,9 @@ void add_columns(const Upsampling<A>& up, int64_t column, const A* gradient, A* 
 template <class A, class F>
 Sums for_items(const Upsampling<A>& up, const Parallel& parallel, const F& f) {
   std::vector<Sums> sums(up.items);
-  parallel(up.items, [&](int64_t begin, int64_t end) {
+  parallel(up.items, [&](Share& items) {
     UpsampledTiles<A> tiles(up);
-    for (int64_t item = begin; item < end; ++item) f(tiles, item, sums[item]);
+    for (const int64_t item : items) f(tiles, item, sums[item]);
   });
   Sums all;
   for (const Sums& item : sums) all.add(item);
@@ -213,9 +213,9 @@ void upsample_cross_entropy_backward(double grad_out, const Image& logits, const
       });
     });
     const A factor = all.weight == 0 ? A(0) : static_cast<A>(grad_out / all.weight);
-    parallel(logits.images * logits.height, [&](int64_t begin, int64_t end) {
+    parallel(logits.images * logits.height, [&](Share& items) {
       Buffer<A> out(size);
-      for (int64_t i = begin; i < end; ++i) {
+      for (const int64_t i : items) {
         sum_row<A>(up, partial, i / logits.height, i % logits.height, factor, out);
         store_row<A>(grad_logits, i / logits.height, 0, i % logits.height, out, up.groups, logits.width * L);
       }
