@@ -26,7 +26,13 @@ void* data(const py::array& a) { return const_cast<void*>(a.data()); }
 // More threads than most loops have items, so that an item that leans on its neighbour's scratch memory is found out.
 const Parallel kThreads = {8, [](int64_t count, const std::function<void(int64_t)>& f) {
                              std::vector<std::thread> threads;
-                             for (int64_t i = 0; i < count; ++i) threads.emplace_back(f, i);
+                             std::atomic<int64_t> begun = 0;
+                             for (int64_t i = 0; i < count; ++i) {
+                               threads.emplace_back([&, i] {
+                                 for (++begun; begun < count;) std::this_thread::yield();  // no one takes all before
+                                 f(i);
+                               });
+                             }
                              for (std::thread& thread : threads) thread.join();
                            }};
 
@@ -43,9 +49,10 @@ std::vector<std::vector<int64_t>> items_of_threads(int64_t count, int64_t least,
     };
     if (most == 0) {
       for (const int64_t item : share) take(item);
-    }
-    for (Range range = share.next(most); !range.empty(); range = share.next(most)) {
-      for (int64_t item = range.begin; item < range.end; ++item) take(item);
+    } else {
+      for (Range range = share.next(most); !range.empty(); range = share.next(most)) {
+        for (int64_t item = range.begin; item < range.end; ++item) take(item);
+      }
     }
   };
   kThreads({count, least, backward ? Order::kBackward : Order::kForward}, body);

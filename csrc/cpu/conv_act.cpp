@@ -112,7 +112,8 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
       const int64_t most = std::max<int64_t>(kPixels / std::max<int64_t>(y.width, 1), 2);
       parallel(y.images * y.height, [&](Share& items) {
         InputRows<T> rows(x, conv);
-        const Weights<T> weights = prepared(packed, most * parallel.threads >= y.images * y.height);
+        const bool once = most * parallel.threads >= y.images * y.height && most * y.width <= kPixels;
+        const Weights<T> weights = prepared(packed, once);
         const int64_t depth = filled<T>(packed.depth), size = most * y.width * depth;
         Buffer<T> gathered(size);
         std::memset(gathered, 0, sizeof(T) * size);

@@ -23,7 +23,7 @@ template <class T>
 using Weights = Packed<T>;
 #endif
 
-// `once`: for one product of at most kPixels pixels.
+// `once`: where a thread will hardly have more than one product of at most kPixels pixels.
 template <class T>
 Weights<T> prepared(const Packed<T>& w, bool once) {
   if constexpr (std::is_same_v<Weights<T>, Packed<T>>) {

@@ -160,7 +160,9 @@ class Walk {
 
 void mlp_forward(const Image& x, const MlpWeights& w, const Image& y, const Parallel& parallel) {
   constexpr int64_t kLeastRows = 4;
-  const int64_t rows = x.images * x.height, share = (rows + parallel.threads - 1) / parallel.threads;
+  const int64_t rows = x.images * x.height;
+  if (rows == 0 || x.width == 0) return;
+  const int64_t share = std::max((rows + parallel.threads - 1) / parallel.threads, std::min(kLeastRows, rows));
   with_dense_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t row_bytes =

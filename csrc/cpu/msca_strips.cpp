@@ -85,7 +85,7 @@ void msca_strips_forward(const Image& x, const StripFilters& filters, const Imag
   with_accumulator(x.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
     const int64_t count = Groups<A>(x).items * items_per_group(x);
-    parallel({count, kLeast}, [&](Share& items) { forward<A>(x, filters, y, items); });
+    parallel({count, std::min(kLeast, items_per_group(x))}, [&](Share& items) { forward<A>(x, filters, y, items); });
   });
 }
 

@@ -1,5 +1,6 @@
 // Loops on several threads. Each thread begins with a part of its own, of neighbours in order, and then takes half of what is
-// left of the longest part, so that a thread whose core is slower or busy keeps nobody waiting.
+// left of the longest part, so that a thread whose core is slower or busy keeps the others waiting for its last few items at
+// most.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -21,7 +22,7 @@ class Shares {
   // Fewer than `least` neighbours are not taken out of a part, nor is a part begun with fewer.
   Shares(int64_t items, int64_t threads, int64_t least)
       : least_(std::max<int64_t>(least, 1)), parts_(std::clamp<int64_t>(items / least_, 1, threads)) {
-    for (int64_t t = 0; t < count(); ++t) parts_[t].set(t * items / count(), (t + 1) * items / count());
+    for (int64_t t = 0; t < count(); ++t) parts_[t].set({t * items / count(), (t + 1) * items / count()});
   }
   int64_t count() const { return static_cast<int64_t>(parts_.size()); }
   bool empty() const {
@@ -30,26 +31,37 @@ class Shares {
 
   // Of the thread's own part or of what it takes from another: `most` items, or an eighth if that is 0. Empty at the end.
   Range next(int64_t thread, int64_t most) {
-    for (;;) {
-      const Range range = parts_[thread].next(most);
-      if (!range.empty() || !refill(parts_[thread])) return range;
+    Range range = parts_[thread].next(most);
+    while (range.empty()) {
+      Part* part = longest();
+      if (part == nullptr) break;
+      const Range taken = part->take_half(least_);
+      range = first_of(taken, most);
+      parts_[thread].set({range.end, taken.end});
     }
+    return range;
   }
 
  private:
+  static Range first_of(Range range, int64_t most) {
+    const int64_t size = range.end - range.begin;
+    return {range.begin, range.begin + std::min(size, most > 0 ? most : (size + 7) / 8)};
+  }
+
   // Its ends change under the lock alone; without it they tell about how much is left.
   class alignas(64) Part {
    public:
-    void set(int64_t begin, int64_t end) {
-      begin_ = begin;
-      end_ = end;
+    void set(Range range) {
+      const std::lock_guard lock(mutex_);
+      begin_ = range.begin;
+      end_ = range.end;
     }
     int64_t rest() const { return end_ - begin_; }
     Range next(int64_t most) {
       const std::lock_guard lock(mutex_);
-      const int64_t begin = begin_, count = std::min(rest(), most > 0 ? most : (rest() + 7) / 8);
-      begin_ = begin + count;
-      return {begin, begin + count};
+      const Range range = first_of({begin_, end_}, most);
+      begin_ = range.end;
+      return range;
     }
     Range take_half(int64_t least) {
       const std::lock_guard lock(mutex_);
@@ -57,27 +69,21 @@ class Shares {
       end_ = end - count;
       return {end - count, end};
     }
-    void refill(Range range) {
-      const std::lock_guard lock(mutex_);
-      set(range.begin, range.end);
-    }
 
    private:
     std::mutex mutex_;
     std::atomic<int64_t> begin_{0}, end_{0};
   };
 
-  // False when there is nothing to take.
-  bool refill(Part& own) {
+  // The part that has most left; null when none has enough.
+  Part* longest() {
     Part* longest = nullptr;
     int64_t most = least_ - 1;
     for (Part& part : parts_) {
       const int64_t rest = part.rest();
       if (rest > most) longest = &part, most = rest;
     }
-    if (longest == nullptr) return false;
-    own.refill(longest->take_half(least_));
-    return true;
+    return longest;
   }
 
   const int64_t least_;
