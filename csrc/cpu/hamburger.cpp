@@ -25,7 +25,7 @@ class NormOfProduct {
         images_(images),
         w_(w),
         parallel_(parallel),
-        panels_size_((s_.D + kPanel - 1) / kPanel * kPanel * s_.padded),
+        panels_size_(whole_panels(s_.D) * s_.padded),
         mean_(images * s_.chunks * s_.padded),
         moments_(images * s_.chunks * s_.rank * s_.padded),
         panels_(images * panels_size_),

@@ -10,7 +10,9 @@
 
 namespace segnext {
 
-inline constexpr int kPanel = 32;                           // columns that are packed together
+inline constexpr int kPanel = 32;  // columns that are packed together
+inline constexpr int64_t whole_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+
 inline constexpr int kTileRows = kRegisters == 32 ? 8 : 3;  // what the registers hold of that many vectors each
 inline constexpr int kTileVectors = kRegisters == 32 ? 2 : 4;
 

@@ -27,15 +27,15 @@ class Walk {
   static constexpr int L = kLanes<float>, kGroups = kChunk / L;
 
  public:
-  // For steps of `step` rows at most; `once`: for one of them alone.
-  Walk(const Image& x, const MlpWeights& w, const Image& y, int64_t step, bool once)
+  // For steps of `step` rows at most; `keep`: whether prepared weights serve more than one of them.
+  Walk(const Image& x, const MlpWeights& w, const Image& y, int64_t step, bool keep)
       : x_(x),
         w_(w),
         y_(y),
         C_(x.channels),
         W_(x.width),
         chunks_((w.hidden + kChunk - 1) / kChunk),
-        sum_row_((C_ + kPanel - 1) / kPanel * kPanel),
+        sum_row_(whole_panels(C_)),
         step_(step),
         row_((W_ + 2) * L),
         group_((step_ + 2) * row_),
@@ -48,7 +48,7 @@ class Walk {
         place_((step_ + 2) * W_),
         fc1_(static_cast<const T*>(w.fc1.data), C_, w.hidden),
         fc2_(static_cast<const T*>(w.fc2.data), w.hidden, C_),
-        keep_(!once),
+        keep_(keep),
         weights_(chunks_) {
     std::memset(wide_, 0, sizeof(float) * kGroups * group_);  // the pixels beside the rows stay zero
     for (int64_t m = 0; m < (step_ + 2) * W_; ++m) place_[m] = m / W_ * row_ + (m % W_ + 1) * L;
@@ -165,12 +165,11 @@ void mlp_forward(const Image& x, const MlpWeights& w, const Image& y, const Para
   const int64_t share = std::max((rows + parallel.threads - 1) / parallel.threads, std::min(kLeastRows, rows));
   with_dense_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t row_bytes =
-        ((x.channels + kPanel - 1) / kPanel * kPanel + kChunk) * x.width * 4 + kChunk * x.width * sizeof(T);
+    const int64_t row_bytes = x.width * ((whole_panels(x.channels) + kChunk) * sizeof(float) + kChunk * sizeof(T));
     const int64_t fits = std::clamp<int64_t>(kCache / row_bytes, 1, x.height);
     const int64_t steps = (share + fits - 1) / fits, step = (share + steps - 1) / steps;  // of a share, as long as each other
     parallel({rows, kLeastRows}, [&](Share& items) {
-      Walk<T> walk(x, w, y, step, steps == 1);
+      Walk<T> walk(x, w, y, step, steps > 1);
       for (Range range = items.next(step); !range.empty(); range = items.next(step)) {
         for (int64_t at = range.begin; at < range.end;) {
           const int64_t n = at / x.height, row = at % x.height, count = std::min(range.end - at, x.height - row);

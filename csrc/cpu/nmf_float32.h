@@ -20,7 +20,7 @@ class NmfOfFloat32 : public NmfOnTiles<NmfOfFloat32> {
   template <class F>
   void pack(std::deque<SplitWeights>& operands, int64_t depth, int64_t columns, const F& f) {
     operands.clear();
-    const int64_t size = (columns + kPanel - 1) / kPanel * kPanel * depth;
+    const int64_t size = whole_panels(columns) * depth;
     Buffer<float> panels(size);
     for (int64_t image = 0; image < x_.batch; ++image) {
       std::memset(panels, 0, sizeof(float) * size);

@@ -35,7 +35,7 @@ struct Coarse {
 
 void resize_concat_conv_forward(const Image* maps, const void* const* weights, int64_t count, const float* bias, const Image& y,
                                 const Parallel& parallel) {
-  const int64_t C = y.channels, padded = (C + kPanel - 1) / kPanel * kPanel;
+  const int64_t C = y.channels, padded = whole_panels(C);
   with_dense_type(y.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     std::deque<Coarse> coarse;
