@@ -83,6 +83,7 @@ def _report(arguments: argparse.Namespace) -> None:
         if not torch.cuda.is_available():
             raise ValueError("there is no GPU that torch can use")
         torch.set_default_device(arguments.device)
+        torch.backends.cudnn.benchmark = True  # PyTorch's convolutions in their best form, and our Triton kernels
     turns = sorted(((case, direction) for case in chosen for direction in case.directions), key=_place)
     limits, absent = ceilings.measure(min(arguments.seconds, 1.0)), missing(chosen)
     table, progress = [], tqdm(turns)

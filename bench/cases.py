@@ -98,7 +98,7 @@ def _gpu_registry() -> Iterable[Case]:
         for size, config in SIZES.items():
             yield logits_case(f"segnext_{size}", config, (512, 512), torch.bfloat16, images, on_gpu=True)
     for dtype in DTYPES:
-        yield training_case("train_t", SIZES["t"], (512, 512), dtype, batch)
+        yield training_case("train_t", SIZES["t"], (512, 512), dtype, batch, on_gpu=True)
 
 
 CASES: dict[str, Case] = {case.name: case for case in _registry()}

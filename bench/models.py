@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import segnext
 from segnext.complexity import count_model
 from segnext.export.formats import ONNX_RUNTIME, onnx_runtime
+from segnext.graphed import Graphed
 from segnext.model import Config, SegNeXt
 from segnext_kernels.nn import NMF2D
 
@@ -97,28 +98,6 @@ def _case(
         input_dtype=torch.float32,
         model=True,
     )
-
-
-class Graphed:
-    """A function of one tensor on the GPU, captured at its first call and launched as one afterwards."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function, self.graph = function, None
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if self.graph is None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries are loaded, kernels compiled and chosen
-                for _ in range(3):
-                    self.function(images)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.images, self.graph = images.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.result = self.function(self.images)
-        self.images.copy_(images)
-        self.graph.replay()
-        return self.result
 
 
 def _contenders(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segnext.graphed import Graphed
 from segnext.model import Config
 from segnext_kernels import upsample_cross_entropy
 
@@ -21,7 +22,9 @@ from .models import complexity, network
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def training_case(name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int) -> Case:
+def training_case(
+    name: str, config: Config, image_size: tuple[int, int], dtype: torch.dtype, batch: int, on_gpu: bool = False
+) -> Case:
     """A step of AdamW on [batch, 3, *image_size], in float32 or under bfloat16 autocast.
 
     The results are the loss and the gradient of the first convolution, to which all the rest contributes. Nothing is dropped
@@ -43,11 +46,24 @@ def training_case(name: str, config: Config, image_size: tuple[int, int], dtype:
             loss = plain.upsample_cross_entropy(model(images, bases), target)
         return loss.detach(), *torch.autograd.grad(loss, first_weight(model))
 
-    def fused(compiled: bool) -> Step:
-        return Step(copy.deepcopy(network(config)), upsample_cross_entropy, dtype, "channels_last", compiled)
+    def fused(**options) -> Step:
+        return Step(copy.deepcopy(network(config)), upsample_cross_entropy, dtype, "channels_last", **options)
 
-    def pytorch(layout: str, compiled: bool) -> Step:
-        return Step(plain.network(network(config)), _plain_loss, dtype, layout, compiled)
+    def pytorch(layout: str, **options) -> Step:
+        return Step(plain.network(network(config)), _plain_loss, dtype, layout, **options)
+
+    graphs = ()
+    if on_gpu:
+        graphs = (
+            Contender("fused, CUDA graph", "channels_last", partial(fused, graphed=True), ours=True),
+            Contender(
+                "fused torch.compile, CUDA graph", "channels_last", partial(fused, compiled=True, graphed=True), ours=True
+            ),
+            *(Contender("PyTorch, CUDA graph", layout, partial(pytorch, layout, graphed=True)) for layout in LAYOUTS),
+            Contender(
+                "torch.compile, CUDA graph", "channels_last", partial(pytorch, "channels_last", compiled=True, graphed=True)
+            ),
+        )
 
     return Case(
         name,
@@ -56,10 +72,11 @@ def training_case(name: str, config: Config, image_size: tuple[int, int], dtype:
         setup,
         reference,
         (
-            Contender("fused", "channels_last", partial(fused, False), ours=True),
-            Contender("fused torch.compile", "channels_last", partial(fused, True), ours=True),
-            *(Contender("PyTorch", layout, partial(pytorch, layout, False)) for layout in LAYOUTS),
-            Contender("torch.compile", "channels_last", partial(pytorch, "channels_last", True)),
+            Contender("fused", "channels_last", fused, ours=True),
+            Contender("fused torch.compile", "channels_last", partial(fused, compiled=True), ours=True),
+            *(Contender("PyTorch", layout, partial(pytorch, layout)) for layout in LAYOUTS),
+            Contender("torch.compile", "channels_last", partial(pytorch, "channels_last", compiled=True)),
+            *graphs,
         ),
         ("step",),
         lambda direction: _work(config, image_size, batch),
@@ -70,27 +87,37 @@ def training_case(name: str, config: Config, image_size: tuple[int, int], dtype:
 
 
 class Step:
-    """A model in training with its loss and optimizer, ready to be called with images, bases and target."""
+    """A model in training with its loss and optimizer, ready to be called with images, bases and target.
 
-    def __init__(self, model: nn.Module, loss: Loss, dtype: torch.dtype, layout: str, compiled: bool) -> None:
-        self.model = model.train()
+    Compiled is forward with the loss; on a GPU that and backward can be one CUDA graph.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, dtype: torch.dtype, layout: str, *, compiled: bool = False, graphed: bool = False
+    ) -> None:
+        self.model, self.graphed = model.train(), graphed
         if layout == "channels_last":
             self.model.to(memory_format=torch.channels_last)
         self.loss, self.autocast = loss, dtype == torch.bfloat16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=6e-5, fused=True)
         self.forward = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+        self.add_gradients = Graphed(self._add_gradients, self.model) if graphed else self._add_gradients
 
     def _forward(self, images: Tensor, bases: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
             logits = self.model(images, bases)
         return self.loss(logits, target)
 
-    def __call__(self, images: Tensor, bases: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _add_gradients(self, images: Tensor, bases: Tensor, target: Tensor) -> Tensor:
         loss = self.forward(images, bases, target)
-        self.optimizer.zero_grad()
         loss.backward()
+        return loss.detach()
+
+    def __call__(self, images: Tensor, bases: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad(set_to_none=not self.graphed)
+        loss = self.add_gradients(images, bases, target)
         self.optimizer.step()
-        return loss.detach(), first_weight(self.model).grad
+        return loss, first_weight(self.model).grad
 
 
 def first_weight(model: nn.Module) -> nn.Parameter:

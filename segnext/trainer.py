@@ -21,6 +21,7 @@ from segnext_kernels import upsample_cross_entropy
 
 from . import distributed
 from .data.loader import Batch, Order, batches, mixed_seed
+from .graphed import Graphed
 from .images import normalise
 from .optimizer import optimizer, set_lr
 from .palette import IGNORED
@@ -111,6 +112,9 @@ class Trainer:
             )
         if recipe.compile:
             self.network = torch.compile(self.network)
+        # Not where processes exchange gradients meanwhile
+        self.graphed = recipe.cuda_graph and self.device.type == "cuda" and distributed.world() == 1
+        self.add_gradients = Graphed(self._add_gradients, model) if self.graphed else self._add_gradients
 
     @property
     def progress(self) -> float:
@@ -172,7 +176,7 @@ class Trainer:
                 loss += self._backward(batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.graphed)
         value = (distributed.total(loss) / self.shares).item()
         self.done += 1
         if not np.isfinite(value):
@@ -190,7 +194,9 @@ class Trainer:
     def _backward(self, batch: Batch) -> Tensor:
         """Adds the gradient of a share of the batch; its loss."""
         images = normalise(batch.images.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        labels = batch.labels.to(self.device, non_blocking=True).long()
+        return self.add_gradients(images, batch.labels.to(self.device, non_blocking=True).long())
+
+    def _add_gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             logits = self.network(images)
         loss = pixel_loss(logits, labels, self.class_weights)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
+import small
 import torch
 from operators import assert_same, error
 from torch import nn
 
 import segnext
-from bench.models import Graphed
+from segnext.data import Scenes
+from segnext.graphed import Graphed
+from segnext.recipes import Recipe
+from segnext.trainer import Trainer
 from segnext_kernels import upsample_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -62,3 +67,30 @@ def test_training_on_the_gpu_is_training_on_the_cpu(network, exact_convolutions)
         found[device] = loss.detach().cpu(), next(model.parameters()).grad.cpu()
     for got, want in zip(found["cuda"], found["cpu"], strict=True):
         assert error(got, want) < 1e-3
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bfloat16", 2e-2), ("float16", 1e-2)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_in_a_graph_goes_as_without(precision, tolerance, accumulate, exact_convolutions):
+    """The same losses, with all that is random, from a data loader that pins memory meanwhile; the same statistics."""
+    recipe = Recipe(iterations=6, batch=4, lr=1e-3, warmup=0, precision=precision)
+    found = []
+    for cuda_graph in (False, True):
+        model = small.model(num_classes=10, dropout=0.3, drop_path=0.3, bases="random").cuda()
+        loop = Trainer(model, Scenes(8, (64, 96)), replace(recipe, cuda_graph=cuda_graph), accumulate=accumulate, workers=1)
+        losses = torch.tensor([step.loss for step in loop.steps()])
+        found.append((losses, model.backbone.patch_embed1.proj[1].running_var.clone()))
+        assert loop.graphed == cuda_graph and model.backbone.patch_embed1.proj[1].num_batches_tracked == 6 * accumulate
+    for got, want in zip(found[1], found[0], strict=True):
+        assert error(got, want) < tolerance
+
+
+def test_a_compiled_training_in_a_graph(exact_convolutions):
+    """Without bases, dropout and stochastic depth, for which compiled code draws other numbers."""
+    recipe = Recipe(iterations=3, batch=4, lr=1e-3, warmup=0, precision="float32")
+    losses = []
+    for both in (False, True):
+        model = small.model(num_classes=10, head="msca", dropout=0.0, drop_path=0.0).cuda()
+        loop = Trainer(model, Scenes(8, (64, 96)), replace(recipe, cuda_graph=both, compile=both))
+        losses.append(torch.tensor([step.loss for step in loop.steps()]))
+    assert error(losses[1], losses[0]) < 1e-3
