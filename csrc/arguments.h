@@ -19,6 +19,7 @@ inline constexpr int kStripTensors = 14;
 inline constexpr int kStripTaps[kStripTensors] = {25, 1, 7, 1, 7, 1, 11, 1, 11, 1, 21, 1, 21, 1};
 struct StripFilters {
   void* tensors[kStripTensors];
+  Dtype dtype;  // the image's, or float32 beside 16 bits
 };
 inline constexpr int kBranches = 3;
 inline constexpr int kBranchTaps[kBranches] = {7, 11, 21};
@@ -26,6 +27,7 @@ inline constexpr int kReach = 10;  // of the longest branch
 
 struct DepthwiseFilter {
   void *weight, *bias;
+  Dtype dtype;  // the image's, or float32 beside 16 bits
 };
 
 }  // namespace segnext

@@ -28,7 +28,7 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   const Image out = need_x ? image_like(grad_x, in, "grad_x") : Image{};
   std::vector<Tensor> grads;
-  StripFilters pointers;
+  StripFilters pointers = filters.pointers;
   for (size_t i = 0; need_weights && i < weights.size(); ++i) {
     grads.push_back(contiguous_like(weights[i]));
     pointers.tensors[i] = grads.back().data_ptr();
@@ -39,22 +39,25 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
 
 Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Image in = image(x, "x");
-  const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
+  const Dtype dtype = filter_dtype(weight, in);
+  const Tensor w = filter(weight, in, 9, "weight", dtype), b = filter(bias, in, 1, "bias", dtype);
   Tensor y = torch::stable::empty_like(x);
-  segnext::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr()}, image_like(y, in, "y"), parallel());
+  segnext::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr(), dtype}, image_like(y, in, "y"), parallel());
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                                         const Tensor& bias, bool need_x, bool need_weights) {
   const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
-  const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
+  const Dtype dtype = filter_dtype(weight, in);
+  const Tensor w = filter(weight, in, 9, "weight", dtype), b = filter(bias, in, 1, "bias", dtype);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   Tensor grad_weight = need_weights ? contiguous_like(weight) : empty(x);
   Tensor grad_bias = need_weights ? contiguous_like(bias) : empty(x);
-  const DepthwiseFilter grads{grad_weight.data_ptr(), grad_bias.data_ptr()};
-  segnext::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr()}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
-                                need_weights ? &grads : nullptr, parallel());
+  const DepthwiseFilter grads{grad_weight.data_ptr(), grad_bias.data_ptr(), dtype};
+  segnext::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr(), dtype},
+                                need_x ? image_like(grad_x, in, "grad_x") : Image{}, need_weights ? &grads : nullptr,
+                                parallel());
   return {grad_x, grad_weight, grad_bias};
 }
 
@@ -68,7 +71,7 @@ ResidualScale residual_scale(const Tensor& scale, const std::optional<Tensor>& k
 
 Tensor scale_add(const Tensor& x, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& keep) {
   const Image in = image(x, "x");
-  const Tensor s = filter(scale, in, 1, "scale"), add = arranged_like(y, in, "y");
+  const Tensor s = filter(scale, in, 1, "scale", in.dtype), add = arranged_like(y, in, "y");
   Tensor out = torch::stable::empty_like(x);
   segnext::scale_add_forward(in, image(add, "y"), residual_scale(s, keep, in), image_like(out, in, "out"), parallel());
   return out;
@@ -79,7 +82,7 @@ std::tuple<Tensor, Tensor> scale_add_backward(const Tensor& grad_out, const Tens
   const Image in = image(y, "y");
   const Tensor arranged = arranged_like(grad_out, in, "grad_out");
   const Image grad = image(arranged, "grad_out");
-  const Tensor s = filter(scale, grad, 1, "scale");
+  const Tensor s = filter(scale, grad, 1, "scale", grad.dtype);
   Tensor grad_y = need_y ? torch::stable::empty_like(y) : empty(y);
   Tensor grad_scale = need_scale ? contiguous_like(scale) : empty(scale);
   segnext::scale_add_backward(grad, in, residual_scale(s, keep, grad), need_y ? image_like(grad_y, in, "grad_y") : Image{},

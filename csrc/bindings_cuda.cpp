@@ -69,7 +69,7 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
   const Filters filters = strip_filters(weights, in);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   const std::vector<Tensor> grads = gradients_of(need_weights ? weights : std::vector<Tensor>());
-  StripFilters pointers = {};
+  StripFilters pointers = filters.pointers;
   for (size_t i = 0; i < grads.size(); ++i) pointers.tensors[i] = grads[i].data_ptr();
   Tensor scratch = floats(x, need_weights ? cuda::msca_strips_backward_scratch(in) : 0);
   cuda::msca_strips_backward(grad, in, filters.pointers, need_x ? image_like(grad_x, in, "grad_x") : Image{},
@@ -80,9 +80,10 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
 Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Image in = image(x, "x");
   const OnDevice stream(x, {weight, bias});
-  const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
+  const Dtype dtype = filter_dtype(weight, in);
+  const Tensor w = filter(weight, in, 9, "weight", dtype), b = filter(bias, in, 1, "bias", dtype);
   Tensor y = torch::stable::empty_like(x);
-  cuda::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr()}, image_like(y, in, "y"), stream);
+  cuda::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr(), dtype}, image_like(y, in, "y"), stream);
   return y;
 }
 
@@ -92,12 +93,13 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   const OnDevice stream(x, {weight, bias, grad_out});
   const Tensor arranged = arranged_like(grad_out, in, "grad_out");
   const Image grad = image_like(arranged, in, "grad_out");
-  const Tensor w = filter(weight, in, 9, "weight"), b = filter(bias, in, 1, "bias");
+  const Dtype dtype = filter_dtype(weight, in);
+  const Tensor w = filter(weight, in, 9, "weight", dtype), b = filter(bias, in, 1, "bias", dtype);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   Tensor grad_w = need_weights ? contiguous_like(weight) : empty(x), grad_b = need_weights ? contiguous_like(bias) : empty(x);
-  const DepthwiseFilter pointers = {grad_w.data_ptr(), grad_b.data_ptr()};
+  const DepthwiseFilter pointers = {grad_w.data_ptr(), grad_b.data_ptr(), dtype};
   Tensor scratch = floats(x, need_weights ? cuda::dwconv_gelu_backward_scratch(in) : 0);
-  cuda::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr()}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
+  cuda::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr(), dtype}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
                              need_weights ? &pointers : nullptr, static_cast<float*>(scratch.data_ptr()), stream);
   return {grad_x, grad_w, grad_b};
 }

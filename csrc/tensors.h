@@ -80,11 +80,16 @@ inline Tensor arranged_like(const Tensor& t, const Image& x, const char* name) {
   return torch::stable::contiguous(t, x.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// A filter's or bias' memory; `count` elements of x's dtype. The caller keeps the returned tensor alive.
-inline Tensor filter(const Tensor& t, const Image& x, int64_t count, const char* name) {
-  STD_TORCH_CHECK(on_device(t) && dtype_of(t, name) == x.dtype && t.numel() == x.channels * count, "segnext_kernels: ", name,
-                  " must hold ", x.channels * count, " elements of x's dtype on ", kDevice);
+// A filter's or bias' memory; `count` elements of a dtype for each channel. The caller keeps the returned tensor alive.
+inline Tensor filter(const Tensor& t, const Image& x, int64_t count, const char* name, Dtype dtype) {
+  STD_TORCH_CHECK(on_device(t) && dtype_of(t, name) == dtype && t.numel() == x.channels * count, "segnext_kernels: ", name,
+                  " must hold ", x.channels * count, " elements of the filters' dtype, which is x's or float32, on ", kDevice);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// The dtype that all of an image's filters have, of which this is the first: x's, or float32 beside 16 bits.
+inline Dtype filter_dtype(const Tensor& first, const Image& x) {
+  return x.dtype != Dtype::kFloat64 && first.scalar_type() == ScalarType::Float ? Dtype::kFloat32 : x.dtype;
 }
 
 struct Filters {
@@ -96,8 +101,9 @@ inline Filters strip_filters(const std::vector<Tensor>& weights, const Image& x)
   STD_TORCH_CHECK(weights.size() == kStripTensors,
                   "segnext_kernels: msca_strips takes the 5x5 filter and branches of 7, 11 and 21 taps: 14 tensors");
   Filters filters;
+  const Dtype dtype = filters.pointers.dtype = filter_dtype(weights[0], x);
   for (int i = 0; i < kStripTensors; ++i) {
-    filters.kept.push_back(filter(weights[i], x, kStripTaps[i], ("weights[" + std::to_string(i) + "]").c_str()));
+    filters.kept.push_back(filter(weights[i], x, kStripTaps[i], ("weights[" + std::to_string(i) + "]").c_str(), dtype));
     filters.pointers.tensors[i] = filters.kept.back().data_ptr();
   }
   return filters;

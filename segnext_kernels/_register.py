@@ -119,6 +119,11 @@ def cast_floating(value, dtype: torch.dtype):
     return tree_map(cast, value)
 
 
+def cast_filters(filters, dtype: torch.dtype):
+    """Casts as :func:`cast_floating`, but for filters that are all float32: kernels take them beside 16 bits as they are."""
+    return filters if all(tensor.dtype == torch.float32 for tensor in filters) else cast_floating(filters, dtype)
+
+
 def like_layout(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """``tensor`` with the strides of ``model`` (same shape): itself where they agree already, else one copy."""
     if transformed() or tensor.stride() == model.stride():

@@ -49,9 +49,7 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor], op: str = "msca_strips", b
             f"{op}: weights must hold the 5x5 filter and bias, then row filter, bias, column filter and bias"
             f" for every branch (2 + 4 B tensors), got {len(weights)}"
         )
-    if not _alike(weights, x):
-        for i, weight in enumerate(weights, before):
-            check_companion(op, f"weights[{i}]", weight, x)
+    check_filters(op, weights, x, [f"weights[{i}]" for i in range(before, before + len(weights))])
     channels, sizes = x.shape[1], []
     for i, row_filter in enumerate(weights[2::4]):
         size = row_filter.shape[-1] if row_filter.dim() == 4 else 0
@@ -74,9 +72,9 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor], op: str = "msca_strips", b
 def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Checks the arguments of dwconv_gelu."""
     _image("dwconv_gelu", x)
-    for name, tensor, expected in (("weight", weight, (x.shape[1], 1, 3, 3)), ("bias", bias, (x.shape[1],))):
-        check_companion("dwconv_gelu", name, tensor, x)
-        check_shape("dwconv_gelu", name, tensor, expected)
+    check_filters("dwconv_gelu", (weight, bias), x, ("weight", "bias"))
+    check_shape("dwconv_gelu", "weight", weight, (x.shape[1], 1, 3, 3))
+    check_shape("dwconv_gelu", "bias", bias, (x.shape[1],))
 
 
 def scale_add(x: Tensor, y: Tensor, scale: Tensor, keep: Tensor | None) -> torch.dtype:
@@ -201,22 +199,29 @@ def check_tensor(op: str, name: str, tensor: Tensor, layout: str) -> None:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
-def _alike(tensors: Sequence[object], x: Tensor) -> bool:
-    """Whether all are tensors of x's dtype and device, as they nearly always are: a small image takes less time than asking
-    for each of fourteen what else could be allowed."""
-    dtype, device = x.dtype, x.device
+def _alike(tensors: Sequence[object], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether all are tensors of this dtype and on this device, as they nearly always are: a small image takes less time than
+    asking for each of fourteen what else could be allowed."""
     return all(isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.device == device for tensor in tensors)
 
 
-def check_companion(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+def check_filters(op: str, filters: Sequence[Tensor], x: Tensor, names: Sequence[str]) -> None:
+    """Filters come along with x, or are all float32 beside 16 bits."""
+    if _alike(filters, x.dtype, x.device) or _alike(filters, accumulator(x.dtype), x.device):
+        return
+    for name, tensor in zip(names, filters, strict=True):
+        check_companion(op, name, tensor, x, " (or with all others float32)" if accumulator(x.dtype) != x.dtype else "")
+
+
+def check_companion(op: str, name: str, tensor: Tensor, x: Tensor, otherwise: str = "") -> None:
     """What comes along with x has its dtype and device; under autocast the operator casts mixed dtypes but float64 itself."""
-    if _alike((tensor,), x):
+    if _alike((tensor,), x.dtype, x.device):
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     mended = autocasts(x) and torch.float64 not in (x.dtype, tensor.dtype)
     if tensor.dtype != x.dtype and not mended:
-        raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+        raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}{otherwise}, got {tensor.dtype}")
     check_device(op, name, tensor, x)
 
 

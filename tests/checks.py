@@ -123,7 +123,8 @@ def check_poison(sample: Sample, backend: str) -> None:
 
 
 def check_autocast(sample: Sample, backend: str, dtype: torch.dtype) -> None:
-    """Under autocast x has autocast's dtype in the operator, and float32 leaves get float32 gradients: as if cast by hand."""
+    """Under autocast x has autocast's dtype in the operator, float32 filters stay, and float32 leaves get float32 gradients: as
+    if x were cast by hand."""
     grad_out = grad_like(sample.x).to(dtype)
     leaves = tuple(leaf.detach().requires_grad_() for leaf in sample.leaves)
     with torch.autocast(sample.x.device.type, dtype=dtype):
@@ -131,7 +132,7 @@ def check_autocast(sample: Sample, backend: str, dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     grads = torch.autograd.grad(y, leaves, grad_out)
     assert {grad.dtype for grad in grads} == {torch.float32}
-    by_hand = results(sample.to(dtype), backend, grad_out)
+    by_hand = results(sample.with_x(sample.x.to(dtype)), backend, grad_out)
     assert_same([y, *grads], [by_hand[0], *(grad.float() for grad in by_hand[1:])])
 
 

@@ -73,7 +73,7 @@ Matrices matrices(const py::array& a, bool transposed) {
 }
 
 StripFilters filters(const py::list& tensors) {
-  StripFilters f;
+  StripFilters f = {{}, dtype_of(tensors[0].cast<py::array>())};
   for (int i = 0; i < kStripTensors; ++i) f.tensors[i] = data(tensors[i].cast<py::array>());
   return f;
 }
@@ -98,12 +98,12 @@ PYBIND11_MODULE(raw_kernels, m) {
                                image(grad_x, channels_last), &out, kThreads);
         });
   m.def("dwconv_gelu", [](py::array x, py::array w, py::array b, py::array y, bool channels_last) {
-    dwconv_gelu_forward(image(x, channels_last), {data(w), data(b)}, image(y, channels_last), kThreads);
+    dwconv_gelu_forward(image(x, channels_last), {data(w), data(b), dtype_of(w)}, image(y, channels_last), kThreads);
   });
   m.def("dwconv_gelu_backward", [](py::array grad_out, py::array x, py::array w, py::array b, py::array grad_x,
                                    py::array grad_w, py::array grad_b, bool channels_last) {
-    const DepthwiseFilter grads{data(grad_w), data(grad_b)};
-    dwconv_gelu_backward(image(grad_out, channels_last), image(x, channels_last), {data(w), data(b)},
+    const DepthwiseFilter grads{data(grad_w), data(grad_b), dtype_of(grad_w)};
+    dwconv_gelu_backward(image(grad_out, channels_last), image(x, channels_last), {data(w), data(b), dtype_of(w)},
                          image(grad_x, channels_last), &grads, kThreads);
   });
   m.def("scale_add", [](py::array x, py::array y, py::array scale, py::array keep, py::array out, bool channels_last) {

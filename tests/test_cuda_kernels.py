@@ -71,6 +71,15 @@ def test_values_and_gradients(operator, shape, dtype, layout, host_run):
 
 
 @operators
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@image_layouts
+def test_float32_filters_beside_16_bits(operator, dtype, layout, host_run):
+    sample = SAMPLES[operator]((2, 17, 13, 37)).to(torch.float32)
+    sample = sample.with_x(sample.x.to(dtype))
+    check(sample, host_run(sample, grad_like(sample.x), layout))
+
+
+@operators
 @image_layouts
 def test_any_order_of_threads_gives_the_same_bits(operator, layout, host_run):
     sample = SAMPLES[operator]((2, 17, 37, 70)).to(torch.float32)

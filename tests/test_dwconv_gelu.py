@@ -129,6 +129,11 @@ BAD = {
         TypeError,
         "weight must have x's dtype torch.float32, got torch.float16",
     ),
+    "mix of filters": (
+        {"x": torch.zeros(2, 4, 9, 8).half(), "bias": torch.zeros(4).half()},
+        TypeError,
+        "weight must have x's dtype torch.float16 (or with all others float32), got torch.float32",
+    ),
     "device mix": ({"bias": torch.zeros(4, device="meta")}, ValueError, "bias must be on x's device cpu, got meta"),
     "no such backend": ({"backend": "metal"}, ValueError, "backend 'metal' cannot serve this call: there is no backend"),
     "not on this machine": ({"backend": "cuda"}, ValueError, "backend 'cuda' cannot serve this call"),

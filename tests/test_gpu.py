@@ -98,6 +98,16 @@ def test_values_and_gradients(operator, shape, dtype, layout):
     check(sample, "cuda", grad_like(sample.x))
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@image_operators
+@pytest.mark.parametrize("dtype", [bfloat16, float16], ids=str)
+@image_layouts
+def test_float32_filters_beside_16_bits(backend, operator, dtype, layout):
+    sample = a_sample(operator, layout=layout)
+    sample = sample.with_x(sample.x.to(dtype))
+    check(sample, backend, grad_like(sample.x))
+
+
 @pytest.mark.parametrize("operator", SAMPLES)
 @pytest.mark.parametrize(("shape", "dtype"), TRITON_IMAGES, ids=str)
 @image_layouts

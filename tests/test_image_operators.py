@@ -82,6 +82,20 @@ def test_autocast(sample_of, batch, dtype, layout, backend):
 
 
 @image_layouts
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 17, 5, 37), (2, 3, 0, 5), (1, 64, 12, 24)], ids=str)
+def test_float32_filters_beside_16_bits(sample_of, shape, dtype, layout, backend):
+    """They are not rounded, nor are their gradients."""
+    sample = arranged(sample_of(shape).to(torch.float32), layout)
+    sample = sample.with_x(sample.x.to(dtype))
+    check(sample, backend, grad_like(sample.x))
+    if sample.x.numel() > 0:
+        checks.check_fake(sample, backend)
+    if backend == "cpu":
+        checks.check_poison(sample, backend)
+
+
+@image_layouts
 @dtypes
 @pytest.mark.parametrize("shape", [(3, 33, 45, 41), (1, 3, 120, 130), (1, 130, 19, 17)], ids=str)
 @compiled

@@ -169,6 +169,14 @@ BAD = {
         TypeError,
         "weights[9] must have x's dtype torch.float32, got torch.float64",
     ),
+    "mix of filters": (
+        [
+            torch.zeros(2, 4, 9, 8).bfloat16(),
+            [w.bfloat16() if i != 9 else w for i, w in enumerate(replaced(9, torch.zeros(4))[1])],
+        ],
+        TypeError,
+        "weights[9] must have x's dtype torch.bfloat16 (or with all others float32), got torch.float32",
+    ),
     "device mix": (replaced(9, torch.zeros(4, device="meta")), ValueError, "weights[9] must be on x's device cpu, got meta"),
 }
 

@@ -87,6 +87,14 @@ def test_half_precision(sample_of, dtype, layout, backend):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_float32_filters_beside_16_bits(sample_of, dtype, backend):
+    sample = sample_of((1, 3, 2, 9)).to(torch.float32)
+    sample = sample.with_x(sample.x.to(dtype))
+    check(sample, backend, grad_like(sample.x))
+
+
+@interpreted
 @image_layouts
 @pytest.mark.parametrize(
     ("shape", "sizes"),

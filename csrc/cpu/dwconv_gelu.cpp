@@ -55,8 +55,9 @@ void dz_row(const Rows<T>& x, const T* dy, const A* taps, int64_t groups, A* dz,
 template <class A>
 void load_taps(const Image& x, const DepthwiseFilter& filter, const Part<A>& part, A* taps) {
   constexpr int L = kLanes<A>;
-  load_row<A>(filter_row(filter.weight, x.dtype, x.channels, kTaps - 1), 0, part.c, 0, taps, part.groups, kTaps * L);
-  load_row<A>(filter_row(filter.bias, x.dtype, x.channels, 1), 0, part.c, 0, taps + (kTaps - 1) * L, part.groups, kTaps * L);
+  load_row<A>(filter_row(filter.weight, filter.dtype, x.channels, kTaps - 1), 0, part.c, 0, taps, part.groups, kTaps * L);
+  load_row<A>(filter_row(filter.bias, filter.dtype, x.channels, 1), 0, part.c, 0, taps + (kTaps - 1) * L, part.groups,
+              kTaps * L);
 }
 
 template <class A, class T, bool Staged>
@@ -122,8 +123,8 @@ void reduce(const Image& x, const A* partial, const DepthwiseFilter& grads, cons
   Buffer<A> total(kTaps * L);
   for (const int64_t group : items) {
     sum_partial<A>(partial, x.images * parts.per_image, parts.groups, kTaps, group, total);
-    store_row<A>(filter_row(grads.weight, x.dtype, x.channels, kTaps - 1), 0, group * L, 0, total);
-    store_row<A>(filter_row(grads.bias, x.dtype, x.channels, 1), 0, group * L, 0, total + (kTaps - 1) * L);
+    store_row<A>(filter_row(grads.weight, grads.dtype, x.channels, kTaps - 1), 0, group * L, 0, total);
+    store_row<A>(filter_row(grads.bias, grads.dtype, x.channels, 1), 0, group * L, 0, total + (kTaps - 1) * L);
   }
 }
 

@@ -214,7 +214,7 @@ void reduce(const Image& x, const A* partial, const StripFilters& grads, Share& 
   for (const int64_t group : items) {
     sum_partial<A>(partial, x.images, groups, kTaps, group, total);
     for (int i = 0; i < kStripTensors; ++i) {
-      store_row<A>(filter_row(grads.tensors[i], x.dtype, x.channels, kStripTaps[i]), 0, group * kLanes<A>, 0,
+      store_row<A>(filter_row(grads.tensors[i], grads.dtype, x.channels, kStripTaps[i]), 0, group * kLanes<A>, 0,
                    total + tensor_offset(i) * kLanes<A>);
     }
   }

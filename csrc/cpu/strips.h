@@ -31,7 +31,7 @@ inline constexpr int kColumnTaps[kBranches] = {column_taps(0), column_taps(1), c
 template <class A>
 void load_strip_taps(const StripFilters& filters, const Image& x, int64_t c, A* taps) {
   for (int i = 0; i < kStripTensors; ++i) {
-    load_row<A>(filter_row(filters.tensors[i], x.dtype, x.channels, kStripTaps[i]), 0, c, 0,
+    load_row<A>(filter_row(filters.tensors[i], filters.dtype, x.channels, kStripTaps[i]), 0, c, 0,
                 taps + tensor_offset(i) * kLanes<A>);
   }
 }

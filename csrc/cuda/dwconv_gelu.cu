@@ -38,12 +38,12 @@ __host__ __device__ Arrays arrays(const Tiling& t, bool backward, float* memory)
 
 template <class T>
 __device__ void load_taps(const DepthwiseFilter& filter, const Tile& tile, float* taps) {
-  const T *weight = static_cast<const T*>(filter.weight), *bias = static_cast<const T*>(filter.bias);
   for (int i = threadIdx.x; i < tile.channels * kTaps; i += blockDim.x) {
     const int channel = i / kTaps, tap = i - channel * kTaps;
     const int64_t c = tile.channel + channel;
-    const T* from = tap < kTaps - 1 ? weight + c * (kTaps - 1) + tap : bias + c;
-    taps[channel * kTapStride + tap] = to_float(read<1>(from)[0]);
+    const bool weight = tap < kTaps - 1;
+    taps[channel * kTapStride + tap] =
+        read_tap<T>(weight ? filter.weight : filter.bias, filter.dtype, weight ? c * (kTaps - 1) + tap : c);
   }
 }
 
@@ -237,8 +237,10 @@ void dwconv_gelu_backward(const Image& grad_out, const Image& x, const Depthwise
            grad_out.data, x.data, filter, grad_x.data, grads == nullptr ? nullptr : scratch);
     if (grads == nullptr) return;
     const int outputs = static_cast<int>(x.channels) * kTaps;
-    launch(reduce<T>, ceil_div(outputs, 128), 128, 0, stream, static_cast<const float*>(scratch), parts_of(t),
-           static_cast<int>(x.channels), *grads);
+    with_storage(grads->dtype, [&](auto* stored) {
+      launch(reduce<std::remove_pointer_t<decltype(stored)>>, ceil_div(outputs, 128), 128, 0, stream,
+             static_cast<const float*>(scratch), parts_of(t), static_cast<int>(x.channels), *grads);
+    });
   });
 }
 

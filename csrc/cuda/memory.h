@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "arguments.h"
+
 #ifdef SEGNEXT_HOST_RUN
 #define SEGNEXT_SHARED(name) unsigned char* name = host_run::shared_memory()
 #define SEGNEXT_TRACE(...) host_run::trace(__VA_ARGS__)
@@ -46,6 +48,14 @@ __device__ __forceinline__ void copy_unit(void* to, const void* from, [[maybe_un
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// The i-th number of a filter of an image of T, whose dtype is T's or float32.
+template <class T>
+__device__ __forceinline__ float read_tap(const void* taps, Dtype dtype, int64_t i) {
+  if (sizeof(T) < sizeof(float) && dtype != Dtype::kFloat32) return to_float(read<1>(static_cast<const T*>(taps) + i)[0]);
+  return read<1>(static_cast<const float*>(taps) + i)[0];
+}
+
 __device__ __forceinline__ void round_to(float v, float& out) { out = v; }
 __device__ __forceinline__ void round_to(float v, __half& out) { out = __float2half_rn(v); }
 __device__ __forceinline__ void round_to(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }

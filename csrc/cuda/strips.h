@@ -77,10 +77,10 @@ __device__ void load_taps(const StripFilters& filters, const Tiling& t, const Ti
   for (int tensor = 0; tensor < kStripTensors; ++tensor) {
     const int branch = (tensor - 2) / 4, kind = (tensor - 2) % 4;  // row, bias, column, bias
     const int count = tensor_taps(tensor);
-    const T* from = static_cast<const T*>(filters.tensors[tensor]) + static_cast<int64_t>(tile.channel) * count;
+    const int64_t first = static_cast<int64_t>(tile.channel) * count;
     for (int i = threadIdx.x; i < tile.channels * count; i += blockDim.x) {
       const int channel = i / count, tap = i - channel * count;
-      const float value = to_float(read<1>(from + i)[0]);
+      const float value = read_tap<T>(filters.tensors[tensor], filters.dtype, first + i);
       float* to = taps + channel * kTapStride;
       if (tensor < 2) {
         to[tensor == 0 ? tap : 25] = value;

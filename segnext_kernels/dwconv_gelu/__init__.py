@@ -18,14 +18,14 @@ def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
 
         y = F.gelu(F.conv2d(x, weight, bias, padding=1, groups=C))
 
-    Only ``x``, ``weight`` and ``bias`` are kept for backward. Under autocast all of them are cast to autocast's dtype.
-    Accumulates in float32 (float64 for float64).
+    Only ``x``, ``weight`` and ``bias`` are kept for backward. Under autocast ``x`` is cast to autocast's dtype, and ``weight``
+    and ``bias`` where they are not both float32. Accumulates in float32 (float64 for float64).
 
     Args:
         x: [N, C, H, W], float32, float64, bfloat16 or float16; contiguous or channels_last are used as they are, any other
             strides are copied to contiguous first. Any dimension may be zero.
-        weight: [C, 1, 3, 3], x's dtype and device.
-        bias: [C], x's dtype and device.
+        weight: [C, 1, 3, 3], on x's device, of x's dtype or, beside 16 bits, float32.
+        bias: [C], as weight.
         backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
 
     Returns:

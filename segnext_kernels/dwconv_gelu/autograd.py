@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _triton
-from .._register import cast_floating, like_layout, register
+from .._register import cast_filters, cast_floating, like_layout, register
 
 
 def _fake(x, weight, bias):
@@ -31,7 +31,7 @@ def _backward(operators, ctx, grad_out):
 
 
 def autocast(dtype, x, weight, bias):
-    return cast_floating((x, weight, bias), dtype)
+    return cast_floating(x, dtype), *cast_filters((weight, bias), dtype)
 
 
 register(

@@ -26,15 +26,17 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor], *, backend: str | None = N
             k = wh.shape[-1]
             y = y + F.conv2d(F.conv2d(a, wh, bh, padding=(0, k // 2), groups=C), wv, bv, padding=(k // 2, 0), groups=C)
 
-    Only ``x`` and the filters are kept for backward. Under autocast all of them are cast to autocast's dtype. Accumulates in
-    float32 (float64 for float64). A NaN or infinity in ``x`` reaches the outputs within the filters' reach and no others.
+    Only ``x`` and the filters are kept for backward. Under autocast ``x`` is cast to autocast's dtype, and the filters where
+    they are not all float32. Accumulates in float32 (float64 for float64). A NaN or infinity in ``x`` reaches the outputs
+    within the filters' reach and no others.
 
     Args:
         x: [N, C, H, W], float32, float64, bfloat16 or float16; contiguous or channels_last are used as they are, any other
             strides are copied to contiguous first. Any dimension may be zero.
-        weights: 2 + 4 B tensors of x's dtype and device, in the order of the official module's parameters: the 5x5 filter
-            [C, 1, 5, 5] and its bias [C], then for every branch the row filter [C, 1, 1, k], its bias [C], the column filter
-            [C, 1, k, 1] and its bias [C]. Every k is odd; (7, 11, 21) has compiled kernels.
+        weights: 2 + 4 B tensors on x's device, of x's dtype or, beside 16 bits, all float32, in the order of the official
+            module's parameters: the 5x5 filter [C, 1, 5, 5] and its bias [C], then for every branch the row filter
+            [C, 1, 1, k], its bias [C], the column filter [C, 1, k, 1] and its bias [C]. Every k is odd; (7, 11, 21) has
+            compiled kernels.
         backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
 
     Returns:

@@ -31,13 +31,14 @@ Image optional_image(const py::object& a, bool channels_last) {
 }
 
 StripFilters filters(const py::list& arrays) {
-  StripFilters f = {};
+  StripFilters f = {{}, dtype_of(arrays[0].cast<py::array>())};
   for (int i = 0; i < kStripTensors; ++i) f.tensors[i] = data(arrays[i].cast<py::array>());
   return f;
 }
 
 DepthwiseFilter depthwise(const py::list& arrays) {
-  return {data(arrays[0].cast<py::array>()), data(arrays[1].cast<py::array>())};
+  const py::array weight = arrays[0].cast<py::array>();
+  return {data(weight), data(arrays[1].cast<py::array>()), dtype_of(weight)};
 }
 
 // Filled with NaN, as new memory may be.
