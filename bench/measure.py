@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,6 +113,9 @@ def measure(
         seconds: for all rounds; building the contenders and finding their errors comes before.
         contenders: those of the case that can run here, unless told.
     """
+    if device().type == "cuda":  # graphs of the last case, which keep their memory
+        gc.collect()
+        torch.cuda.empty_cache()
     torch.compiler.reset()  # what was compiled for other shapes counts against the limit of recompilations
     contenders = case.present() if contenders is None else contenders
     truth = exact(case, direction)

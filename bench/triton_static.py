@@ -203,16 +203,18 @@ def calls(dtype: torch.dtype, last: bool, whole: bool = True) -> dict[str, Calla
     def image(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype).to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
+    filters = torch.float32 if dtype == torch.bfloat16 else dtype  # as autocast has it; float16 with its own
+
     def strips(*shape: int) -> None:
         sizes = [(5, 5)] + [size for k in (7, 11, 21) for size in ((1, k), (k, 1))]
         c = shape[1]
-        weights = [torch.empty(s, dtype=dtype) for h, w in sizes for s in ((c, 1, h, w), (c,))]
+        weights = [torch.empty(s, dtype=filters) for h, w in sizes for s in ((c, 1, h, w), (c,))]
         x = image(*shape)
         msca_strips.forward(x, weights)
         msca_strips.backward(x, x, weights, True, True)
 
     def mlp(*shape: int) -> None:
-        x, weight, bias = image(*shape), torch.empty(shape[1], 1, 3, 3, dtype=dtype), torch.empty(shape[1], dtype=dtype)
+        x, weight, bias = image(*shape), torch.empty(shape[1], 1, 3, 3, dtype=filters), torch.empty(shape[1], dtype=filters)
         dwconv_gelu.forward(x, weight, bias)
         dwconv_gelu.backward(x, x, weight, bias, True, True)
 

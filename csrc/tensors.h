@@ -83,7 +83,7 @@ inline Tensor arranged_like(const Tensor& t, const Image& x, const char* name) {
 // A filter's or bias' memory; `count` elements of a dtype for each channel. The caller keeps the returned tensor alive.
 inline Tensor filter(const Tensor& t, const Image& x, int64_t count, const char* name, Dtype dtype) {
   STD_TORCH_CHECK(on_device(t) && dtype_of(t, name) == dtype && t.numel() == x.channels * count, "segnext_kernels: ", name,
-                  " must hold ", x.channels * count, " elements of the filters' dtype, which is x's or float32, on ", kDevice);
+                  " must hold ", x.channels * count, " elements of the dtype that goes with x's on ", kDevice);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 

@@ -64,7 +64,6 @@ class Recipe:
         "float32, or autocast to bfloat16 or float16; auto: bfloat16 where the processor multiplies it", "float32"
     )
     compile: bool = _about("train through torch.compile", False)
-    cuda_graph: bool = _about("on one GPU, launch forward and backward as one CUDA graph", True)
     deterministic: bool = _about("the same bits at every run on GPUs too, which is slower there", False)
     seed: int = _about("of weights, order, augmentation and dropout", 0)
     log_every: int = _about("steps between lines of train.csv", 50)

@@ -42,11 +42,13 @@ class Machine:
         device: as PyTorch names it, cpu or cuda; under torchrun, every process has its own of that kind.
         workers: processes that read pictures, for each that trains.
         accumulate: into how many parts, one after another, each process' share of a batch is cut, where memory is short.
+        cuda_graph: launch forward and backward as one on a GPU alone, which keeps the memory that they need.
     """
 
     device: str = "cpu"
     workers: int = 2
     accumulate: int = 1
+    cuda_graph: bool = True
 
 
 def train(
@@ -97,7 +99,7 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
 
     Args:
         out: the training's folder.
-        machine: what is to be otherwise than before: ``device``, ``workers``, ``accumulate``.
+        machine: what is to be otherwise than before: ``device``, ``workers``, ``accumulate``, ``cuda_graph``.
 
     Raises:
         RecipeError: the folder holds no training; and what :func:`train` raises.
@@ -159,6 +161,7 @@ def _stage(
         class_weights=class_weights(pairs, len(pairs.classes), recipe.balance, machine.workers) if recipe.balance else None,
         accumulate=machine.accumulate,
         workers=machine.workers,
+        cuda_graph=machine.cuda_graph,
     )
     best, losses = -1.0, []
     if state is not None:
@@ -173,7 +176,8 @@ def _stage(
                 begin()
             _loop(trainer, run, val, best, losses, machine)
     except torch.OutOfMemoryError as error:
-        raise RecipeError(f"the memory of {device} is too small; try --accumulate {2 * machine.accumulate}") from error
+        ways = f"--accumulate {2 * machine.accumulate}" + (", or --no-cuda-graph" if trainer.graphed else "")
+        raise RecipeError(f"the memory of {device} is too small; try {ways}") from error
 
 
 def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, losses: list[float], machine: Machine) -> None:

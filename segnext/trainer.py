@@ -59,6 +59,7 @@ class Trainer:
         class_weights: of the classes in the loss [C], None for equal ones.
         accumulate: into how many parts, one after another, each process' share of the batch is cut.
         workers: processes that read pictures; 0 reads in this one.
+        cuda_graph: on a GPU, in one process, launch forward and backward as one (:class:`segnext.graphed.Graphed`).
 
     Raises:
         RecipeError: the batch cannot be dealt out evenly.
@@ -74,6 +75,7 @@ class Trainer:
         class_weights: Tensor | None = None,
         accumulate: int = 1,
         workers: int = 0,
+        cuda_graph: bool = True,
     ) -> None:
         shares = accumulate * distributed.world()
         if recipe.batch % shares:
@@ -113,8 +115,7 @@ class Trainer:
         if recipe.compile:
             self.network = torch.compile(self.network)
         # Not where processes exchange gradients meanwhile
-        self.graphed = recipe.cuda_graph and self.device.type == "cuda" and distributed.world() == 1
-        self.add_gradients = Graphed(self._add_gradients, model) if self.graphed else self._add_gradients
+        self.graphed = cuda_graph and self.device.type == "cuda" and distributed.world() == 1
 
     @property
     def progress(self) -> float:
@@ -148,7 +149,7 @@ class Trainer:
 
     def steps(self) -> Iterator[Step]:
         """Trains to the end, and tells of every step; the model is in training mode during one, and the caller may change it
-        in between.
+        in between, with a CUDA graph the values of its parameters and buffers alone.
 
         Raises:
             FloatingPointError: the loss is no longer finite; the message names the pictures.
@@ -157,11 +158,13 @@ class Trainer:
         mine = [part * distributed.world() + distributed.rank() for part in range(self.accumulate)]
         order = Order(len(self.dataset), self.recipe.batch, self.recipe.seed, shares=self.shares, mine=mine, first=self.done)
         stream = batches(self.dataset, order, self.augment, workers=self.workers, pin_memory=self.device.type == "cuda")
+        # Held by this loop alone, so that a graph's memory goes with it
+        add_gradients = Graphed(self._add_gradients, self.model) if self.graphed else self._add_gradients
         with contextlib.closing(stream):
             while self.progress < 1:
-                yield self._step(stream, mine)
+                yield self._step(stream, mine, add_gradients)
 
-    def _step(self, stream: Iterator[Batch], mine: list[int]) -> Step:
+    def _step(self, stream: Iterator[Batch], mine: list[int], add_gradients: Callable[[Tensor, Tensor], Tensor]) -> Step:
         start, waited, loss, indices = time.perf_counter(), 0.0, torch.zeros((), device=self.device), []
         self.model.train()
         factor = self.recipe.lr_factor(self.progress)
@@ -173,7 +176,7 @@ class Trainer:
             indices += batch.indices
             torch.manual_seed(mixed_seed(self.recipe.seed, self.done, share, 0))
             with self._gradients_stay_here(share != mine[-1]):
-                loss += self._backward(batch)
+                loss += add_gradients(*self._inputs(batch))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=not self.graphed)
@@ -191,12 +194,13 @@ class Trainer:
         self.seconds += seconds
         return Step(self.done, value, factor * self.recipe.lr, self.progress, seconds, waited)
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Adds the gradient of a share of the batch; its loss."""
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and labels as the network and its loss take them, on the device."""
         images = normalise(batch.images.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        return self.add_gradients(images, batch.labels.to(self.device, non_blocking=True).long())
+        return images, batch.labels.to(self.device, non_blocking=True).long()
 
     def _add_gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Adds the gradient of a share of the batch; its loss."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             logits = self.network(images)
         loss = pixel_loss(logits, labels, self.class_weights)

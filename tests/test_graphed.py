@@ -14,6 +14,7 @@ import small
 import torch
 from torch import nn
 
+from segnext import trainer
 from segnext.data import Scenes
 from segnext.graphed import WARM_UP, Graphed
 from segnext.recipes import Recipe
@@ -28,7 +29,32 @@ class Rerun(Graphed):
 
     def _capture(self, tensors):
         super()._capture(tensors)
-        self.graph.replay = lambda: self.result.copy_(self.function(*self.given))
+        self.graph.replay = self._run
+
+    def _run(self):
+        self.result.copy_(self.function(*self.given))
+
+
+class Captured(Rerun):
+    """Adds to the gradients where they were when it was captured, wherever they are now, as a graph does."""
+
+    def _run(self):
+        now = [parameter.grad for parameter, _ in self.gradients]
+        for parameter, place in self.gradients:
+            parameter.grad = place.detach()
+        super()._run()
+        for (parameter, _), grad in zip(self.gradients, now, strict=True):
+            parameter.grad = grad
+
+
+def moved(model: nn.Module) -> None:
+    """Every gradient lies elsewhere, as after ``model.to``, which keeps the tensor and gives it other memory."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.data = parameter.grad.clone()
+
+
+BETWEEN = {"nothing": lambda model: None, "moved": moved, "dropped": lambda model: model.zero_grad()}
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +69,19 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_training_goes_as_without(precision, accumulate):
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_a_training_goes_as_without(precision, accumulate, between, monkeypatch):
     """The calls before the capture leave no trace: statistics, gradients and random numbers are as if they had not been."""
+    monkeypatch.setattr(trainer, "Graphed", Captured)
     found = []
     for graphed in (False, True):
         model = small.model(num_classes=10, dropout=0.3, drop_path=0.3, bases="random")
-        loop = Trainer(model, SCENES, replace(RECIPE, precision=precision), accumulate=accumulate)
-        if graphed:
-            loop.graphed, loop.add_gradients = True, Rerun(loop._add_gradients, model)
-        found.append(([step.loss for step in loop.steps()], model.state_dict()))
+        loop, losses = Trainer(model, SCENES, replace(RECIPE, precision=precision), accumulate=accumulate), []
+        loop.graphed = graphed
+        for step in loop.steps():
+            between(model)
+            losses.append(step.loss)
+        found.append((losses, model.state_dict()))
     (losses, state), (graphed_losses, graphed_state) = found
     assert losses == graphed_losses
     assert all(torch.equal(graphed_state[name], value) for name, value in state.items())

@@ -95,6 +95,30 @@ def test_float32_filters_beside_16_bits(sample_of, shape, dtype, layout, backend
         checks.check_poison(sample, backend)
 
 
+MIXED = {  # the dtypes of x, of the first of the filters, and of the last
+    "the last in 16 bits": (torch.bfloat16, torch.float32, torch.bfloat16),
+    "the last in float32": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "float32 beside float64": (torch.float64, torch.float32, torch.float32),
+    "float64 beside 16 bits": (torch.float16, torch.float64, torch.float64),
+    "other 16 bits": (torch.bfloat16, torch.float16, torch.float16),
+}
+
+
+@compiled
+@pytest.mark.parametrize("mix", MIXED.values(), ids=MIXED)
+def test_operators_without_checks_in_python_refuse_mixed_filters(sample_of, mix, backend):
+    """Which would read beyond the end of a filter."""
+    x, first, *more = sample_of((1, 3, 4, 5)).leaves
+    x, filters = x.to(mix[0]), [first.to(mix[1]), *(leaf.to(mix[1]) for leaf in more[:-1]), more[-1].to(mix[2])]
+    operator = sample_of.__name__.removesuffix("_sample")
+    arguments = [filters] if operator == "msca_strips" else filters
+    operators = torch.ops.segnext_kernels
+    with pytest.raises(RuntimeError, match="must hold .* elements of the dtype that goes with x's"):
+        getattr(operators, operator)(x, *arguments)
+    with pytest.raises(RuntimeError, match="must hold .* elements of the dtype that goes with x's"):
+        getattr(operators, f"{operator}_backward")(x, x, *arguments, True, True)
+
+
 @image_layouts
 @dtypes
 @pytest.mark.parametrize("shape", [(3, 33, 45, 41), (1, 3, 120, 130), (1, 130, 19, 17)], ids=str)

@@ -167,6 +167,15 @@ def test_pack_can_be_undone(size, dtype):
     assert torch.equal(unpack(kernels.pack(weight, dtype), *size), weight.to(dtype).float())
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_float32_strips_beside_bfloat16(backend):
+    x, weights, *_ = MAKE["spatial_attention"](SHAPES[4], torch.bfloat16)
+    (weights,) = weights
+    kept = [*weights[:2], *(strip.float() for strip in weights[2:16]), *weights[16:]]
+    got, want = (kernels.spatial_attention(x, w, backend=backend) for w in (kept, weights))
+    assert weights[2].dtype == torch.bfloat16 and torch.equal(got, want)
+
+
 BAD = [
     ("conv_act", lambda x, w, b, k, s, a: (x.double(), w, b, k, s, a), TypeError, "x must be float32 or bfloat16"),
     ("conv_act", lambda x, w, b, k, s, a: (x[0], w, b, k, s, a), ValueError, r"x must be \[N, C, H, W\]"),

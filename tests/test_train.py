@@ -72,7 +72,7 @@ def test_what_a_training_leaves_behind(trained):
     assert [int(row["step"]) for row in scores] == [3, 6] and all(0 <= float(row["mIoU"]) <= 1 for row in scores)
     assert Image.open(trained / "curves.png").size[0] > 100
     stages, beside = recipes.read(trained / "recipe.json")
-    assert stages == (SHORT,) and beside["machine"] == {"device": "cpu", "workers": 0, "accumulate": 1}
+    assert stages == (SHORT,) and beside["machine"] == {"device": "cpu", "workers": 0, "accumulate": 1, "cuda_graph": True}
 
 
 def test_the_curves_are_in_tensorboard(trained):

@@ -50,12 +50,13 @@ def arguments(operator: str, dtype: torch.dtype, larger: bool = False) -> Tensor
     classes = 150 if operator == "upsample_cross_entropy" else 5  # so many that all fits into one strip
     x = torch.empty(images, classes, rows, columns, dtype=dtype).to(memory_format=torch.channels_last)
     sizes = [(5, 5)] + [size for k in (7, 11, 21) for size in ((1, k), (k, 1))]
-    filters = [torch.empty(s, dtype=dtype) for h, w in sizes for s in ((5, 1, h, w), (5,))]
+    kept = torch.float32 if dtype == torch.bfloat16 else dtype  # as autocast has it
+    filters = [torch.empty(s, dtype=kept) for h, w in sizes for s in ((5, 1, h, w), (5,))]
     return {
         "msca_strips": (x, *filters),
-        "dwconv_gelu": (x, torch.empty(5, 1, 3, 3, dtype=dtype), filters[1]),
+        "dwconv_gelu": (x, torch.empty(5, 1, 3, 3, dtype=kept), filters[1]),
         "nmf": (torch.empty(images, 5, rows, dtype=dtype), torch.empty(images, 5, 3)),
-        "scale_add": (x, x.clone(), filters[1], torch.ones(images)),
+        "scale_add": (x, x.clone(), torch.empty(5, dtype=dtype), torch.ones(images)),
         "upsample_cross_entropy": (x, torch.zeros(images, 8 * rows, 8 * columns, dtype=torch.int64)),
         "upsample_argmax": (x,),
     }[operator]

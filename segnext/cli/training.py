@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def add(commands) -> None:
         "--accumulate",
         type=options.positive,
         help="parts that a process' share of the batch is cut into, where memory is short (default: 1)",
+    )
+    train.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="launch forward and backward as one on a GPU alone, which keeps the memory that they need (default: yes)",
     )
     options.add_best_device(train)
     options.add_recipe(train)
@@ -74,12 +80,13 @@ def _train(
     resume: Path | None,
     workers: int | None,
     accumulate: int | None,
+    cuda_graph: bool | None,
     device: str | None,
     **fields,
 ) -> int:
     from .. import train
 
-    given = {"workers": workers, "accumulate": accumulate, "device": device}
+    given = {"workers": workers, "accumulate": accumulate, "cuda_graph": cuda_graph, "device": device}
     given = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
         if data or out or fields:

@@ -24,7 +24,8 @@ def spatial_attention(x: Tensor, weights: Sequence[Tensor], *, backend: str | No
     Args:
         x: [N, C, H, W], float32 or bfloat16; copied to channels_last where it isn't.
         weights: W1, b1, the 14 tensors of :func:`segnext_kernels.msca_strips`, W3, b3, W2, b2, scale. The matrices [C, C] are
-            packed with :func:`segnext_kernels.pack` and, like the strips, of x's dtype; biases and scale are float32 [C].
+            packed with :func:`segnext_kernels.pack` and of x's dtype; strips are of x's dtype or all float32, biases and scale
+            float32 [C].
         backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
 
     Returns:
