@@ -52,7 +52,7 @@ def trainer(**changes) -> Trainer:
 def compare(sync_norm: bool) -> dict:
     """What is to be the same for any number of processes."""
     loop = trainer(sync_norm=sync_norm)
-    loop.optimizer.zero_grad = lambda: None  # so that the last step's gradients are left to look at
+    loop.optimizer.zero_grad = lambda **options: None  # so that the last step's gradients are left to look at
     losses = []
     for step in loop.steps():
         losses.append(step.loss)
