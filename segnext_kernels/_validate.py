@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor], op: str = "msca_strips", b
             f"{op}: weights must hold the 5x5 filter and bias, then row filter, bias, column filter and bias"
             f" for every branch (2 + 4 B tensors), got {len(weights)}"
         )
-    check_filters(op, weights, x, [f"weights[{i}]" for i in range(before, before + len(weights))])
+    check_filters(op, weights, x, lambda i: f"weights[{before + i}]")
     channels, sizes = x.shape[1], []
     for i, row_filter in enumerate(weights[2::4]):
         size = row_filter.shape[-1] if row_filter.dim() == 4 else 0
@@ -72,7 +72,7 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor], op: str = "msca_strips", b
 def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Checks the arguments of dwconv_gelu."""
     _image("dwconv_gelu", x)
-    check_filters("dwconv_gelu", (weight, bias), x, ("weight", "bias"))
+    check_filters("dwconv_gelu", (weight, bias), x, ("weight", "bias").__getitem__)
     check_shape("dwconv_gelu", "weight", weight, (x.shape[1], 1, 3, 3))
     check_shape("dwconv_gelu", "bias", bias, (x.shape[1],))
 
@@ -205,12 +205,13 @@ def _alike(tensors: Sequence[object], dtype: torch.dtype, device: torch.device) 
     return all(isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.device == device for tensor in tensors)
 
 
-def check_filters(op: str, filters: Sequence[Tensor], x: Tensor, names: Sequence[str]) -> None:
-    """Filters come along with x, or are all float32 beside 16 bits."""
+def check_filters(op: str, filters: Sequence[Tensor], x: Tensor, name: Callable[[int], str]) -> None:
+    """Filters come along with x, or are all float32 beside 16 bits; ``name`` tells what the i-th is called."""
     if _alike(filters, x.dtype, x.device) or _alike(filters, accumulator(x.dtype), x.device):
         return
-    for name, tensor in zip(names, filters, strict=True):
-        check_companion(op, name, tensor, x, " (or with all others float32)" if accumulator(x.dtype) != x.dtype else "")
+    otherwise = " (or with all others float32)" if accumulator(x.dtype) != x.dtype else ""
+    for i, tensor in enumerate(filters):
+        check_companion(op, name(i), tensor, x, otherwise)
 
 
 def check_companion(op: str, name: str, tensor: Tensor, x: Tensor, otherwise: str = "") -> None:
