@@ -49,6 +49,9 @@ class Contender:
         return f"{', '.join(absent)} not installed" if absent else None
 
 
+FROZEN = {"freezing": True}  # torch.compile takes weights as constants: it folds norms and packs them, as the others do
+
+
 def in_both_layouts(ways: dict[str, Callable[[], Callable[..., Tensor]]]) -> tuple[Contender, ...]:
     """Every way by its name, of a contiguous and of a channels_last input; those that are called fused are ours."""
     return tuple(

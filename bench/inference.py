@@ -8,12 +8,12 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import segnext_kernels as kernels
 
 from . import plain
-from .case import Case, Work, generator, image_shape, in_both_layouts
+from .case import FROZEN, Case, Work, generator, image_shape, in_both_layouts
 
 GROUPS = 32
 
@@ -168,7 +168,7 @@ def linear(outputs: int, inputs: int, kernel_size: int) -> list[Tensor]:
 
 
 class Packed:
-    """An operator whose weights are packed at its first call, which nobody times; models do it when they are fused."""
+    """What has its weights packed at its first call, which nobody times; models do it when they are fused."""
 
     def __init__(self, prepare: Callable[..., Callable[..., Tensor]], kept: tuple[int, ...]) -> None:
         self.prepare, self.kept, self.ready = prepare, kept, None
@@ -177,6 +177,21 @@ class Packed:
         if self.ready is None:
             self.ready = self.prepare(*inputs)
         return self.ready(*(inputs[i] for i in self.kept))
+
+
+class Fixed(nn.Module):
+    """A function of those inputs that are kept; the others are weights."""
+
+    def __init__(self, function: Callable[..., Tensor], kept: tuple[int, ...], *inputs: Tensor) -> None:
+        super().__init__()
+        self.function, self.kept = function, kept
+        self.weights = nn.ParameterList(x for i, x in enumerate(inputs) if i not in kept).requires_grad_(False)
+
+    def forward(self, *kept: Tensor) -> Tensor:
+        inputs = list(self.weights)
+        for i, x in zip(self.kept, kept, strict=True):
+            inputs.insert(i, x)
+        return self.function(*inputs)
 
 
 def _case(
@@ -196,10 +211,15 @@ def _case(
         function: the same in plain PyTorch.
         written, products: output elements and multiply-accumulates.
     """
+    kept = tuple(kept)
+
+    def compiled(*inputs: Tensor) -> Callable[..., Tensor]:
+        return torch.compile(Fixed(function, kept, *inputs), fullgraph=True, dynamic=False, options=FROZEN)
+
     ways = {
-        "fused": partial(Packed, prepare, tuple(kept)),
+        "fused": partial(Packed, prepare, kept),
         "PyTorch": lambda: function,
-        "torch.compile": partial(torch.compile, function, fullgraph=True, dynamic=False),
+        "torch.compile": partial(Packed, compiled, kept),
     }
 
     def work(direction: str) -> Work:

@@ -17,7 +17,7 @@ from segnext.model import Config, SegNeXt
 from segnext_kernels.nn import NMF2D
 
 from . import exported, plain
-from .case import Case, Contender, Work, generator, image_shape
+from .case import FROZEN, Case, Contender, Work, generator, image_shape
 
 
 @lru_cache(maxsize=1)
@@ -115,7 +115,9 @@ def _contenders(
         )
 
     def compiled(model: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
-        return torch.compile(model or pytorch("channels_last"), fullgraph=True, dynamic=False)
+        return torch.compile(
+            model or pytorch("channels_last"), fullgraph=True, dynamic=False, options=None if on_gpu else FROZEN
+        )
 
     def file() -> str:
         return exported.onnx_file((config, shape, labels), lambda: PlainModel(config, torch.float32, labels), shape)

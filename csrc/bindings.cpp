@@ -7,6 +7,7 @@ using namespace segnext::tensors;
 using segnext::DepthwiseFilter;
 using segnext::Dtype;
 using segnext::Image;
+using segnext::kMostSteps;
 using segnext::Matrices;
 using segnext::ResidualScale;
 using segnext::StripFilters;
@@ -40,7 +41,7 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
 Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Image in = image(x, "x");
   const Dtype dtype = filter_dtype(weight, in);
-  const Tensor w = filter(weight, in, 9, "weight", dtype), b = filter(bias, in, 1, "bias", dtype);
+  const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor y = torch::stable::empty_like(x);
   segnext::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr(), dtype}, image_like(y, in, "y"), parallel());
   return y;
@@ -48,9 +49,11 @@ Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 
 std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                                         const Tensor& bias, bool need_x, bool need_weights) {
-  const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
+  const Image in = image(x, "x");
+  const Tensor arranged = arranged_like(grad_out, in, "grad_out");
+  const Image grad = image_like(arranged, in, "grad_out");
   const Dtype dtype = filter_dtype(weight, in);
-  const Tensor w = filter(weight, in, 9, "weight", dtype), b = filter(bias, in, 1, "bias", dtype);
+  const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   Tensor grad_weight = need_weights ? contiguous_like(weight) : empty(x);
   Tensor grad_bias = need_weights ? contiguous_like(bias) : empty(x);
@@ -71,7 +74,7 @@ ResidualScale residual_scale(const Tensor& scale, const std::optional<Tensor>& k
 
 Tensor scale_add(const Tensor& x, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& keep) {
   const Image in = image(x, "x");
-  const Tensor s = filter(scale, in, 1, "scale", in.dtype), add = arranged_like(y, in, "y");
+  const Tensor s = filter(scale, {in.channels}, "scale", in.dtype), add = arranged_like(y, in, "y");
   Tensor out = torch::stable::empty_like(x);
   segnext::scale_add_forward(in, image(add, "y"), residual_scale(s, keep, in), image_like(out, in, "out"), parallel());
   return out;
@@ -82,7 +85,7 @@ std::tuple<Tensor, Tensor> scale_add_backward(const Tensor& grad_out, const Tens
   const Image in = image(y, "y");
   const Tensor arranged = arranged_like(grad_out, in, "grad_out");
   const Image grad = image(arranged, "grad_out");
-  const Tensor s = filter(scale, grad, 1, "scale", grad.dtype);
+  const Tensor s = filter(scale, {in.channels}, "scale", grad.dtype);
   Tensor grad_y = need_y ? torch::stable::empty_like(y) : empty(y);
   Tensor grad_scale = need_scale ? contiguous_like(scale) : empty(scale);
   segnext::scale_add_backward(grad, in, residual_scale(s, keep, grad), need_y ? image_like(grad_y, in, "grad_y") : Image{},
@@ -109,7 +112,7 @@ void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps, const std:
   STD_TORCH_CHECK(bases.is_cpu() && bases.dim() == 3 && bases.size(0) == x.batch && bases.size(1) == x.rows &&
                       bases.size(2) > 0 && dtype_of(bases, "bases") == accumulator && bases.is_contiguous(),
                   "segnext_kernels: bases must be contiguous [B, D, R] on the CPU in the accumulator's dtype");
-  STD_TORCH_CHECK(steps >= 0, "segnext_kernels: steps must be at least 0");
+  STD_TORCH_CHECK(steps >= 0 && steps <= kMostSteps, "segnext_kernels: steps must be between 0 and ", kMostSteps);
   STD_TORCH_CHECK(gradient == "exact" || gradient == "one_step", "segnext_kernels: gradient must be exact or one_step, got ",
                   gradient);
 }
@@ -137,7 +140,7 @@ std::tuple<Tensor, Tensor> nmf_and_factors(const Tensor& x, const Tensor& bases,
 }
 
 const void* projection_of(const Tensor& projection, const Tensor& bases, const Matrices& x) {
-  STD_TORCH_CHECK(projection.is_cpu() && projection.is_contiguous() && projection.numel() == x.rows * x.rows &&
+  STD_TORCH_CHECK(projection.is_cpu() && projection.is_contiguous() && has_shape(projection, {x.rows, x.rows}) &&
                       projection.scalar_type() == bases.scalar_type(),
                   "segnext_kernels: projection must be contiguous [D, D] on the CPU in the bases' dtype");
   return projection.data_ptr();
@@ -221,9 +224,11 @@ Tensor upsample_cross_entropy(const Tensor& logits, const Tensor& target, const 
 Tensor upsample_cross_entropy_backward(const Tensor& grad_out, const Tensor& logits, const Tensor& target,
                                        const std::optional<Tensor>& weight, int64_t ignore_index) {
   const Image in = image(logits, "logits");
-  STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.numel() == 1, "segnext_kernels: grad_out must be one number on the CPU");
-  const double scale = dtype_of(grad_out, "grad_out") == Dtype::kFloat64 ? *static_cast<const double*>(grad_out.data_ptr())
-                                                                         : *static_cast<const float*>(grad_out.data_ptr());
+  const ScalarType accumulator = in.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.numel() == 1 && grad_out.scalar_type() == accumulator,
+                  "segnext_kernels: grad_out must be one number on the CPU in the accumulator's dtype");
+  const double scale = in.dtype == Dtype::kFloat64 ? *static_cast<const double*>(grad_out.data_ptr())
+                                                   : *static_cast<const float*>(grad_out.data_ptr());
   Tensor grad_logits = torch::stable::empty_like(logits);
   segnext::upsample_cross_entropy_backward(scale, in, targets(target, weight, ignore_index, in),
                                            image_like(grad_logits, in, "grad_logits"), parallel());

@@ -81,7 +81,7 @@ Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Image in = image(x, "x");
   const OnDevice stream(x, {weight, bias});
   const Dtype dtype = filter_dtype(weight, in);
-  const Tensor w = filter(weight, in, 9, "weight", dtype), b = filter(bias, in, 1, "bias", dtype);
+  const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor y = torch::stable::empty_like(x);
   cuda::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr(), dtype}, image_like(y, in, "y"), stream);
   return y;
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   const Tensor arranged = arranged_like(grad_out, in, "grad_out");
   const Image grad = image_like(arranged, in, "grad_out");
   const Dtype dtype = filter_dtype(weight, in);
-  const Tensor w = filter(weight, in, 9, "weight", dtype), b = filter(bias, in, 1, "bias", dtype);
+  const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   Tensor grad_w = need_weights ? contiguous_like(weight) : empty(x), grad_b = need_weights ? contiguous_like(bias) : empty(x);
   const DepthwiseFilter pointers = {grad_w.data_ptr(), grad_b.data_ptr(), dtype};

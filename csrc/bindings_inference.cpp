@@ -11,6 +11,7 @@ using segnext::Dtype;
 using segnext::GroupNorm;
 using segnext::HamburgerWeights;
 using segnext::Image;
+using segnext::kMostSteps;
 using segnext::kStripTensors;
 using segnext::MlpWeights;
 using segnext::PackedWeights;
@@ -25,19 +26,19 @@ Image pixels(const Tensor& t, const char* name) {
   return x;
 }
 
-const float* floats(const Tensor& t, int64_t count, const char* name, const char* of = "") {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count,
-                  "segnext_kernels: ", of, name, " must hold ", count, " contiguous float32 elements on the CPU");
+const float* floats(const Tensor& t, const Shape& shape, const char* name, const char* of = "") {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && has_shape(t, shape),
+                  "segnext_kernels: ", of, name, " must be contiguous float32 ", text(shape), " on the CPU");
   return static_cast<const float*>(t.data_ptr());
 }
 
 PackedWeights packed(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t columns, const Image& x,
                      const char* name) {
-  const int64_t padded = x.dtype == Dtype::kBFloat16 ? depth + depth % 2 : depth, panels = (columns + 31) / 32;
-  STD_TORCH_CHECK(
-      weight.is_cpu() && dtype_of(weight, name) == x.dtype && weight.is_contiguous() && weight.numel() == panels * padded * 32,
-      "segnext_kernels: ", name, " must be contiguous packed weights [", depth, ", ", columns, "] in x's dtype on the CPU");
-  return {weight.data_ptr(), floats(bias, columns, name, "the bias of ")};
+  const int64_t panels = (columns + 31) / 32;
+  const Shape shape = x.dtype == Dtype::kBFloat16 ? Shape{panels, (depth + 1) / 2, 32, 2} : Shape{panels, depth, 32};
+  STD_TORCH_CHECK(weight.is_cpu() && dtype_of(weight, name) == x.dtype && weight.is_contiguous() && has_shape(weight, shape),
+                  "segnext_kernels: ", name, ", packed, must be contiguous ", text(shape), " in x's dtype on the CPU");
+  return {weight.data_ptr(), floats(bias, {columns}, name, "the bias of ")};
 }
 
 Tensor empty_pixels(const Tensor& like, int64_t images, int64_t channels, int64_t height, int64_t width) {
@@ -50,8 +51,9 @@ Tensor conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias, int64
   const Image in = image(x, "x");
   STD_TORCH_CHECK(in.dtype == Dtype::kFloat32 || in.dtype == Dtype::kBFloat16,
                   "segnext_kernels: x must be float32 or bfloat16");
-  STD_TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1 && stride > 0,
-                  "segnext_kernels: kernel_size must be odd and stride positive");
+  constexpr int64_t kLargest = 1 << 16;  // whose square times channels is still a number
+  STD_TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1 && kernel_size < kLargest && stride > 0,
+                  "segnext_kernels: kernel_size must be odd and below ", kLargest, ", and stride positive");
   const int64_t columns = bias.numel();
   Convolution conv{packed(weight, bias, in.channels * kernel_size * kernel_size, columns, in, "weight"), kernel_size, stride,
                    activation == "gelu"   ? Activation::kGelu
@@ -75,7 +77,7 @@ Tensor spatial_attention(const Tensor& x, const std::vector<Tensor>& weights) {
     return packed(weights[i], weights[i + 1], in.channels, in.channels, in, name);
   };
   const AttentionWeights w{dense_at(0, "proj_1"), strips.pointers, dense_at(kStrips + 2, "conv3"),
-                           dense_at(kStrips + 4, "proj_2"), floats(weights[kStrips + 6], in.channels, "scale")};
+                           dense_at(kStrips + 4, "proj_2"), floats(weights[kStrips + 6], {in.channels}, "scale")};
   Tensor y = torch::stable::empty_like(x);
   segnext::spatial_attention_forward(in, w, pixels(y, "y"), parallel());
   return y;
@@ -86,8 +88,8 @@ Tensor mlp(const Tensor& x, const Tensor& fc1, const Tensor& bias1, const Tensor
   const Image in = pixels(x, "x");
   const int64_t hidden = bias1.numel();
   STD_TORCH_CHECK(hidden > 0, "segnext_kernels: fc1 must have at least one output");
-  const MlpWeights w{packed(fc1, bias1, in.channels, hidden, in, "fc1"), floats(depthwise, hidden * 9, "depthwise"),
-                     floats(depthwise_bias, hidden, "depthwise_bias"), packed(fc2, bias2, hidden, in.channels, in, "fc2"),
+  const MlpWeights w{packed(fc1, bias1, in.channels, hidden, in, "fc1"), floats(depthwise, {hidden, 1, 3, 3}, "depthwise"),
+                     floats(depthwise_bias, {hidden}, "depthwise_bias"), packed(fc2, bias2, hidden, in.channels, in, "fc2"),
                      hidden};
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() > 0) segnext::mlp_forward(in, w, pixels(y, "y"), parallel());
@@ -97,7 +99,7 @@ Tensor mlp(const Tensor& x, const Tensor& fc1, const Tensor& bias1, const Tensor
 GroupNorm group_norm(const Tensor& weight, const Tensor& bias, int64_t groups, double eps, const Image& x) {
   STD_TORCH_CHECK(groups > 0 && x.channels % groups == 0, "segnext_kernels: ", groups, " groups do not divide ", x.channels,
                   " channels");
-  return {floats(weight, x.channels, "the norm's weight"), floats(bias, x.channels, "the norm's bias"), groups,
+  return {floats(weight, {x.channels}, "the norm's weight"), floats(bias, {x.channels}, "the norm's bias"), groups,
           static_cast<float>(eps)};
 }
 
@@ -120,11 +122,12 @@ Tensor hamburger(const Tensor& x, const Tensor& ham_in, const Tensor& bias, cons
                  bool round_factors) {
   const Image in = pixels(x, "x");
   const int64_t C = in.channels;
-  STD_TORCH_CHECK(bases.dim() == 3 && bases.size(0) == in.images && bases.size(1) == C && bases.size(2) > 0 && steps >= 0,
-                  "segnext_kernels: bases must be [N, C, R] for x [N, C, H, W], and steps at least 0");
+  STD_TORCH_CHECK(bases.dim() == 3 && bases.size(0) == in.images && bases.size(1) == C && bases.size(2) > 0,
+                  "segnext_kernels: bases must be [N, C, R] for x [N, C, H, W]");
+  STD_TORCH_CHECK(steps >= 0 && steps <= kMostSteps, "segnext_kernels: steps must be between 0 and ", kMostSteps);
   const HamburgerWeights w{packed(ham_in, bias, C, C, in, "ham_in"),
-                           floats(bases, in.images * C * bases.size(2), "bases"),
-                           floats(ham_out, C * C, "ham_out"),
+                           floats(bases, {in.images, C, bases.size(2)}, "bases"),
+                           floats(ham_out, {C, C}, "ham_out"),
                            group_norm(norm_weight, norm_bias, groups, eps, in),
                            bases.size(2),
                            steps,
@@ -148,7 +151,7 @@ Tensor resize_concat_conv(const std::vector<Tensor>& maps, const std::vector<Ten
   const Image& first = images[0];
   Tensor y = empty_pixels(maps[0], first.images, bias.numel(), first.height, first.width);
   segnext::resize_concat_conv_forward(images.data(), pointers.data(), static_cast<int64_t>(images.size()),
-                                      floats(bias, bias.numel(), "bias"), pixels(y, "y"), parallel());
+                                      floats(bias, {bias.numel()}, "bias"), pixels(y, "y"), parallel());
   return y;
 }
 

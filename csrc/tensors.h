@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -80,10 +81,23 @@ inline Tensor arranged_like(const Tensor& t, const Image& x, const char* name) {
   return torch::stable::contiguous(t, x.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// A filter's or bias' memory; `count` elements of a dtype for each channel. The caller keeps the returned tensor alive.
-inline Tensor filter(const Tensor& t, const Image& x, int64_t count, const char* name, Dtype dtype) {
-  STD_TORCH_CHECK(on_device(t) && dtype_of(t, name) == dtype && t.numel() == x.channels * count, "segnext_kernels: ", name,
-                  " must hold ", x.channels * count, " elements of the dtype that goes with x's on ", kDevice);
+using Shape = std::vector<int64_t>;
+
+inline bool has_shape(const Tensor& t, const Shape& shape) {
+  const auto sizes = t.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
+
+inline std::string text(const Shape& shape) {
+  std::string joined;
+  for (int64_t size : shape) joined += (joined.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + joined + "]";
+}
+
+// A filter's or bias' memory, of the given shape and dtype. The caller keeps the returned tensor alive.
+inline Tensor filter(const Tensor& t, const Shape& shape, const char* name, Dtype dtype) {
+  STD_TORCH_CHECK(on_device(t) && dtype_of(t, name) == dtype && has_shape(t, shape), "segnext_kernels: ", name, " must be ",
+                  text(shape), " of the dtype that goes with x's on ", kDevice);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
@@ -103,7 +117,11 @@ inline Filters strip_filters(const std::vector<Tensor>& weights, const Image& x)
   Filters filters;
   const Dtype dtype = filters.pointers.dtype = filter_dtype(weights[0], x);
   for (int i = 0; i < kStripTensors; ++i) {
-    filters.kept.push_back(filter(weights[i], x, kStripTaps[i], ("weights[" + std::to_string(i) + "]").c_str(), dtype));
+    Shape shape{x.channels};  // of a bias, which every other one is
+    if (i == 0) shape = {x.channels, 1, 5, 5};
+    if (i > 0 && i % 4 == 0) shape = {x.channels, 1, kStripTaps[i], 1};
+    if (i % 4 == 2) shape = {x.channels, 1, 1, kStripTaps[i]};
+    filters.kept.push_back(filter(weights[i], shape, ("weights[" + std::to_string(i) + "]").c_str(), dtype));
     filters.pointers.tensors[i] = filters.kept.back().data_ptr();
   }
   return filters;

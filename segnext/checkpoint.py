@@ -17,6 +17,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+WRAPPERS = ("_orig_mod.", "module.", "model.", "net.")  # torch.compile, DistributedDataParallel, somebody's own, in any order
 TORCH_SUFFIXES, SAFETENSORS_SUFFIX = (".pth", ".pt"), ".safetensors"
 
 
@@ -63,9 +64,8 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     mmsegmentation's depthwise convolutions sit one level higher; an encoder's checkpoint may lack the prefix and carry a
     classifier ``head.*``, which stays beside the encoder.
     """
-    for wrapper in ("_orig_mod.", "module.", "model."):  # torch.compile, DistributedDataParallel, somebody's own
-        if all(key.startswith(wrapper) for key in state):
-            state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    while (prefix := next(iter(state)).partition(".")[0] + ".") in WRAPPERS and all(key.startswith(prefix) for key in state):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     state = {re.sub(r"\.mlp\.dwconv\.(weight|bias)$", r".mlp.dwconv.dwconv.\1", key): value for key, value in state.items()}
     if any(key.startswith("decode_head.") for key in state):
         return state

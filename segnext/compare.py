@@ -20,7 +20,7 @@ from .figure import figure, fitting_legend, model_title, require_new_png
 from .fuse import inference_model
 from .images import read_image, write_png
 from .palette import IGNORED, generated_palette, overlay, photo_image
-from .predict import SHORT_SIDE, InputError, class_names, require_photographs, segment
+from .predict import InputError, class_names, require_photographs, seen_size, segment
 from .weights import load
 
 SEGFORMERS = {
@@ -63,7 +63,7 @@ def compare(
 ) -> None:
     """Draws a figure: a row for every photo, with the labels of a SegFormer, ours and the true ones, and the classes' colours.
 
-    Both models are shown the same: the photo shrunk to the short side that ours was trained on, normalised by ImageNet's mean
+    Both models are shown the same: the photo shrunk to the scale that ours was trained on, normalised by ImageNet's mean
     and standard deviation; both models' logits are upsampled bilinearly to the photo's full size.
 
     Args:
@@ -75,13 +75,13 @@ def compare(
             and 255 is ignored.
         differences: a fourth column, with the pixels that the two models label differently, and which of them is right.
         alpha: how much of a picture is the classes' colour, 0..1.
-        short_side: see :func:`segnext.predict.segment`; None for what our model was trained on, or 512.
+        short_side: see :func:`segnext.predict.segment`; None for what our model was trained on.
         width: of a column of the figure in pixels, 0 for that of the widest photo.
 
     Raises:
         InputError: another number of masks than of photos, an unknown data set, a photo that is too small.
         DataError, ImageError: a photo or mask that cannot be read, or of another size than its partner.
-        WeightsError: a model cannot be had, or the two have other classes.
+        WeightsError: a model cannot be had, or the two have another number or order of classes.
     """
     photos, truth, out = list(map(Path, inputs)), list(map(Path, truth)), Path(out)
     require_new_png(out, [*photos, *truth])
@@ -90,20 +90,24 @@ def compare(
     ours = load(weights, rank=rank)
     require_photographs(ours.config, weights)
     theirs = load_segformer(other)
-    classes = class_names(ours, list(theirs.model.config.id2label.values()))
+    their_names = list(theirs.model.config.id2label.values())
+    classes = class_names(ours, their_names)
     if theirs.model.config.num_labels != len(classes):
         raise WeightsError(
             f"{weights} tells {len(classes)} classes apart, {other} {theirs.model.config.num_labels}; they cannot be compared"
         )
+    folded = [[name.casefold() for name in names] for names in (classes, their_names)]
+    if folded[0] != folded[1] and sorted(folded[0]) == sorted(folded[1]):
+        raise WeightsError(f"{weights} and {other} have the same classes in another order; they cannot be compared")
     table = _table(dataset, len(classes))
     palette = ours.palette or generated_palette(len(classes))
-    short_side = short_side if short_side is not None else ours.short_side or SHORT_SIDE
+    theirs.scale = ours.scale
     models = theirs.to(device), inference_model(ours, torch.device(device))
     rows, occurring = [], set()
     for photo, mask in zip(photos, truth, strict=True):
         image, labels = read_image(photo), read_by_table(mask, table)
         require_same_size(image, labels, mask)
-        if min(*image.shape[1:], short_side or LEAST) < LEAST:
+        if min(seen_size(ours, image, short_side)) < LEAST:
             raise InputError(f"{photo}: a SegFormer cannot be shown less than {LEAST} pixels in height or width")
         maps = [*(segment(model, image, short_side).cpu() for model in models), labels.long()]
         row = [overlay(image, found, palette, alpha) for found in maps]

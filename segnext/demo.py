@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 import segnext_kernels
 
+from .begin import class_weights
 from .data import Memory, Scenes, open_dataset
 from .data.augment import augmentation
 from .evaluate import Scores, evaluate, table
@@ -25,7 +26,7 @@ from .model import create
 from .palette import Colour, comparison, legend, photo_image
 from .predict import segment
 from .recipes import RECIPES
-from .train import class_weights, fit
+from .train import fit
 from .weights import save
 
 (SCRATCH,) = RECIPES["scratch"]
@@ -52,7 +53,7 @@ class Task:
     lr: float
     seconds: float
     examples: Path
-    short_side: int
+    scale: tuple[int, int]
 
 
 def demo(
@@ -87,7 +88,7 @@ def demo(
     seconds = task.seconds if seconds is None else seconds
     recipe = replace(SCRATCH, iterations=None, seconds=seconds, lr=task.lr, seed=seed)
     model = create(size, len(task.classes), head, drop_path=0.0).to(device)
-    model.classes, model.palette, model.short_side = task.classes, task.palette, task.short_side
+    model.classes, model.palette, model.scale = task.classes, task.palette, task.scale
     out.mkdir(parents=True, exist_ok=True)
 
     print(task.description)
@@ -126,7 +127,7 @@ def _scenes(out: Path, size: tuple[int, int]) -> Task:
         lr=SCENES_LR,
         seconds=SCENES_SECONDS,
         examples=folder,
-        short_side=min(size),
+        scale=(4 * min(size), min(size)),
     )
 
 
@@ -147,7 +148,7 @@ def _photographs(folder: Path, size: tuple[int, int]) -> Task:
         lr=SCRATCH.lr,
         seconds=PHOTOS_SECONDS,
         examples=Path(files[1].files[0][0]).parent,
-        short_side=min(size),
+        scale=(4 * min(size), min(size)),
     )
 
 

@@ -31,7 +31,9 @@ def processes(device: str | torch.device) -> Iterator[torch.device]:
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank())
+        if local_rank() >= torch.cuda.device_count():
+            raise RecipeError(f"there is no GPU for process {local_rank()}, this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
@@ -43,8 +45,32 @@ def processes(device: str | torch.device) -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
+@contextmanager
+def memory_told(device: torch.device, ways: str) -> Iterator[None]:
+    """Turns the end of a GPU's memory into a sentence that names what would take less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RecipeError(f"the memory of {device} is too small; try {ways}") from error
+
+
 def rank() -> int:
     return dist.get_rank() if _joined() else 0
+
+
+def local_rank() -> int:
+    """Which of this machine's processes this one is."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else 0
+
+
+@contextmanager
+def first_here_first() -> Iterator[None]:
+    """The block runs in the first process of every machine, and then in the others, which find what it fetched."""
+    if local_rank() > 0:
+        barrier()
+    yield
+    if local_rank() == 0:
+        barrier()
 
 
 def world() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,7 +144,7 @@ def evaluate_weights(
         weights, rank: as for :func:`segnext.load`.
         data: the data set's folder.
         recipe: its data set, split ``val``, scale and windows are used. Without a scale (the recipes "folder" and "scratch")
-            pictures are resized to the short side that the checkpoint was trained on, if it says that.
+            pictures are resized to the scale that the checkpoint was trained on, if it says that.
         multi_scale, flip: look at every picture in six sizes, and mirrored.
         workers: as for :func:`evaluate`.
         json_file: gets the figures.
@@ -158,13 +157,16 @@ def evaluate_weights(
     """
     with distributed.processes(device) as device:
         model, pairs, recipe = opened(weights, data, recipe, rank)
+        if json_file is not None:
+            Path(json_file).absolute().parent.mkdir(parents=True, exist_ok=True)
         if pictures is not None:
             _outside(Path(pictures), pairs)
         count, view = len(pairs.classes), view_of(recipe, multi_scale, flip)
         look = None if pictures is None else _writer(Path(pictures), pairs.classes, pairs.palette)
-        scores = evaluate(
-            inference_model(model, device), pairs, count, view, workers=workers, progress=distributed.rank() == 0, look=look
-        )
+        with distributed.memory_told(device, f"--device cpu{', or without --multi-scale' if multi_scale else ''}"):
+            scores = evaluate(
+                inference_model(model, device), pairs, count, view, workers=workers, progress=distributed.rank() == 0, look=look
+            )
         if distributed.rank() == 0:
             print(table(pairs.classes, {"IoU": scores.iou, "accuracy": scores.accuracy}))
             print(f"{scores}, mean accuracy {scores.mean_accuracy:.3f}, {len(pairs)} pictures")
@@ -181,8 +183,8 @@ def opened(weights: str | Path, data: str | Path, recipe: Recipe, rank: int | No
     count = len(pairs.classes)
     if model.config.num_classes != count:
         raise WeightsError(f"{weights} tells {model.config.num_classes} classes apart, {recipe.dataset} in {data} has {count}")
-    if recipe.scale is None and model.short_side:
-        recipe = replace(recipe, scale=(sys.maxsize, model.short_side))
+    if recipe.scale is None:
+        recipe = replace(recipe, scale=model.scale)
     return model, pairs, recipe
 
 
@@ -211,7 +213,8 @@ def table(classes: Sequence[str], columns: dict[str, Tensor]) -> str:
 
 def _outside(folder: Path, pairs: Pairs) -> None:
     """Pictures are called as the data's images, which they must not replace."""
-    if any(Path(file).parent.resolve() == folder.resolve() for files in pairs.files for file in files):
+    files = (file for both in pairs.files for file in both if isinstance(file, str))  # a mask may be something else
+    if any(Path(file).parent.resolve() == folder.resolve() for file in files):
         raise RecipeError(f"{folder} holds images or masks of the data; choose another folder for the pictures")
 
 

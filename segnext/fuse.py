@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 import segnext_kernels as kernels
-from segnext_kernels.nn import NMF2D
+from segnext_kernels.nn import NMF2D, PointwiseConv2d
 
-from .heads import Hamburger, HamHead, Head
+from .distributed import SyncBatchNorm2d
+from .heads import Hamburger, HamHead, Head, is_untouched
 from .model import SegNeXt
-from .mscan import MLP, MSCAN, Block, SpatialAttention
+from .mscan import MLP, MSCAN, Block, DropPath, SpatialAttention
 
 DTYPES = (torch.float32, torch.bfloat16)
+ALIKE = ((nn.Conv2d, PointwiseConv2d), (nn.BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm))  # in evaluation
+UNUSED = (nn.Dropout2d, DropPath)  # there
 
 
 def fuse(model: SegNeXt, dtype: torch.dtype = torch.float32) -> FusedSegNeXt:
@@ -29,14 +33,40 @@ def fuse(model: SegNeXt, dtype: torch.dtype = torch.float32) -> FusedSegNeXt:
         A module with ``forward`` and ``predict`` of :class:`segnext.SegNeXt`, without gradients.
 
     Raises:
-        TypeError: another dtype, or no SegNeXt.
+        TypeError: another dtype, no SegNeXt, or one with modules that were replaced, hooked or parametrized: what they do more
+            would be lost.
     """
     if not isinstance(model, SegNeXt):
         raise TypeError(f"fuse: model must be a SegNeXt, got {type(model).__name__}")
     if dtype not in DTYPES:
         raise TypeError(f"fuse: dtype must be float32 or bfloat16, got {dtype}")
+    require_own_modules(model)
     with torch.no_grad():
         return FusedSegNeXt(model, dtype).eval()
+
+
+def require_own_modules(model: SegNeXt) -> None:
+    """Raises a TypeError that names the first module that computes, or has someone watch, something else than a SegNeXt's."""
+    depths = tuple(len(getattr(model.backbone, f"block{i + 1}")) for i in range(len(model.config.depths)))
+    with torch.device("meta"):
+        own = dict(SegNeXt(replace(model.config, depths=depths)).named_modules())
+    found = dict(model.named_modules())
+    for name in [*own, *(found.keys() - own.keys())]:
+        kind = type(own.get(name))
+        kinds = next((alike for alike in ALIKE if kind in alike), (kind,))
+        fits = kind in UNUSED or any(is_untouched(found.get(name), one) for one in kinds)
+        if fits and (name not in found or options(found[name]) == options(own[name])):
+            continue
+        given = f"{name or 'the model'}: {found[name]}".splitlines()[0] if name in found else f"no {name}"
+        raise TypeError(f"fuse: the model has {given}, replaced, hooked or parametrized, which a fused model would not heed")
+
+
+def options(module: nn.Module) -> tuple:
+    """What a convolution or activation computes beside its weights."""
+    if isinstance(module, nn.Conv2d):
+        depthwise = module.groups > 1
+        return module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode, depthwise
+    return (module.approximate,) if isinstance(module, nn.GELU) else ()
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -220,7 +250,7 @@ class FusedSegNeXt(nn.Module):
     def __init__(self, model: SegNeXt, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.dtype = model.config, dtype
-        self.classes, self.palette, self.short_side = model.classes, model.palette, model.short_side
+        self.classes, self.palette, self.scale = model.classes, model.palette, model.scale
         self.backbone = FusedMSCAN(model.backbone, dtype)
         self.decode_head = FusedHead(model.decode_head, model.config.channels[1:], dtype)
         # glibc gives the memory of every large tensor back to the system, whose fresh pages then take a tenth of a small
@@ -235,6 +265,11 @@ class FusedSegNeXt(nn.Module):
     def predict(self, images: Tensor) -> Tensor:
         """The label maps, int64 [B, H, W]; see :meth:`SegNeXt.predict`."""
         return kernels.upsample_argmax(self(images), images.shape[-2:])
+
+    def _apply(self, function: Callable, recurse: bool = True) -> FusedSegNeXt:
+        if any(function(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in {torch.float32, self.dtype}):
+            raise TypeError("a fused model keeps its dtype; fuse the model again with another")
+        return super()._apply(function, recurse)
 
     def train(self, mode: bool = True) -> FusedSegNeXt:
         if mode:

@@ -121,8 +121,8 @@ def heat_map(
         layer: one of ``LAYERS``: the normalised output of a stage of the encoder (of a ConvNeXt, the plain output), or "head":
             what a whole model's last convolution sees.
         region: of a whole model: a pixel, which means the connected pixels around it of one label, or a box.
-        short_side: as for :func:`segnext.predict.segment`; None for what the model was trained on, or 512 where it doesn't say
-            that, and 224 for classifiers.
+        short_side: as for :func:`segnext.predict.segment`; None for what the model was trained on, and 224 for
+            classifiers.
 
     Returns:
         float32 [H, W] on the CPU, 0 where least and 1 where most speaks for the class; all 0 where nothing does.
@@ -158,15 +158,15 @@ def heat_image(image: Tensor, heat: Tensor) -> Image.Image:
 
 
 def find_class(wanted: str, names: Sequence[str]) -> int:
-    """The number of a class that is given by name, in any case, or by number.
+    """The number of a class that is given by name, in any case, or else by number.
 
     Raises:
         InputError: there is none, or several of this name; it lists near or all of these.
     """
-    if wanted.isdecimal() and int(wanted) < len(names):
-        return int(wanted)
     folded = [name.strip().casefold() for name in names]
     found = [i for i, name in enumerate(folded) if name == wanted.strip().casefold()]
+    if not found and wanted.isdecimal() and int(wanted) < len(names):
+        return int(wanted)
     if len(found) == 1:
         return found[0]
     if found:

@@ -47,10 +47,9 @@ def fetch(name: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     expected = path.stem.rsplit("-", 1)[1]
     try:
-        if path.exists():
-            if _sha256(path).startswith(expected):
-                return path
-            path.unlink()
+        if path.exists() and _sha256(path).startswith(expected):
+            return path
+        path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             digest = _download(url, file)

@@ -9,12 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from .checkpoint import replacing
 from .model import MEAN, STD
+
+TURNS = {  # by EXIF's orientation, how a picture becomes upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(RuntimeError):
@@ -109,15 +119,25 @@ def _open(path, convert, file=None, formats=None, most_pixels=None) -> Image.Ima
 
 
 def _shown(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))  # ImageOps.exif_transpose stumbles over other tags
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # 16 bits, in PIL's names I;16, I;16B or I
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+        image = _of_16_bits(image)
     elif image.mode == "F":
         raise ValueError("its values are floating-point numbers of unknown range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _of_16_bits(image: Image.Image) -> Image.Image:
+    """Shown in 8 bits; one grey value may be transparent."""
+    values, transparent = np.asarray(image), image.info.get("transparency")
+    shown = Image.fromarray(_eight_bits(values))
+    if isinstance(transparent, int):
+        shown.putalpha(Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255))))
+    return shown
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

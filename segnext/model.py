@@ -77,7 +77,7 @@ class SegNeXt(nn.Module):
     Attributes:
         classes: the classes' names, or None where nobody gave them.
         palette: the classes' colours as (red, green, blue) of 0..255, or None.
-        short_side: pixels on the shorter side of the pictures that it was trained on, or None.
+        scale: (long, short) sides that the pictures it was trained on, resized, just fitted into, or None.
 
     Source: SegNeXt (NeurIPS 2022); names, initialisation and behaviour of the official code, but for the decomposition's bases,
     which in evaluation are the same at every call unless ``config.bases`` is "random".
@@ -88,7 +88,7 @@ class SegNeXt(nn.Module):
         self.config = config
         self.classes: list[str] | None = None
         self.palette: list[tuple[int, int, int]] | None = None
-        self.short_side: int | None = None
+        self.scale: tuple[int, int] | None = None
         self.backbone = MSCAN(config.channels, config.depths, config.mlp_ratios, config.in_channels, config.drop_path)
         args = (config.channels[1:], config.decoder_channels, config.num_classes, config.dropout)
         if config.head == "ham":

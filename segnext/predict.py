@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from segnext_kernels import upsample_argmax
 
+from .data.augment import fit_factor
 from .fuse import inference_model
 from .images import ImageError, normalise, read_image, visible_files, write_png
 from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
 from .weights import load
 
-SHORT_SIDE = 512  # where the checkpoint does not say what the model was trained on
+SCALE = (2048, 512)  # the paper's, where the checkpoint does not say what the model was trained on
 
 
 class InputError(RuntimeError):
@@ -115,9 +116,9 @@ def segment(model: nn.Module, image: Tensor, short_side: int | None = None) -> T
     Args:
         model: in eval mode; its device is used.
         image: uint8 [3, H, W].
-        short_side: the model sees the picture shrunk to this many pixels on its shorter side, which bounds time and memory;
-            smaller pictures are never enlarged, 0 leaves every size as it is. None for what the model was trained on, or 512
-            where it doesn't say that.
+        short_side: the model sees the picture shrunk to this many pixels on its shorter side and at most four times as many on
+            the longer, which bounds time and memory; smaller pictures are never enlarged, 0 leaves every size as it is. None
+            for the scale that the model was trained on, or 512 where it doesn't say that.
 
     Returns:
         Labels int64 [H, W], at the full size of the picture.
@@ -128,13 +129,20 @@ def segment(model: nn.Module, image: Tensor, short_side: int | None = None) -> T
 
 def seen(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
     """What the model is given of a picture uint8 [3, H, W], see :func:`segment`: float32 [1, 3, h, w], on its device."""
-    if short_side is None:
-        short_side = getattr(model, "short_side", None) or SHORT_SIDE
-    size = image.shape[-2:]
-    images = image[None].to(next(model.parameters()).device)
-    if 0 < short_side < min(size):
-        images = functional.resize(images, [max(1, round(n * short_side / min(size))) for n in size], antialias=True)
+    images, size = image[None].to(next(model.parameters()).device), seen_size(model, image, short_side)
+    if size != tuple(image.shape[-2:]):
+        images = functional.resize(images, list(size), antialias=True)
     return normalise(images).contiguous(memory_format=torch.channels_last)
+
+
+def seen_size(model: nn.Module, image: Tensor, short_side: int | None = None) -> tuple[int, int]:
+    """The (height, width) that :func:`seen` makes of a picture."""
+    size = tuple(image.shape[-2:])
+    if short_side == 0:
+        return size
+    scale = (4 * short_side, short_side) if short_side else getattr(model, "scale", None) or SCALE
+    factor = min(1.0, fit_factor(size, scale))
+    return tuple(max(1, round(side * factor)) for side in size)
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:

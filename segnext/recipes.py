@@ -141,7 +141,7 @@ RECIPES: dict[str, tuple[Recipe, ...]] = {
             dataset="cityscapes", batch=8, crop=(1024, 1024), scale=(2048, 1024), window=(1024, 1024), stride=(768, 768)
         ),
     ),
-    "coco-stuff": (Recipe(dataset="coco-stuff", iterations=80_000),),
+    "coco-stuff": (Recipe(dataset="coco-stuff", iterations=80_000, multiple=32),),
     "pascal-voc": (_VOC, replace(_VOC, train="trainval", val=None)),
     "pascal-voc-coco": (
         Recipe(dataset="coco-voc", iterations=600_000),

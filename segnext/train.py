@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,28 +14,26 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed, recipes
+from .begin import build, class_weights, resolved
 from .data import open_dataset
 from .data.augment import augmentation
-from .data.loader import mixed_seed, one_by_one
 from .data.pairs import Pairs
 from .data.workers import deaths_told
 from .evaluate import Scores, evaluate, view_of
 from .fuse import inference_model
-from .images import image_size
-from .model import SegNeXt, create
+from .model import SegNeXt
 from .recipes import Recipe, RecipeError
 from .run import Run, last, opened
-from .trainer import Step, Trainer, precision
-from .weights import WeightsError, described, load, load_encoder
+from .trainer import Step, Trainer
+from .weights import described, load
 
-LARGEST = 512  # short side and crop of training on one's own pictures, which may be larger
-COUNTED = 500  # pictures whose labels are counted for class weights
 SMOOTHED = 20  # steps over which the shown loss is a mean
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with how many processes a training runs, which does not change what it computes.
+    """Where and with how many processes a training runs. But for what batch norms see of an accumulated batch, that does not
+    change what it computes.
 
     Attributes:
         device: as PyTorch names it, cpu or cuda; under torchrun, every process has its own of that kind.
@@ -82,15 +79,21 @@ def train(
             f"the recipe is {len(stages)} trainings: give one folder of data for each, or one for all, not {len(data)}"
         )
     with distributed.processes(machine.device) as device:
-        if distributed.from_first(any(path for name in ("last.pth", "model.pth") for path in out.glob(f"**/{name}"))):
+        if distributed.from_first(_holds_training(out)):
             raise RecipeError(f"{out} holds a training already; go on with it by --resume {out}, or choose another --out")
         pairs = [open_dataset(stage.dataset, root, stage.train) for stage, root in zip(stages, roots, strict=True)]
-        stages = tuple(_resolved(stage, train, device) for stage, train in zip(stages, pairs, strict=True))
+        stages = tuple(resolved(stage, train, device) for stage, train in zip(stages, pairs, strict=True))
 
         def begin() -> None:
             recipes.write(out / "recipe.json", stages, data=list(map(str, roots)), machine=vars(machine))
 
         return _stages(stages, roots, out, device, machine, pairs, begin)
+
+
+def _holds_training(out: Path) -> bool:
+    """Whether a checkpoint is there, or in the folder of a training of several that began there."""
+    folders = [out, *(out.glob("*/") if (out / "recipe.json").exists() else ())]
+    return any((folder / name).exists() for folder in folders for name in ("last.pth", "model.pth"))
 
 
 def resume(out: str | Path, **machine) -> SegNeXt | None:
@@ -152,32 +155,39 @@ def _stage(
     torch.backends.cudnn.benchmark = not recipe.deterministic  # of GPUs: convolutions and our Triton kernels are tuned
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
     state = last(folder)
-    model = build(recipe, pairs, before) if state is None else described(state["meta"])
-    trainer = Trainer(
-        model.to(device),
-        pairs,
-        recipe,
-        augment=augmentation(recipe.crop, recipe.scale, recipe.ratio, recipe.max_share, recipe.distort),
-        class_weights=class_weights(pairs, len(pairs.classes), recipe.balance, machine.workers) if recipe.balance else None,
-        accumulate=machine.accumulate,
-        workers=machine.workers,
-        cuda_graph=machine.cuda_graph,
-    )
-    best, losses = -1.0, []
-    if state is not None:
-        trainer.load(state)
-        best, losses = state["best"], state["losses"]
-        del state  # as large as the model and both its moments
-    if distributed.from_first(trainer.done) != trainer.done:
-        raise RecipeError(f"{folder} is not the same folder for all processes: all machines must share it")
-    try:
+    with distributed.first_here_first():
+        model = build(recipe, pairs, before) if state is None else described(state["meta"])
+    with distributed.memory_told(device, _ways(recipe, machine, device)):
+        trainer = Trainer(
+            model.to(device),
+            pairs,
+            recipe,
+            augment=augmentation(recipe.crop, recipe.scale, recipe.ratio, recipe.max_share, recipe.distort),
+            class_weights=class_weights(pairs, len(pairs.classes), recipe.balance, machine.workers) if recipe.balance else None,
+            accumulate=machine.accumulate,
+            workers=machine.workers,
+            cuda_graph=machine.cuda_graph,
+        )
+        best, losses = -1.0, []
+        if state is not None:
+            trainer.load(state)
+            best, losses = state["best"], state["losses"]
+            del state  # as large as the model and both its moments
+        if distributed.from_first(trainer.done) != trainer.done:
+            raise RecipeError(f"{folder} is not the same folder for all processes: all machines must share it")
         with deaths_told(), opened(folder, trainer.done) if distributed.rank() == 0 else nullcontext() as run:
             if run is not None and begin is not None:
                 begin()
             _loop(trainer, run, val, best, losses, machine)
-    except torch.OutOfMemoryError as error:
-        ways = f"--accumulate {2 * machine.accumulate}" + (", or --no-cuda-graph" if trainer.graphed else "")
-        raise RecipeError(f"the memory of {device} is too small; try {ways}") from error
+
+
+def _ways(recipe: Recipe, machine: Machine, device: torch.device) -> str:
+    """How training takes less memory."""
+    share = recipe.batch // distributed.world()
+    parts = next((n for n in range(machine.accumulate + 1, share + 1) if share % n == 0), None)
+    first = "a smaller --batch or --crop" if parts is None else f"--accumulate {parts}"
+    graphed = machine.cuda_graph and device.type == "cuda" and distributed.world() == 1
+    return first + (", or --no-cuda-graph" if graphed else "")
 
 
 def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, losses: list[float], machine: Machine) -> None:
@@ -221,7 +231,9 @@ def _evaluated(trainer: Trainer, val: Pairs, workers: int) -> Scores:
     distributed.share_buffers(trainer.model)
     model = inference_model(trainer.model.eval(), trainer.device)
     workers = workers if trainer.device.type == "cuda" else 0
-    return evaluate(model, val, len(val.classes), view_of(trainer.recipe), workers=workers, progress=distributed.rank() == 0)
+    with distributed.memory_told(trainer.device, "a smaller --scale, --window and --stride for evaluation, or --val none"):
+        view, progress = view_of(trainer.recipe), distributed.rank() == 0
+        return evaluate(model, val, len(val.classes), view, workers=workers, progress=progress)
 
 
 def with_bar(trainer: Trainer, silent: bool = False):
@@ -253,73 +265,6 @@ def fit(
     losses = [step.loss for step in with_bar(trainer)]
     model.eval()
     return losses
-
-
-def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:
-    """The recipe's model for the classes of a data set, on the CPU.
-
-    Args:
-        before: a checkpoint of a whole model to begin with; its classifier is replaced where the classes are others.
-
-    Raises:
-        WeightsError: the weights to begin with cannot be had or do not fit.
-    """
-    torch.manual_seed(mixed_seed(recipe.seed))
-    count, weights = len(pairs.classes), before or recipe.weights
-    begin = None if weights is None else load(weights)
-    rank = None if begin is None else begin.config.rank
-    model = create(recipe.size, count, recipe.head, rank=rank, drop_path=recipe.drop_path, dropout=recipe.dropout)
-    model.classes, model.palette, model.short_side = pairs.classes, pairs.palette, min(recipe.scale)
-    if begin is not None:
-        _take_over(model, begin, weights)
-    elif recipe.encoder is not None:
-        try:
-            load_encoder(model, f"imagenet-{recipe.size}" if recipe.encoder == "imagenet" else recipe.encoder)
-        except WeightsError as error:
-            raise WeightsError(f"{error}; to train from random weights: --recipe scratch, or --encoder none") from error
-    return model
-
-
-def _take_over(model: SegNeXt, begin: SegNeXt, name: str | Path) -> None:
-    """Gives the model the weights of another, but for the classifier if that one has other classes."""
-    state = begin.state_dict()
-    names = [None if classes is None else [one.strip() for one in classes] for classes in (begin.classes, model.classes)]
-    if begin.config.num_classes != model.config.num_classes or names[0] not in (None, names[1]):
-        if distributed.rank() == 0:
-            print(f"the classes of {name} are others: its classifier is replaced by a new one")
-        classifier = {key: value for key, value in model.state_dict().items() if key.startswith("decode_head.conv_seg.")}
-        state.update(classifier)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise WeightsError(f"{name} is no SegNeXt of the recipe's size and head: {reason}") from error
-
-
-def class_weights(dataset: Dataset, classes: int, power: float, workers: int = 0) -> Tensor:
-    """Weights in the loss [classes], each class' share of the labels to the power of ``-power``; the mean label weighs 1.
-
-    The labels of up to 500 pictures, evenly spaced, are counted.
-    """
-    counts = torch.zeros(256, dtype=torch.int64)
-    with deaths_told():
-        for batch in one_by_one(dataset, range(0, len(dataset), math.ceil(len(dataset) / COUNTED)), workers):
-            counts += torch.bincount(batch.labels.flatten(), minlength=256)
-    shares = counts[:classes] / counts[:classes].sum().clamp_min(1)
-    weights = shares.clamp_min(1e-4) ** -power
-    return weights / (shares * weights).sum().clamp_min(1e-4)
-
-
-def _resolved(recipe: Recipe, pairs: Pairs, device: torch.device) -> Recipe:
-    """The recipe with what it leaves to the data and the device."""
-    if recipe.scale is None:
-        sides = sorted(min(image_size(image)) for image, _ in pairs.files[:: math.ceil(len(pairs) / COUNTED)])
-        short = min(LARGEST, sides[len(sides) // 2])
-        recipe = replace(recipe, scale=(4 * short, short))
-    if recipe.crop is None:
-        side = min(LARGEST, max(32, min(recipe.scale) // 32 * 32))
-        recipe = replace(recipe, crop=(side, side))
-    return replace(recipe, precision=precision(recipe.precision, device))
 
 
 def _headline(trainer: Trainer, val: Pairs | None) -> str:

@@ -36,7 +36,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
             description where there is one, else it is the paper's.
 
     Returns:
-        The model, with ``classes``, ``palette`` and ``short_side`` where the checkpoint names them.
+        The model, with ``classes``, ``palette`` and ``scale`` where the checkpoint names them.
 
     Raises:
         WeightsError: the checkpoint cannot be had or read, or its keys or shapes do not make a SegNeXt.
@@ -46,6 +46,8 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
     path = locate(path_or_name)
     state, meta = read(path)
     if not any(key.startswith("decode_head.") for key in state):
+        if hidden := next((key for key in state if ".decode_head." in key), None):
+            raise WeightsError(f"{path} holds a model under a prefix that is unknown here: {hidden.removeprefix('backbone.')}")
         raise WeightsError(f"{path} holds no decode_head, only an encoder, which segnext.load_encoder takes")
     config = _config(state, meta, path)
     if rank is not None:
@@ -55,8 +57,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
     check(state, model, path)
     model.to_empty(device="cpu").load_state_dict(state)
     model.classes, model.palette = _legend(meta, config.num_classes)
-    short_side = meta.get("short_side")
-    model.short_side = short_side if isinstance(short_side, int) and short_side > 0 else None
+    model.scale = _scale(meta.get("scale"))
     return model.eval()
 
 
@@ -127,14 +128,14 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
 
 def about(model: SegNeXt) -> dict[str, Any]:
     """What a checkpoint says of a model beside its tensors."""
-    return {"segnext": asdict(model.config), **{name: getattr(model, name) for name in ("classes", "palette", "short_side")}}
+    return {"segnext": asdict(model.config), **{name: getattr(model, name) for name in ("classes", "palette", "scale")}}
 
 
 def described(meta: Mapping[str, Any]) -> SegNeXt:
     """The model, with random weights, that :func:`about` described."""
     model = SegNeXt(Config(**meta["segnext"]))
-    for name in ("classes", "palette", "short_side"):
-        setattr(model, name, meta[name])
+    for name in ("classes", "palette", "scale"):
+        setattr(model, name, meta.get(name))
     return model
 
 
@@ -209,6 +210,11 @@ def _legend(meta: Mapping[str, Any], count: int) -> tuple[list[str] | None, list
 
     palette = find("palette", (list, tuple))
     return find("classes", str), palette and [tuple(colour) for colour in palette]
+
+
+def _scale(sides: Any) -> tuple[int, int] | None:
+    fits = isinstance(sides, (list, tuple)) and len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
+    return tuple(sides) if fits else None
 
 
 def check(state: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:

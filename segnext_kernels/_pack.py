@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._validate_inference import PACKED_DTYPES, PANEL
+from ._validate import PACKED_DTYPES
+from ._validate_inference import PANEL
 
 
 def pack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -24,7 +24,7 @@ def register(
     backward_fake: Callable | None = None,
     setup_context: Callable,
     backward: Callable,
-    autocast: Callable,
+    autocast: Callable | None = None,
     triton: ModuleType | None = None,
 ) -> None:
     """Registers an operator and its backward operator; their kernels come from the compiled libraries, and from Triton.
@@ -35,7 +35,7 @@ def register(
             serves, which was registered before.
         fake, backward_fake: shapes, dtypes and strides of the outputs.
         setup_context, backward: as in ``torch.library.register_autograd``; ``backward`` gets the operators' namespace before.
-        autocast: ``(dtype, *args) -> args`` casts the arguments to autocast's dtype.
+        autocast: ``(dtype, *args) -> args`` casts the arguments to autocast's dtype; None where they are taken as they are.
         triton: has ``forward`` and ``backward`` with the schemas' arguments; they make the same operators in a namespace of
             their own.
     """
@@ -45,7 +45,7 @@ def register(
     for lib in libraries:
         own = partial(backward, getattr(torch.ops, lib.ns))
         torch.library.register_autograd(f"{lib.ns}::{_name(schema)}", own, setup_context=setup_context, lib=lib)
-        for device in AUTOCAST_DEVICES:
+        for device in AUTOCAST_DEVICES if autocast is not None else ():
             _register_autocast(lib, _name(schema), device, autocast)
     if backward_schema is None:
         return

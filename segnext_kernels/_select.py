@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from . import _load, _triton, _validate
 
+INFERENCE_OPERATORS = ("conv_act", "spatial_attention", "mlp", "group_norm_relu", "hamburger", "resize_concat_conv")
 OPERATORS = (
     "msca_strips",
     "dwconv_gelu",
@@ -17,12 +18,7 @@ OPERATORS = (
     "scale_add",
     "upsample_argmax",
     "upsample_cross_entropy",
-    "conv_act",
-    "spatial_attention",
-    "mlp",
-    "group_norm_relu",
-    "hamburger",
-    "resize_concat_conv",
+    *INFERENCE_OPERATORS,
 )
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 COMPILED_BRANCHES = (7, 11, 21)
@@ -77,7 +73,7 @@ def _why_not_triton(operator: str, x: Tensor) -> str | None:
     if torch.version.hip is None and not torch.compiler.is_compiling() and _triton.capability(x) < (8, 0):
         major, minor = _triton.capability(x)
         return f"the Triton kernels are for GPUs from compute capability 8.0 on, this one has {major}.{minor}"
-    if operator == "nmf" and (x.shape[2] * max(x.shape[1], TRITON_RANK) >= 2**31 or x.shape[1] >= TRITON_ROWS):
+    if operator == "nmf" and x.dim() == 3 and (x.shape[2] * max(x.shape[1], TRITON_RANK) >= 2**31 or x.shape[1] >= TRITON_ROWS):
         return f"the Triton kernels of nmf are for matrices below 2**31 elements and {TRITON_ROWS} rows, x is {list(x.shape)}"
     return _other_dtype("Triton", x) if x.dtype not in GPU_DTYPES else None
 
@@ -139,6 +135,10 @@ def explain(operator: str, x: Tensor, *, branch_sizes: Sequence[int] = COMPILED_
         raise ValueError(f"explain: there is no operator {operator!r}; there are {', '.join(OPERATORS)}")
     if not isinstance(x, Tensor):
         raise TypeError(f"explain: x must be a tensor, got {type(x).__name__}")
+    taken = _validate.PACKED_DTYPES if operator in INFERENCE_OPERATORS else _validate.DTYPES
+    if x.dtype not in taken:
+        *known, found = (str(dtype).removeprefix("torch.") for dtype in (*taken, x.dtype))
+        return dict.fromkeys(BACKENDS, f"{operator} takes {', '.join(known)}; x is {found}")
     answer, served = {}, False
     for name in BACKENDS:
         reason = why_not(name, operator, x, branch_sizes=tuple(branch_sizes), rank=rank)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PACKED_DTYPES = (torch.float32, torch.bfloat16)  # of the operators that serve inference alone
 GRADIENTS = ("exact", "one_step")
+MOST_STEPS = 1 << 20
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
@@ -32,6 +34,11 @@ def dense_image(x: Tensor) -> Tensor:
     if transformed() or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x in channels_last, itself where it is; under torch.func's transforms, where no layout can be asked for, as it is."""
+    return x if transformed() else x.contiguous(memory_format=torch.channels_last)
 
 
 def dense_matrix(x: Tensor) -> Tensor:
@@ -124,8 +131,8 @@ def check_bases(op: str, bases: Tensor, sizes: tuple[int, int], dtypes: Sequence
 def check_updates(op: str, steps: int, round_factors: bool) -> None:
     """Checks how often factors are updated and whether they may be rounded."""
     whole(op, "steps", steps)
-    if steps < 0:
-        raise ValueError(f"{op}: steps must be at least 0, got {steps}")
+    if not 0 <= steps <= MOST_STEPS:
+        raise ValueError(f"{op}: steps must be between 0 and {MOST_STEPS}, got {steps}")
     if not isinstance(round_factors, bool):
         raise TypeError(f"{op}: round_factors must be a bool, got {type(round_factors).__name__}")
 
@@ -182,7 +189,7 @@ def _logits(op: str, logits: Tensor, size: Sequence[int]) -> None:
     check_tensor(op, "logits", logits, "[N, C, h, w]")
     if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(_is_whole(n) and n >= 0 for n in size):
         raise ValueError(f"{op}: size must be two whole numbers (H, W), got {size!r}")
-    if 0 in logits.shape[1:] and 0 not in size:
+    if logits.shape[1] == 0 or (0 in logits.shape[2:] and 0 not in size):
         raise ValueError(f"{op}: empty logits {list(logits.shape)} cannot be resized to {list(size)}")
 
 
@@ -220,7 +227,7 @@ def check_companion(op: str, name: str, tensor: Tensor, x: Tensor, otherwise: st
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    mended = autocasts(x) and torch.float64 not in (x.dtype, tensor.dtype)
+    mended = autocasts(x) and tensor.dtype in DTYPES and torch.float64 not in (x.dtype, tensor.dtype)
     if tensor.dtype != x.dtype and not mended:
         raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}{otherwise}, got {tensor.dtype}")
     check_device(op, name, tensor, x)

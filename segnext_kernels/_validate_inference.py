@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _validate
 from ._validate import (
     check_bases,
     check_companion,
@@ -20,7 +21,6 @@ from ._validate import (
     whole,
 )
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = ("none", "gelu", "relu")
 PANEL = 32  # columns of packed weights that lie together
 
@@ -138,9 +138,9 @@ def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: 
 def channels_last(op: str, name: str, x: Tensor) -> Tensor:
     """Checks an image for inference and returns it in channels_last: itself where it is, else a copy."""
     check_tensor(op, name, x, "[N, C, H, W]")
-    if x.dtype not in PACKED_DTYPES:
+    if x.dtype not in _validate.PACKED_DTYPES:
         raise TypeError(f"{op}: {name} must be float32 or bfloat16, got {x.dtype}")
-    return x.contiguous(memory_format=torch.channels_last)
+    return _validate.channels_last(x)
 
 
 def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Tensor) -> tuple[Tensor, Tensor]:

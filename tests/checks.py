@@ -31,6 +31,9 @@ from operators import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from segnext_kernels import _register
 
 POISON = 4096  # elements of NaN on either side, more than any row, block or vector
 
@@ -47,6 +50,17 @@ def check_grad_out_layouts(sample: Sample, backend: str, layout: str) -> None:
     """The layout of the incoming gradient changes no bit of what goes out."""
     grad_out = arrange(grad_like(sample.x), layout)
     assert_same(results(sample, backend, grad_out), results(sample, backend, grad_out.contiguous()))
+
+
+def check_other_layouts(sample: Sample, backend: str, layout: str) -> None:
+    """The backward operator takes a grad_out in another layout than x's, and changes no bit of what goes out."""
+    x, *filters = sample.leaves
+    filters = [filters] if sample.operator == "msca_strips" else filters
+    backward, grad_out = _register.operator(f"{sample.operator}_backward", backend), grad_like(x)
+    other = next(name for name in IMAGE_LAYOUTS if name != layout)
+    found, want = (tree_leaves(backward(arrange(grad_out, name), x, *filters, True, True)) for name in (other, layout))
+    assert found[0].stride() == x.stride()
+    assert_same(found, want)
 
 
 def check_expanded_grad_out(sample: Sample, backend: str) -> None:

@@ -118,11 +118,18 @@ def test_segformer_is_transformers_at_the_photos_size(files):
     assert labels.unique().numel() > 1
 
 
-def test_both_models_see_the_short_side(files, monkeypatch):
+def test_both_models_see_the_same(files, monkeypatch):
     seen = []
     monkeypatch.setattr(compare, "segment", lambda model, image, side: seen.append(side) or torch.zeros(HEIGHT, WIDTH).long())
     assert run(files, "--short-side", 32, "--out", files / "short.png") == 0
     assert seen == [32, 32]
+    scales = []
+    monkeypatch.setattr(compare, "segment", lambda model, *_: scales.append(model.scale) or torch.zeros(HEIGHT, WIDTH).long())
+    model = segnext.load(files / "small.pth")
+    model.scale = (99, 40)
+    segnext.save(model, files / "scaled.pth")
+    assert run(files, "--weights", files / "scaled.pth", "--out", files / "scaled.png") == 0
+    assert scales == [(99, 40)] * 2
 
 
 def test_differences():
@@ -207,3 +214,13 @@ def test_offline_is_one_sentence(monkeypatch):
     message = r"nvidia/segformer-b2-finetuned-ade-512-512 cannot be loaded .*takes a local folder too\): no connection$"
     with pytest.raises(WeightsError, match=message):
         compare.load_segformer("segformer-b2")
+
+
+def test_the_same_classes_in_another_order_are_not_compared(files, tmp_path):
+    other = SegformerForSemanticSegmentation.from_pretrained(files / "segformer")
+    other.config.id2label = dict(enumerate(reversed(folders.CLASSES)))
+    other.save_pretrained(tmp_path / "reversed")
+    with pytest.raises(WeightsError, match="the same classes in another order"):
+        compare.compare(
+            [photo(files)], [mask(files)], files / "small.pth", tmp_path / "a.png", other=str(tmp_path / "reversed")
+        )

@@ -72,7 +72,7 @@ def test_demo_on_scenes(tmp_path, quick, capsys):
     assert pictures == sorted(path.name for path in (out / "scenes").iterdir()) and len(pictures) == 5
     assert Image.open(out / "held_out" / pictures[0]).width >= 3 * 2 * 48
     model = segnext.load(out / "segnext-t.pth")
-    assert (model.classes, model.palette, model.short_side) == (Scenes.classes, Scenes.palette, 32)
+    assert (model.classes, model.palette, model.scale) == (Scenes.classes, Scenes.palette, (128, 32))
 
     assert cli.main(suggested_command(printed)) == 0
     masks = sorted((out / "predicted").glob("*_mask.png"))
@@ -95,7 +95,7 @@ def test_demo_on_photographs(tmp_path, quick, capsys, monkeypatch):
     assert before.confusion.sum() == after.confusion.sum() == 2 * 36 * 50
     out = tmp_path / "demo" / "data"
     assert {path.name for path in (out / "held_out").iterdir()} == {"3.png", "4.png"}
-    assert segnext.load(out / "segnext-t.pth").short_side == 36
+    assert segnext.load(out / "segnext-t.pth").scale == (144, 36)
     assert cli.main(suggested_command(printed)) == 0
     mask = np.asarray(Image.open(out / "predicted" / "3_mask.png"))
     assert mask.shape == (40, 56) and mask.max() < 10

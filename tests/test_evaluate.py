@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import folders
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 import segnext
 from segnext import cli
+from segnext import evaluate as evaluate_module
 from segnext.data import open_dataset
 from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, evaluate_weights, table, view_of
 from segnext.recipes import RECIPES, RecipeError
@@ -57,7 +59,7 @@ def data(tmp_path_factory) -> Path:
 def weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "small.pth"
     model = small.model(num_classes=10)
-    model.short_side = 32
+    model.scale = (40, 32)
     segnext.save(model, path)
     return path
 
@@ -95,7 +97,7 @@ def test_the_command(tmp_path, data, weights, capsys):
     printed = capsys.readouterr().out.splitlines()
     scores = json.loads((tmp_path / "scores.json").read_text())
     model, pairs = segnext.load(weights), open_dataset("folder", data, "val")
-    expected = evaluate(model, pairs, 10, View((1 << 30, 32)))
+    expected = evaluate(model, pairs, 10, View((40, 32)))
     assert scores["mIoU"] == pytest.approx(expected.miou, abs=2e-3)  # the command's model is fused
     assert scores["pixel_accuracy"] == pytest.approx(expected.pixel_accuracy, abs=2e-3) and scores["pictures"] == 4
     assert list(scores["classes"]) == folders.CLASSES
@@ -111,7 +113,7 @@ def test_multi_scale_and_flip_by_the_command(tmp_path, data, weights):
         assert run("--weights", weights, "--data", data, "--json", tmp_path / name, *options, "--workers", 0) == 0
         scores[name] = json.loads((tmp_path / name).read_text())
     model, pairs = segnext.load(weights), open_dataset("folder", data, "val")
-    expected = evaluate(model, pairs, 10, View((1 << 30, 32), ratios=MULTI_SCALE, flip=True))
+    expected = evaluate(model, pairs, 10, View((40, 32), ratios=MULTI_SCALE, flip=True))
     assert scores["both"]["mIoU"] == pytest.approx(expected.miou, abs=2e-3)
     assert scores["plain"] != scores["both"] and scores["train"]["pictures"] == 1
 
@@ -155,3 +157,24 @@ def test_pictures_do_not_replace_the_data(tmp_path):
         with pytest.raises(RecipeError, match="holds images or masks of the data; choose another folder"):
             evaluate_weights(tmp_path / "w.pth", data, RECIPES["folder"][0], pictures=data / "val" / kind)
     assert {path: path.read_bytes() for path in data.rglob("*.png")} == before
+
+
+def test_masks_that_are_no_files_are_not_replaced():
+    pairs = SimpleNamespace(files=[("a/1.png", object())])
+    evaluate_module._outside(Path("b"), pairs)
+    with pytest.raises(RecipeError, match="a holds images"):
+        evaluate_module._outside(Path("a"), pairs)
+
+
+def test_the_end_of_a_gpus_memory_is_told(data, weights, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate_module, "evaluate", full)
+    with pytest.raises(RecipeError, match="the memory of cpu is too small; try --device cpu, or without --multi-scale"):
+        evaluate_weights(weights, data, RECIPES["folder"][0], multi_scale=True)
+
+
+def test_the_figures_folder_is_made(tmp_path, data, weights):
+    assert run("--data", data, "--weights", weights, "--json", tmp_path / "new" / "scores.json") == 0
+    assert json.loads((tmp_path / "new" / "scores.json").read_text())["pictures"] == 4

@@ -38,7 +38,7 @@ def network(**changes) -> SegNeXt:
         for name, parameter in model.named_parameters():
             if "layer_scale" in name:
                 parameter.normal_(std=0.3)
-    model.classes, model.palette, model.short_side = CLASSES, PALETTE, 64
+    model.classes, model.palette, model.scale = CLASSES, PALETTE, (256, 64)
     return model
 
 
@@ -65,7 +65,7 @@ def run(*arguments) -> int:
 
 
 def assert_metadata(said: dict[str, str], labels: bool) -> None:
-    expected = {"mean": MEAN, "std": STD, "classes": CLASSES, "palette": PALETTE, "short_side": 64}
+    expected = {"mean": MEAN, "std": STD, "classes": CLASSES, "palette": PALETTE, "scale": (256, 64)}
     assert {name: json.loads(said[name]) for name in expected} == json.loads(json.dumps(expected))
     assert said["input"] == "images: float32 [batch, 3, height, width], RGB in 0..1, minus mean, divided by std"
     assert said["output"].startswith("labels: int64" if labels else "logits: float32")

@@ -10,8 +10,10 @@ from operators import error
 from torch import nn
 
 import segnext
+from segnext import distributed
 from segnext.data import Scenes
 from segnext.images import normalise
+from segnext.mscan import Block
 from segnext.recipes import Recipe
 from segnext.train import fit
 
@@ -119,3 +121,52 @@ def test_errors():
         segnext.fuse(harsh()).train()
     with pytest.raises(ValueError, match="takes no bases"):
         segnext.fuse(harsh("msca"))(torch.randn(1, 3, 32, 32), torch.rand(1, 64, 16))
+
+
+def dilate(model: nn.Module) -> None:
+    old = model.backbone.patch_embed2.proj
+    model.backbone.patch_embed2.proj = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=2, padding=2, dilation=2)
+
+
+def other_activation(model: nn.Module) -> None:
+    model.backbone.patch_embed1.proj[2] = nn.GELU(approximate="tanh")
+
+
+CUSTOMISED = {
+    "dilation": (dilate, r"backbone\.patch_embed2\.proj: Conv2d\(.*dilation=\(2, 2\)"),
+    "activation": (other_activation, r"backbone\.patch_embed1\.proj\.2: GELU\(approximate='tanh'\)"),
+    "hook": (lambda model: model.backbone.block1[0].mlp.fc1.register_forward_hook(print), "block1.0.mlp.fc1: Pointwise"),
+    "wrapped": (lambda model: setattr(model.backbone, "norm2", nn.Sequential(model.backbone.norm2)), "backbone.norm2: Seq"),
+    "added": (lambda model: model.backbone.patch_embed2.add_module("more", nn.ReLU()), r"patch_embed2\.more: ReLU\(\)"),
+    "removed": (lambda model: setattr(model.backbone.block2[0], "norm1", None), "no backbone.block2.0.norm1"),
+    "parametrized": (lambda model: nn.utils.parametrizations.weight_norm(model.decode_head.conv_seg), "conv_seg: Param"),
+    "forward": (lambda model: setattr(model, "forward", model.forward), "the model: SegNeXt"),
+}
+
+
+@pytest.mark.parametrize("change, message", CUSTOMISED.values(), ids=CUSTOMISED)
+def test_what_a_fused_model_would_not_heed_is_refused(change, message):
+    model = harsh()
+    change(model)
+    with pytest.raises(TypeError, match=f"^fuse: the model has .*{message}"):
+        segnext.fuse(model)
+
+
+def test_what_changes_nothing_in_evaluation_is_taken(monkeypatch):
+    model, images = harsh(), torch.randn(1, 3, 65, 40)
+    model.decode_head.dropout = nn.Identity()
+    model.backbone.block3.append(Block(40, 4, 0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "world", lambda: 2)
+        distributed.synchronise_norms(model)
+    assert error(segnext.fuse(model)(images), model.eval()(images)) < 1e-5
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.double, nn.Module.bfloat16], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fused_model_keeps_its_dtype(dtype, convert):
+    fused, images = segnext.fuse(harsh(), dtype), torch.randn(1, 3, 32, 32)
+    expected = fused(images)
+    with pytest.raises(TypeError, match="keeps its dtype; fuse the model again"):
+        convert(fused)
+    assert torch.equal(fused.to("cpu")(images), expected)

@@ -203,6 +203,7 @@ def test_find_class():
     ):
         with pytest.raises(InputError, match=message):
             find_class(wanted, CLASSES)
+    assert find_class("1", ["1", "2", "3"]) == 0 and find_class("2", ["a", "b", "c"]) == 2
     with pytest.raises(InputError, match="several classes are called 'crane'; give a number: 0, 2"):
         find_class("crane", ["crane", "heron", "Crane"])
 

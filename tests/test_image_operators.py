@@ -21,6 +21,8 @@ from operators import (
     msca_strips_sample,
 )
 
+from segnext_kernels._register import operator
+
 COMPILE_SHAPES = [(2, 5, 9, 12), (3, 5, 8, 31), (4, 5, 40, 7), (2, 5, 9, 12)]
 
 
@@ -113,10 +115,29 @@ def test_operators_without_checks_in_python_refuse_mixed_filters(sample_of, mix,
     operator = sample_of.__name__.removesuffix("_sample")
     arguments = [filters] if operator == "msca_strips" else filters
     operators = torch.ops.segnext_kernels
-    with pytest.raises(RuntimeError, match="must hold .* elements of the dtype that goes with x's"):
+    with pytest.raises(RuntimeError, match="must be .* of the dtype that goes with x's"):
         getattr(operators, operator)(x, *arguments)
-    with pytest.raises(RuntimeError, match="must hold .* elements of the dtype that goes with x's"):
+    with pytest.raises(RuntimeError, match="must be .* of the dtype that goes with x's"):
         getattr(operators, f"{operator}_backward")(x, x, *arguments, True, True)
+
+
+@image_layouts
+@compiled
+def test_operators_take_other_layouts(sample_of, layout, backend):
+    """As a traced graph may bring them: what was channels_last when it was traced need not be when it runs."""
+    checks.check_other_layouts(arranged(sample_of((2, 70, 9, 13)).to(torch.float32), layout), backend, layout)
+
+
+@compiled
+def test_operators_without_checks_in_python_refuse_other_shapes(sample_of, backend):
+    """Though they have as many elements."""
+    x, *filters = sample_of((1, 3, 4, 5)).leaves
+    name = sample_of.__name__.removesuffix("_sample")
+    for i in range(len(filters)):
+        spoiled = [*filters[:i], filters[i].mT[None], *filters[i + 1 :]] if filters[i].dim() > 1 else None
+        spoiled = spoiled or [*filters[:i], filters[i][:, None], *filters[i + 1 :]]
+        with pytest.raises(RuntimeError, match="must be .* of the dtype that goes with x's"):
+            operator(name, backend)(x, *([spoiled] if name == "msca_strips" else spoiled))
 
 
 @image_layouts

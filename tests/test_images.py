@@ -64,6 +64,20 @@ def test_exif_orientation_is_applied(tmp_path, ending, orientation):
     np.testing.assert_allclose(found.astype(int), shown(stored).astype(int), atol=0 if ending == "png" else 6)
 
 
+def test_other_exif_tags_may_be_odd(tmp_path):
+    """ResolutionUnit, a number, as text: writing the tags again, which nobody needs, would fail."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x0128, 2, 4, b"two\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    found = read(Image.new("RGB", (16, 8)), tmp_path / "a.jpg", exif=exif)
+    assert found.shape == (16, 8, 3)
+
+
+def test_a_transparent_grey_of_16_bits_is_white(tmp_path):
+    values = np.array([[0, 500, 30000, 65535]], np.uint16)
+    found = read(Image.fromarray(values), tmp_path / "a.png", transparency=500)
+    assert found[0, :, 0].tolist() == [0, 255, 117, 255]
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg", "gif", "tif"])
 def test_greyscale(tmp_path, ending):
     flat = np.full((9, 4), 77, np.uint8)

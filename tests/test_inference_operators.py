@@ -202,7 +202,12 @@ BAD = [
     ("hamburger", lambda x, w, b, bases, *r: (x, w, b, bases[:, 1:], *r), ValueError, r"bases must be \[B, D, R\] = \[2, 17, "),
     ("hamburger", lambda x, w, b, bases, *r: (x, w, b, bases.double(), *r), TypeError, "bases must be torch.float32 for x of"),
     ("hamburger", lambda x, w, b, bases, s, *r: (x, w, b, bases, 1.5, *r), TypeError, "steps must be an int, got float"),
-    ("hamburger", lambda x, w, b, bases, s, *r: (x, w, b, bases, -1, *r), ValueError, "steps must be at least 0, got -1"),
+    (
+        "hamburger",
+        lambda x, w, b, bases, s, *r: (x, w, b, bases, -1, *r),
+        ValueError,
+        "steps must be between 0 and .*, got -1",
+    ),
     ("hamburger", lambda x, w, b, bases, s, out, *r: (x, w, b, bases, s, out[:, 1:], *r), ValueError, "ham_out must be"),
     ("hamburger", lambda *args: (*args[:8], 4, *args[9:]), ValueError, "groups must divide the 17 channels, got 4"),
     ("hamburger", lambda *args: (*args[:-1], 1), TypeError, "round_factors must be a bool, got int"),
@@ -235,6 +240,50 @@ def test_every_tensor_is_checked(operator, served):
             x, rest = tree_unflatten([*flat[:place], change(flat[place]), *flat[place + 1 :]], structure)
             with pytest.raises(kind, match=f"^{operator}: "):
                 getattr(kernels, operator)(x, *rest, backend=served)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@packed_dtypes
+def test_other_shapes_with_as_many_elements_are_refused(operator, dtype):
+    """As those of weights that nobody packed; x is as the kernels take it, so that they are asked first."""
+    x, rest = channels_last(MAKE[operator]((1, 64, 8, 8, 64), dtype))
+    flat, structure = tree_flatten(rest)
+    for place in (i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)):
+        others = [flat[place][None], flat[place].flatten(), flat[place][:, None]]
+        for other in (other for other in others if other.shape != flat[place].shape):
+            spoiled = tree_unflatten([*flat[:place], other, *flat[place + 1 :]], structure)
+            with pytest.raises((TypeError, ValueError), match=f"^{operator}: "):
+                getattr(kernels, operator)(x, *spoiled)
+
+
+@packed_dtypes
+def test_weights_that_are_not_packed_are_refused(dtype):
+    x, weight = torch.randn(1, 64, 4, 4, dtype=dtype), torch.randn(64, 64, 1, 1, dtype=dtype)
+    with pytest.raises(ValueError, match="conv_act: weight, packed, must be"):
+        kernels.conv_act(x.contiguous(memory_format=torch.channels_last), weight, torch.zeros(64))
+
+
+def test_sizes_that_overflow_are_refused():
+    x, (weight, bias, *_) = channels_last(conv_act((1, 32, 4, 4, 32), torch.float32))
+    with pytest.raises(ValueError, match="conv_act: weight, packed, must be"):
+        kernels.conv_act(x, weight, bias, 2**63 - 1)
+    x, rest = channels_last(MAKE["hamburger"]((1, 32, 4, 4, 32), torch.float32))
+    with pytest.raises(ValueError, match="hamburger: steps must be between 0 and 1048576"):
+        kernels.hamburger(x, *rest[:3], 2**63 - 1, *rest[4:])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_vmap(operator):
+    x, rest, _ = MAKE[operator](SHAPES[4], torch.float32)
+    batched = [leaf for leaf in (*(x if operator == "resize_concat_conv" else [x]), *rest) if isinstance(leaf, Tensor)]
+    batched = [leaf for leaf in batched if leaf.dim() >= 3 and len(leaf) == 2]  # images, and the bases that belong to them
+
+    def one(images):
+        swapped = {id(leaf): image[None] for leaf, image in zip(batched, images, strict=True)}
+        return getattr(kernels, operator)(*tree_map(lambda leaf: swapped.get(id(leaf), leaf), (x, *rest)))[0]
+
+    expected = getattr(kernels, operator)(x, *rest)
+    torch.testing.assert_close(torch.func.vmap(one)(batched), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

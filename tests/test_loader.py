@@ -106,3 +106,8 @@ def test_the_death_of_a_worker_is_told():
 
 def test_one_by_one():
     assert [batch.indices for batch in one_by_one(Numbers(9), range(1, 9, 3))] == [[1], [4], [7]]
+
+
+def test_a_reader_of_what_is_printed_that_is_gone_is_no_worker():
+    with pytest.raises(BrokenPipeError), deaths_told():
+        raise BrokenPipeError

@@ -12,7 +12,7 @@ from segnext import SegNeXt, WeightsError, load, save
 from segnext import predict as predict_module
 from segnext.images import normalise, read_image
 from segnext.palette import generated_palette
-from segnext.predict import InputError, find_images, predict, segment, unique_names
+from segnext.predict import InputError, find_images, predict, seen_size, segment, unique_names
 
 
 def small_model(**attributes) -> SegNeXt:
@@ -152,14 +152,20 @@ def test_rank_is_passed_on(tmp_path, weights, monkeypatch):
     assert ranks == [3]
 
 
-def test_short_side_is_the_checkpoints_unless_given(tmp_path, monkeypatch):
-    sides = []
-    monkeypatch.setattr(predict_module, "normalise", lambda images: sides.append(images.shape[-2]) or normalise(images))
-    small.photo(520, 530).save(tmp_path / "a.png")
-    for trained, given in ((96, None), (None, None), (96, 0), (96, 40)):
-        save(small_model(short_side=trained), tmp_path / "w.pth")
+def test_scale_is_the_checkpoints_unless_given(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(predict_module, "normalise", lambda images: shown.append(tuple(images.shape[-2:])) or normalise(images))
+    small.photo(520, 780).save(tmp_path / "a.png")
+    for trained, given in (((400, 96), None), ((96, 96), None), (None, None), ((96, 96), 0), ((96, 96), 40)):
+        save(small_model(scale=trained), tmp_path / "w.pth")
         predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out", short_side=given)
-    assert sides == [96, 512, 520, 40]
+    assert shown == [(96, 144), (64, 96), (512, 768), (520, 780), (40, 60)]
+
+
+def test_long_pictures_are_bounded_too():
+    assert seen_size(small_model(), torch.empty(3, 500, 20000), None) == (51, 2048)
+    assert seen_size(small_model(), torch.empty(3, 500, 20000), 100) == (10, 400)
+    assert seen_size(small_model(), torch.empty(3, 1, 10**6, dtype=torch.uint8), None) == (1, 2048)
 
 
 @pytest.mark.parametrize("short_side, seen", [(0, (90, 121)), (32, (32, 43)), (90, (90, 121)), (512, (90, 121))])

@@ -15,7 +15,7 @@ from segnext.recipes import RECIPES, Recipe, RecipeError
 PAPER = {
     "ade20k": (512, 16, [160_000], ["ade20k"], None, None, 512, 32),
     "cityscapes": (1024, 8, [160_000], ["cityscapes"], 1024, 768, 1024, 1),
-    "coco-stuff": (512, 16, [80_000], ["coco-stuff"], None, None, 512, 1),
+    "coco-stuff": (512, 16, [80_000], ["coco-stuff"], None, None, 512, 32),
     "pascal-voc": (512, 16, [80_000, 80_000], ["pascal-voc", "pascal-voc"], None, None, 512, 1),
     "pascal-voc-coco": (512, 16, [600_000, 40_000], ["coco-voc", "pascal-voc"], None, None, 512, 1),
     "pascal-context": (480, 16, [80_000], ["pascal-context-59"], 480, 320, 520, 1),

@@ -304,6 +304,14 @@ def test_vmap(operator, backend):
             torch.testing.assert_close(torch.vmap(function)(layout), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_explain_knows_dtypes():
+    for operator, dtype, said in (
+        ("mlp", torch.float16, "mlp takes float32, bfloat16; x is float16"),
+        ("msca_strips", torch.int64, "msca_strips takes float32, float64, bfloat16, float16; x is int64"),
+    ):
+        assert explain(operator, torch.ones(1, 2, 3, 4, dtype=dtype)) == dict.fromkeys(_select.BACKENDS, said)
+
+
 def test_explain_names_what_is_wrong():
     x = torch.ones(1, 2, 3, 4)
     assert explain("msca_strips", x, branch_sizes=[7, 11, 21])["cpu"] == explain("msca_strips", x)["cpu"]

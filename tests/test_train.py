@@ -21,11 +21,12 @@ from PIL import Image
 
 import segnext
 from segnext import cli, recipes, run, trainer
+from segnext.begin import build, class_weights
 from segnext.checkpoint import WeightsError
 from segnext.data import DataError, open_dataset, pairs
 from segnext.images import ImageError
 from segnext.recipes import RECIPES, RecipeError
-from segnext.train import Machine, build, class_weights, resume, train
+from segnext.train import Machine, resume, train
 
 (SCRATCH,) = RECIPES["scratch"]
 SHORT = replace(
@@ -86,7 +87,7 @@ def test_the_curves_are_in_tensorboard(trained):
 def test_every_checkpoint_is_a_model(trained):
     for name in ("best.pth", "last.pth", "model.pth"):
         model = segnext.load(trained / name)
-        assert (model.classes, model.short_side, model.config.drop_path) == (folders.CLASSES, 32, 0.0)
+        assert (model.classes, model.scale, model.config.drop_path) == (folders.CLASSES, (64, 32), 0.0)
     assert same(weights(trained / "last.pth"), weights(trained / "model.pth"))
     best = max(float(row["mIoU"]) for row in run.read_csv(trained / "val.csv"))
     assert torch.load(trained / "last.pth", weights_only=True)["best"] == pytest.approx(best, abs=1e-6)
@@ -95,6 +96,31 @@ def test_every_checkpoint_is_a_model(trained):
 def test_a_folder_with_a_training_is_not_overwritten(trained, data):
     with pytest.raises(RecipeError, match="holds a training already; go on with it by --resume"):
         train([SHORT], [data], trained, HERE)
+
+
+def test_a_folder_of_trainings_can_get_one_of_its_own(trained, data, tmp_path):
+    shutil.copytree(trained, tmp_path / "runs" / "folder-t")
+    train([replace(SHORT, iterations=1, val=None)], [data], tmp_path / "runs", HERE)
+    assert (tmp_path / "runs" / "model.pth").exists()
+
+
+def test_files_to_begin_with_are_found_from_any_folder(trained, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    train([replace(SHORT, iterations=1, val=None, weights="model.pth")], [data], tmp_path / "run", HERE)
+    (stage,), _ = recipes.read(tmp_path / "run" / "recipe.json")
+    assert stage.weights == str(trained / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "batch, accumulate, way", [(8, 1, "--accumulate 2"), (9, 1, "--accumulate 3"), (4, 4, "a smaller --batch or --crop")]
+)
+def test_the_end_of_a_gpus_memory_is_told(data, tmp_path, monkeypatch, batch, accumulate, way):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("segnext.train._loop", full)
+    with pytest.raises(RecipeError, match=f"the memory of cpu is too small; try {way}$"):
+        train([replace(SHORT, batch=batch, crop=(64, 64))], [data], tmp_path / "run", replace(HERE, accumulate=accumulate))
 
 
 def test_a_finished_training_is_finished(trained):
@@ -413,6 +439,7 @@ def test_a_folder_decides_on_its_scale(tmp_path, size, crop, scale, monkeypatch)
         (["--data", "{data}/absent"], "absent"),
         (["--resume", "{data}"], "recipe.json: No such file"),
         (["--resume", "{data}", "--batch", "3"], "--resume goes by the folder's own recipe"),
+        (["--resume", "{data}", "--recipe", "scratch"], "--resume goes by the folder's own recipe"),
         (
             ["--data", "{data}", "--recipe", "scratch", "--batch", "3", "--accumulate", "2", "--out", "{data}/run"],
             "cannot be dealt out",

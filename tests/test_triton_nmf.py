@@ -249,3 +249,6 @@ def test_rounded_factors(held, shape, layout, kernels, monkeypatch, backend):
     assert ((got.double() - exact).abs() - 4 * own * exact.abs()).max() <= 2e-5 * exact.abs().max()
     wanted = nmf(sample.x, sample.leaves[1].requires_grad_(), shape[-1], round_factors=True, backend=backend)
     assert_same([wanted.detach()], [want])
+    projection = torch.eye(shape[1], requires_grad=True)
+    projected = nmf(sample.x, sample.leaves[1].detach(), shape[-1], projection=projection, round_factors=True, backend=backend)
+    assert_same([projected.detach()], [want])

@@ -71,6 +71,13 @@ def cut_into(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @interpreted
 @image_layouts
+def test_operators_take_other_layouts(sample_of, layout, backend):
+    """As a traced graph may bring them: what was channels_last when it was traced need not be when it runs."""
+    checks.check_other_layouts(arranged(sample_of((2, 17, 5, 9)).to(torch.float32), layout), backend, layout)
+
+
+@interpreted
+@image_layouts
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(sample_of, shape, layout, cut_into, backend):
     cut_into(channels=64)

@@ -67,12 +67,12 @@ def test_save_and_load(tmp_path, suffix, head):
     model = SegNeXt(replace(small.CONFIG, head=head, rank=5, drop_path=0.2, dropout=0.3, bases="random", gradient="one_step"))
     model.classes = [f"class {i}" for i in range(7)]
     model.palette = [(i, 2 * i, 255) for i in range(7)]
-    model.short_side = 96
+    model.scale = (128, 96)
     path = tmp_path / f"model{suffix}"
     segnext.save(model.to(memory_format=torch.channels_last), path)
     loaded = segnext.load(path)
     assert_same_weights(loaded, model)
-    for name in ("config", "classes", "palette", "short_side"):
+    for name in ("config", "classes", "palette", "scale"):
         assert getattr(loaded, name) == getattr(model, name)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -128,14 +128,14 @@ def test_classes_and_palette_of_mmsegmentation(tmp_path, meta):
     "meta",
     [
         {"CLASSES": ("road", "sky")},
-        {"classes": list(range(7)), "palette": list(range(7)), "short_side": "512", 7: None},
-        {"classes": "abcdefg", "palette": [[1, 2, 3]], "short_side": 0},
+        {"classes": list(range(7)), "palette": list(range(7)), "scale": ["512", 512], 7: None},
+        {"classes": "abcdefg", "palette": [[1, 2, 3]], "scale": [512, 0]},
     ],
     ids=["another count", "other types", "no lists"],
 )
 def test_what_cannot_ride_along_is_left_out(tmp_path, meta):
     model = segnext.load(golden.write(tmp_path / "model.pth", golden.state_dict(), meta))
-    assert (model.classes, model.palette, model.short_side) == (None, None, None)
+    assert (model.classes, model.palette, model.scale) == (None, None, None)
 
 
 @FORMATS
@@ -242,13 +242,21 @@ def test_config_of_a_custom_network(tmp_path):
     assert segnext.load(tmp_path / "model.safetensors").config == config
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "_orig_mod.", "net.", "_orig_mod.module.", "module._orig_mod.", "model._orig_mod."]
+)
 def test_names_of_wrappers_are_left_out(tmp_path, wrapper):
     model = small.model()
     state = {wrapper + key: value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "wrapped.pth")
     loaded = segnext.load(tmp_path / "wrapped.pth", rank=model.config.rank)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_an_unknown_prefix_is_named(tmp_path):
+    torch.save({f"learner.{key}": value for key, value in small.model().state_dict().items()}, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match=r"under a prefix that is unknown here: learner\.decode_head\."):
+        segnext.load(tmp_path / "odd.pth")
 
 
 def test_what_is_saved_can_be_loaded(tmp_path):

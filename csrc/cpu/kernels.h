@@ -40,6 +40,7 @@ struct Matrices {
   bool transposed;
   int64_t batch, rows, columns;
 };
+inline constexpr int64_t kMostSteps = 1 << 20;  // of nmf, so that no size overflows
 // bases [B, D, rank] are accumulators, and so are the factors that forward may leave for backward, in an order of their own.
 // rounded: in products with bfloat16 x the factors may be rounded to it, where nothing is left for backward.
 // one_step: backward differentiates the last update of the coefficients alone.

@@ -10,6 +10,8 @@ from .. import recipes
 from . import options
 from .options import command
 
+RECIPE = "folder"  # unless another is named
+
 
 def add(commands) -> None:
     train = command(commands, "train", _train, "train on your own pictures, or by one of the paper's recipes")
@@ -20,9 +22,8 @@ def add(commands) -> None:
     )
     train.add_argument(
         "--recipe",
-        default="folder",
         metavar="NAME",
-        help="one of `segnext recipes`, or the recipe.json of an earlier training (default: %(default)s)",
+        help=f"one of `segnext recipes`, or the recipe.json of an earlier training (default: {RECIPE})",
     )
     train.add_argument(
         "--data",
@@ -51,7 +52,7 @@ def add(commands) -> None:
     options.add_weights(evaluate)
     evaluate.add_argument("--data", required=True, type=Path, metavar="ROOT", help="the data set's folder")
     evaluate.add_argument(
-        "--recipe", default="folder", metavar="NAME", help="whose data format and test mode are used (default: %(default)s)"
+        "--recipe", default=RECIPE, metavar="NAME", help="whose data format and test mode are used (default: %(default)s)"
     )
     evaluate.add_argument("--split", help="of the data set (default: the recipe's, val)")
     evaluate.add_argument(
@@ -74,7 +75,7 @@ def add(commands) -> None:
 
 
 def _train(
-    recipe: str,
+    recipe: str | None,
     data: list[Path] | None,
     out: Path | None,
     resume: Path | None,
@@ -89,7 +90,7 @@ def _train(
     given = {"workers": workers, "accumulate": accumulate, "cuda_graph": cuda_graph, "device": device}
     given = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
-        if data or out or fields:
+        if recipe or data or out or fields:
             raise recipes.RecipeError(
                 "--resume goes by the folder's own recipe, data and place: give nothing else but the machine's options"
             )
@@ -97,6 +98,7 @@ def _train(
         return 0
     if not data:
         raise recipes.RecipeError("give --data ROOT, or --resume RUN")
+    recipe = recipe or RECIPE
     stages = options.overridden(recipes.recipes(recipe), fields)
     machine = train.Machine(**{"device": options.best_device(), **given})
     train.train(stages, data, out or Path("runs", f"{Path(recipe).stem}-{stages[0].size}"), machine)

@@ -37,5 +37,7 @@ def deaths_told() -> Iterator[None]:
             time.sleep(0.5)  # for the handler, if it was not the first
         except RuntimeError as later:
             told = later
+        if isinstance(told, BrokenPipeError):  # whoever read what is printed is gone
+            raise
         reason = (str(told) or type(told).__name__).splitlines()[0]
         raise DataError(f"a process that reads pictures died (out of memory?): {reason}") from error

@@ -74,10 +74,10 @@ def _labels(logits: Tensor, height: int, width: int) -> Tensor:
 def metadata(model: SegNeXt, labels: bool) -> dict[str, str]:
     """What a file says of itself: its input and output in words, the rest that is known as JSON.
 
-    The keys are input, output, mean and std (for three channels), classes, palette and short_side.
+    The keys are input, output, mean and std (for three channels), classes, palette and scale.
     """
     config = model.config
-    facts = {name: getattr(model, name) for name in ("classes", "palette", "short_side")}
+    facts = {name: getattr(model, name) for name in ("classes", "palette", "scale")}
     values = "normalised as in training"
     if config.in_channels == len(MEAN):
         facts |= {"mean": MEAN, "std": STD}

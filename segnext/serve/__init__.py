@@ -30,7 +30,7 @@ def serve(
         weights: what :func:`segnext.load` takes, of a model for photographs with at most 256 classes.
         port: 0 for any that is free. The address is printed.
         rank: of the decomposition, where the checkpoint doesn't say it.
-        short_side: see :func:`segnext.predict.segment`; None for what the checkpoint was trained on, or 512.
+        short_side: see :func:`segnext.predict.segment`; None for what the checkpoint was trained on.
         megabytes: larger files are refused.
 
     Raises:

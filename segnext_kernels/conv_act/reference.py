@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._pack import unpack
+from .._validate import channels_last
 
 ACTIVATIONS = {"none": lambda z: z, "gelu": F.gelu, "relu": F.relu}
 
@@ -16,4 +16,4 @@ def conv_act(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, stride: 
     outputs, channels = bias.shape[0], x.shape[1]
     filters = unpack(weight, outputs, channels * kernel_size**2).unflatten(1, (kernel_size, kernel_size, channels))
     z = F.conv2d(x.float(), filters.permute(0, 3, 1, 2), bias, stride, kernel_size // 2)
-    return ACTIVATIONS[activation](z).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(ACTIVATIONS[activation](z).to(x.dtype))

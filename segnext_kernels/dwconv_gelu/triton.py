@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._register import like_layout
 from .._stencil import REDUCE, Tiles, add_up, cut, lanes_of, push, scratch_rows, store_sums, warps, zeros
 from .._triton import ceil_div, config, is_channels_last, launch, power_of_2, wrap_triton
 
@@ -58,7 +59,7 @@ def backward(
     launch(
         wrap_triton(differentiate),
         lambda meta: (tiles.programs,),
-        grad_out,
+        like_layout(grad_out, x),
         x,
         weight.contiguous(),
         bias.contiguous(),

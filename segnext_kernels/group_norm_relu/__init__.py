@@ -40,7 +40,7 @@ def group_norm_relu(
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        NotImplementedError: an argument needs a gradient.
+        NotImplementedError: an argument needs a gradient, which plain PyTorch gives (``backend="reference"``) and no kernel.
 
     Source:
         "Group Normalization" (ECCV 2018); ``LightHamHead`` of the official code.

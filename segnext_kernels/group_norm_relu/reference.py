@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._validate import channels_last
+
 
 def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, residual: Tensor | None) -> Tensor:
     """Computes in float32, the deviations from the mean first: F.group_norm loses digits where the mean is large."""
@@ -14,4 +16,4 @@ def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     variance = deviations.square().mean(-1, keepdim=True)
     z = (deviations / torch.sqrt(variance + eps)).view(x.shape) * weight[:, None, None] + bias[:, None, None]
     z = z if residual is None else z + residual
-    return F.relu(z).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(F.relu(z).to(x.dtype))

@@ -53,7 +53,7 @@ def hamburger(
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        NotImplementedError: an argument needs a gradient.
+        NotImplementedError: an argument needs a gradient, which plain PyTorch gives (``backend="reference"``) and no kernel.
 
     Source:
         "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), figure 2; ``Hamburger`` of the official code.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._pack import unpack
+from .._validate import channels_last
 from ..dwconv_gelu.reference import dwconv_gelu
 
 
@@ -16,4 +16,4 @@ def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias
     wide = F.conv2d(x.float(), unpack(fc1, hidden, channels)[:, :, None, None], bias1)
     narrow = dwconv_gelu(wide, depthwise, depthwise_bias)
     y = x.float() + F.conv2d(narrow, unpack(fc2, channels, hidden)[:, :, None, None], bias2)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(y.to(x.dtype))

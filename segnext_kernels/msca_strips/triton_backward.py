@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._register import like_layout
 from .._stencil import REDUCE, Tiles, add_up, store_sums, warps
 from .._triton import ceil_div, config, is_channels_last, launch, wrap_triton
 from ._filters import (
@@ -53,7 +54,7 @@ def backward(
     launch(
         wrap_triton(gradients),
         lambda meta: (together * tiles.programs,),
-        grad_out,
+        like_layout(grad_out, x),
         x,
         filters,
         grad_x,

@@ -64,8 +64,8 @@ def nmf(
 
     Raises:
         TypeError: an argument is no tensor, dtypes are mixed or unsupported, or ``steps`` is no int.
-        ValueError: shapes or devices do not fit, ``steps`` is negative, ``gradient`` is unknown, or the named backend cannot
-            serve this call.
+        ValueError: shapes or devices do not fit, ``steps`` is negative or above 2**20, ``gradient`` is unknown, or the named
+            backend cannot serve this call.
 
     Source:
         "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), section 2.2.2 (the one-step gradient: 2.3); ``NMF2D`` of
@@ -85,7 +85,7 @@ def nmf(
         y, _ = _register.operator("nmf_projected", served)(x, bases, projection, steps, gradient, differentiated, rounded)
         return y
     if projection is not None:
-        y = nmf(x, bases, steps, gradient, round_factors=round_factors, backend=served)
+        y = nmf(x, bases, steps, gradient, round_factors=round_factors and not differentiated, backend=served)
         projection = projection.to(y.dtype)
         return projection @ y if y.is_contiguous() else (y.mT @ projection.mT).mT
     if served == "cpu" and differentiated:

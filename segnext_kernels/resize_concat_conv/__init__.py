@@ -37,7 +37,7 @@ def resize_concat_conv(
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        NotImplementedError: an argument needs a gradient.
+        NotImplementedError: an argument needs a gradient, which plain PyTorch gives (``backend="reference"``) and no kernel.
 
     Source:
         SegNeXt (NeurIPS 2022), section 3.2; ``LightHamHead`` of the official code.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._pack import unpack
+from .._validate import channels_last
 
 
 def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> Tensor:
@@ -17,4 +18,4 @@ def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: 
     resized = [F.interpolate(x.float(), size, mode="bilinear", align_corners=False) for x in maps]
     filters = [unpack(w, bias.shape[0], x.shape[1]) for w, x in zip(weights, maps, strict=True)]
     y = F.conv2d(torch.cat(resized, dim=1), torch.cat(filters, dim=1)[:, :, None, None], bias)
-    return y.to(maps[0].dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(y.to(maps[0].dtype))

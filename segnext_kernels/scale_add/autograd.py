@@ -1,4 +1,5 @@
-"""Schema, fake, autograd and autocast of scale_add; x and scale have the result's dtype, keep the accumulator's."""
+"""Schema, fake and autograd of scale_add; x and scale have the result's dtype, keep the accumulator's. Autocast
+casts nothing: PyTorch's multiplication and addition promote there as elsewhere."""
 
 from __future__ import annotations
 
@@ -29,10 +30,6 @@ def _backward(operators, ctx, grad_out):
     return grad_out, grads[0] if need_y else None, grads[1] if need_scale else None, None
 
 
-def autocast(dtype, *args):
-    return args  # PyTorch's multiplication and addition promote there as elsewhere
-
-
 register(
     "scale_add(Tensor x, Tensor y, Tensor scale, Tensor? keep) -> Tensor",
     "scale_add_backward(Tensor grad_out, Tensor y, Tensor scale, Tensor? keep, bool need_y, bool need_scale)"
@@ -41,6 +38,5 @@ register(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=autocast,
     triton=_triton.kernels(__package__),
 )

@@ -34,7 +34,7 @@ def spatial_attention(x: Tensor, weights: Sequence[Tensor], *, backend: str | No
     Raises:
         TypeError: an argument is no tensor, or a dtype is not supported.
         ValueError: shapes or devices do not fit, or the named backend cannot serve this call.
-        NotImplementedError: an argument needs a gradient.
+        NotImplementedError: an argument needs a gradient, which plain PyTorch gives (``backend="reference"``) and no kernel.
 
     Source:
         SegNeXt (NeurIPS 2022), figure 2 and equations 1 and 2; ``SpatialAttention`` of the official code.

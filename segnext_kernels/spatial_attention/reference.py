@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._pack import unpack
+from .._validate import channels_last
 from ..msca_strips.reference import msca_strips
 
 
@@ -22,4 +22,4 @@ def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     u = F.gelu(project(x.float(), proj_1, bias_1))
     gated = project(msca_strips(u, strips), conv3, bias_3) * u
     y = scale[:, None, None] * x.float() + project(gated, proj_2, bias_2)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(y.to(x.dtype))

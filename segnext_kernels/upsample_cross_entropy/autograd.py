@@ -1,4 +1,4 @@
-"""Schema, fake, autograd and autocast of upsample_cross_entropy."""
+"""Schema, fake and autograd of upsample_cross_entropy; under autocast too logits are taken as they are."""
 
 from __future__ import annotations
 
@@ -27,10 +27,6 @@ def _backward(operators, ctx, grad_out):
     return grad, None, None, None
 
 
-def autocast(dtype, *args):
-    return args  # 16-bit logits and float32 ones are both computed in float32
-
-
 register(
     "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index) -> Tensor",
     "upsample_cross_entropy_backward(Tensor grad_out, Tensor logits, Tensor target, Tensor? weight, int ignore_index)"
@@ -39,6 +35,5 @@ register(
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=autocast,
     triton=_triton.kernels(__package__),
 )

@@ -1,0 +1,93 @@
+"""What a training begins with: the recipe with what it leaves open, the model, the weights of the classes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from . import distributed
+from .data.loader import mixed_seed, one_by_one
+from .data.pairs import Pairs
+from .data.workers import deaths_told
+from .images import image_size
+from .model import SegNeXt, create
+from .recipes import Recipe
+from .trainer import precision
+from .weights import WeightsError, load, load_encoder
+
+LARGEST = 512  # short side and crop of training on one's own pictures, which may be larger
+COUNTED = 500  # pictures whose labels are counted for class weights
+
+
+def resolved(recipe: Recipe, pairs: Pairs, device: torch.device) -> Recipe:
+    """The recipe with what it leaves to the data and the device, and with files where they are found from any folder."""
+    if recipe.scale is None:
+        sides = sorted(min(image_size(image)) for image, _ in pairs.files[:: math.ceil(len(pairs) / COUNTED)])
+        short = min(LARGEST, sides[len(sides) // 2])
+        recipe = replace(recipe, scale=(4 * short, short))
+    if recipe.crop is None:
+        side = min(LARGEST, max(32, min(recipe.scale) // 32 * 32))
+        recipe = replace(recipe, crop=(side, side))
+    files = {name: getattr(recipe, name) for name in ("weights", "encoder")}
+    files = {name: str(Path(file).absolute()) for name, file in files.items() if file and Path(file).is_file()}
+    return replace(recipe, **files, precision=precision(recipe.precision, device))
+
+
+def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:
+    """The recipe's model for the classes of a data set, on the CPU.
+
+    Args:
+        before: a checkpoint of a whole model to begin with; its classifier is replaced where the classes are others.
+
+    Raises:
+        WeightsError: the weights to begin with cannot be had or do not fit.
+    """
+    torch.manual_seed(mixed_seed(recipe.seed))
+    count, weights = len(pairs.classes), before or recipe.weights
+    begin = None if weights is None else load(weights)
+    rank = None if begin is None else begin.config.rank
+    model = create(recipe.size, count, recipe.head, rank=rank, drop_path=recipe.drop_path, dropout=recipe.dropout)
+    model.classes, model.palette, model.scale = pairs.classes, pairs.palette, recipe.scale
+    if begin is not None:
+        _take_over(model, begin, weights)
+    elif recipe.encoder is not None:
+        try:
+            load_encoder(model, f"imagenet-{recipe.size}" if recipe.encoder == "imagenet" else recipe.encoder)
+        except WeightsError as error:
+            raise WeightsError(f"{error}; to train from random weights: --recipe scratch, or --encoder none") from error
+    return model
+
+
+def _take_over(model: SegNeXt, begin: SegNeXt, name: str | Path) -> None:
+    """Gives the model the weights of another, but for the classifier if that one has other classes."""
+    state = begin.state_dict()
+    names = [None if classes is None else [one.strip() for one in classes] for classes in (begin.classes, model.classes)]
+    if begin.config.num_classes != model.config.num_classes or names[0] not in (None, names[1]):
+        if distributed.rank() == 0:
+            print(f"the classes of {name} are others: its classifier is replaced by a new one")
+        classifier = {key: value for key, value in model.state_dict().items() if key.startswith("decode_head.conv_seg.")}
+        state.update(classifier)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise WeightsError(f"{name} is no SegNeXt of the recipe's size and head: {reason}") from error
+
+
+def class_weights(dataset: Dataset, classes: int, power: float, workers: int = 0) -> Tensor:
+    """Weights in the loss [classes], each class' share of the labels to the power of ``-power``; the mean label weighs 1.
+
+    The labels of up to 500 pictures, evenly spaced, are counted.
+    """
+    counts = torch.zeros(256, dtype=torch.int64)
+    with deaths_told():
+        for batch in one_by_one(dataset, range(0, len(dataset), math.ceil(len(dataset) / COUNTED)), workers):
+            counts += torch.bincount(batch.labels.flatten(), minlength=256)
+    shares = counts[:classes] / counts[:classes].sum().clamp_min(1)
+    weights = shares.clamp_min(1e-4) ** -power
+    return weights / (shares * weights).sum().clamp_min(1e-4)
