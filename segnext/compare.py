@@ -16,7 +16,7 @@ from .data.cityscapes import TABLE as CITYSCAPES
 from .data.coco_stuff import TABLE as COCO_STUFF
 from .data.masks import identity_table, read_by_table
 from .data.pairs import require_same_size
-from .figure import figure, fitting_legend, model_title, require_new_png
+from .figure import at_width, figure, fitting_legend, model_title, require_new_png
 from .fuse import inference_model
 from .images import read_image, write_png
 from .palette import IGNORED, generated_palette, overlay, photo_image
@@ -111,7 +111,8 @@ def compare(
             raise InputError(f"{photo}: a SegFormer cannot be shown less than {LEAST} pixels in height or width")
         maps = [*(segment(model, image, short_side).cpu() for model in models), labels.long()]
         row = [overlay(image, found, palette, alpha) for found in maps]
-        rows.append([*row, difference_image(image, *maps)] if differences else row)
+        row += [difference_image(image, *maps)] if differences else []
+        rows.append([at_width(picture, width) for picture in row])
         occurring.update(*(found.unique().tolist() for found in maps))
     title = other.replace("segformer-b", "SegFormer-B") if other in SEGFORMERS else Path(other).name
     titles = [title, model_title(ours.config)]

@@ -32,7 +32,8 @@ def figure(
         below: a picture, such as a legend, under it all.
     """
     width = width or max(row[0].width for row in rows)
-    heights = [max(1, round(row[0].height * width / row[0].width)) for row in rows]
+    rows = [[at_width(picture, width) for picture in row] for row in rows]
+    heights = [row[0].height for row in rows]
     top = LINE if titles else 0
     across = len(captions) * (width + GAP) + GAP
     bottom = 0 if below is None else below.height + GAP
@@ -44,7 +45,7 @@ def figure(
         if titles:
             draw.text((GAP, y + top // 2), titles[i], fill="black", font=FONT, anchor="lm")
         for column, picture in enumerate(row):
-            sheet.paste(picture.resize((width, height), Image.Resampling.BOX), (GAP + column * (width + GAP), y + top))
+            sheet.paste(picture, (GAP + column * (width + GAP), y + top))
         y += top + height + GAP
     for column, caption in enumerate(captions):
         middle = GAP + column * (width + GAP) + width // 2
@@ -52,6 +53,13 @@ def figure(
     if below is not None:
         sheet.paste(below, (0, y + LINE))
     return sheet
+
+
+def at_width(picture: Image.Image, width: int) -> Image.Image:
+    """The picture in its shape, that many pixels wide; 0 leaves it as it is. Rows made so take little memory."""
+    if width in (0, picture.width):
+        return picture
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.BOX)
 
 
 def fitting_legend(classes: Sequence[str], palette: Sequence[Colour], width: int) -> Image.Image:

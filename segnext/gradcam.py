@@ -22,7 +22,7 @@ from torchvision.models import ConvNeXt
 from .checkpoint import WeightsError, read
 from .classifier import Classifier
 from .convnext import CONVNEXTS, imagenet_classes, load_convnext
-from .figure import figure, for_each, model_title, require_new_png
+from .figure import at_width, figure, for_each, model_title, require_new_png
 from .images import read_image, write_png
 from .model import SegNeXt
 from .palette import photo_image
@@ -93,7 +93,7 @@ def gradcam(
             their_category = _their_category(other, names, category, other_name)
             row.append(heat_image(image, heat_map(other, image, their_category, "stage4" if layer == "head" else layer)))
         row.append(heat_image(image, heat_map(model, image, category, layer, region, short_side)))
-        rows.append(row)
+        rows.append([at_width(picture, width) for picture in row])
         titles.append(names[category])
     ours = model_title(model.config, "SegNeXt" if isinstance(model, SegNeXt) else "MSCAN")
     captions = ["Image", *([] if compare is None else [CONVNEXTS[compare]]), ours]

@@ -32,9 +32,10 @@ class Run:
     Args:
         folder: made if it isn't there.
         done: the steps of the training so far; what the figures say of later ones, which will be done again, is taken out.
+        due: whether the evaluation of the last of them will be done again, too.
     """
 
-    def __init__(self, folder: Path, done: int = 0) -> None:
+    def __init__(self, folder: Path, done: int = 0, due: bool = False) -> None:
         import matplotlib.figure  # noqa: F401 - if it is not installed, say so now, not at the first evaluation
         from torch.utils.tensorboard import SummaryWriter
 
@@ -42,7 +43,8 @@ class Run:
         self.folder, self.lock = folder, _locked(folder)
         for unfinished in folder.glob(f".*.{'[0-9a-f]' * 32}"):  # of a process that was killed while it wrote
             unfinished.unlink()
-        self.files = {name: _rewritten(folder / f"{name}.csv", columns, done) for name, columns in _COLUMNS.items()}
+        ends = {"train": done, "val": done - due}
+        self.files = {name: _rewritten(folder / f"{name}.csv", columns, ends[name]) for name, columns in _COLUMNS.items()}
         self.board = SummaryWriter(str(folder), purge_step=done + 1)
 
     def close(self) -> None:
@@ -68,14 +70,15 @@ class Run:
         for title, value in zip(_COLUMNS[name][1:], row[1:], strict=True):
             self.board.add_scalar(f"{name}/{title}", float(value), row[0])
 
-    def save(self, trainer: Trainer, best: float, losses: Sequence[float] = ()) -> None:
-        """Writes ``last.pth``, with the best mIoU so far and the losses since the last line of train.csv.
+    def save(self, trainer: Trainer, best: float, losses: Sequence[float] = (), due: bool = False) -> None:
+        """Writes ``last.pth``, with the best mIoU so far, the losses since the last line of train.csv, and whether the
+        evaluation of this step is still to come.
 
         Raises:
             WeightsError: it cannot be written; the one before stays.
         """
         path = self.folder / "last.pth"
-        state = {**trainer.state(), "best": best, "losses": list(losses), "meta": about(trainer.model)}
+        state = {**trainer.state(), "best": best, "losses": list(losses), "due": due, "meta": about(trainer.model)}
         try:
             with writing(path) as file:
                 torch.save(state, file)
@@ -165,8 +168,8 @@ def _rewritten(path: Path, columns: Sequence[str], done: int) -> io.TextIOBase:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, done: int) -> Iterator[Run]:
-    run = Run(folder, done)
+def opened(folder: Path, done: int, due: bool = False) -> Iterator[Run]:
+    run = Run(folder, done, due)
     try:
         yield run
     finally:

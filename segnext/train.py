@@ -168,17 +168,17 @@ def _stage(
             workers=machine.workers,
             cuda_graph=machine.cuda_graph,
         )
-        best, losses = -1.0, []
+        best, losses, due = -1.0, [], False
         if state is not None:
             trainer.load(state)
-            best, losses = state["best"], state["losses"]
+            best, losses, due = state["best"], state["losses"], state.get("due", False)
             del state  # as large as the model and both its moments
         if distributed.from_first(trainer.done) != trainer.done:
             raise RecipeError(f"{folder} is not the same folder for all processes: all machines must share it")
-        with deaths_told(), opened(folder, trainer.done) if distributed.rank() == 0 else nullcontext() as run:
+        with deaths_told(), opened(folder, trainer.done, due) if distributed.rank() == 0 else nullcontext() as run:
             if run is not None and begin is not None:
                 begin()
-            _loop(trainer, run, val, best, losses, machine)
+            _loop(trainer, run, val, best, losses, due, machine)
 
 
 def _ways(recipe: Recipe, machine: Machine, device: torch.device) -> str:
@@ -190,16 +190,21 @@ def _ways(recipe: Recipe, machine: Machine, device: torch.device) -> str:
     return first + (", or --no-cuda-graph" if graphed else "")
 
 
-def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, losses: list[float], machine: Machine) -> None:
+def _loop(
+    trainer: Trainer, run: Run | None, val: Pairs | None, best: float, losses: list[float], due: bool, machine: Machine
+) -> None:
     """Trains to the end; the first process, which has the run, keeps the records.
 
     Args:
         best: the largest mIoU so far.
         losses: of the steps since the last line of train.csv.
+        due: whether the evaluation of the last step has not been.
     """
     recipe = trainer.recipe
     if run is not None and trainer.done == 0:
         print(_headline(trainer, val), flush=True)
+    if due:
+        best = _look(trainer, run, val, best, machine.workers)
     for step in with_bar(trainer, silent=run is None):
         losses.append(step.loss)
         ended = step.progress >= 1
@@ -210,21 +215,28 @@ def _loop(trainer: Trainer, run: Run | None, val: Pairs | None, best: float, los
         if run is not None and (step.number % recipe.log_every == 0 or ended):
             run.log_step(step, sum(losses) / len(losses))
             losses.clear()
-        if look:
-            scores = _evaluated(trainer, val, machine.workers)
-            if run is not None:
-                tqdm.write(f"step {step.number}: {scores} on {len(val)} pictures of {recipe.val}")
-                run.log_scores(step.number, scores)
-                if scores.miou > best:
-                    best = scores.miou
-                    run.save_weights(trainer, "best.pth")
         if run is not None and save:
-            run.save(trainer, best, losses)
+            run.save(trainer, best, losses, due=look)  # first, so that an evaluation that fails costs no steps
+        if look:
+            best = _look(trainer, run, val, best, machine.workers)
+            if run is not None and save:
+                run.save(trainer, best, losses)
         if run is not None and (look or ended):
             run.draw()
     if run is not None:
         run.save_weights(trainer, "model.pth")
         print(f"wrote {run.folder / 'model.pth'}" + (f" and {run.folder / 'best.pth'} (mIoU {best:.3f})" if best >= 0 else ""))
+
+
+def _look(trainer: Trainer, run: Run | None, val: Pairs, best: float, workers: int) -> float:
+    """Evaluates, and keeps the scores and the best weights; the best mIoU."""
+    scores = _evaluated(trainer, val, workers)
+    if run is not None:
+        tqdm.write(f"step {trainer.done}: {scores} on {len(val)} pictures of {trainer.recipe.val}")
+        run.log_scores(trainer.done, scores)
+        if scores.miou > best:
+            run.save_weights(trainer, "best.pth")
+    return max(best, scores.miou)
 
 
 def _evaluated(trainer: Trainer, val: Pairs, workers: int) -> Scores:

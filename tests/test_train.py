@@ -351,6 +351,20 @@ def test_the_rank_of_weights_survives_a_resumption(tmp_path, data, trained):
     assert resumed.config.rank == expected.config.rank == 5 and same(resumed.state_dict(), expected.state_dict())
 
 
+def test_an_evaluation_that_fails_costs_no_steps(tmp_path, data, trained):
+    recipe, out = replace(SHORT, save_every=3), tmp_path / "run"
+    for failing in ("log_scores", "save_weights"):  # before and after a line of val.csv
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run.Run, failing, interrupted)
+            resume(out) if out.exists() else train([recipe], [data], out, HERE)
+        state = torch.load(out / "last.pth", weights_only=True)
+        assert (state["done"], state["due"]) == (3, True)
+    resume(out)
+    assert same(weights(out / "model.pth"), weights(trained / "model.pth"))
+    assert same(weights(out / "best.pth"), weights(trained / "best.pth"))
+    assert [row["mIoU"] for row in run.read_csv(out / "val.csv")] == [row["mIoU"] for row in run.read_csv(trained / "val.csv")]
+
+
 def interrupt(out: Path, data: Path, recipe: recipes.Recipe) -> None:
     """A training that is stopped after its first evaluation."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -358,7 +372,7 @@ def interrupt(out: Path, data: Path, recipe: recipes.Recipe) -> None:
         train([recipe], [data], out, HERE)
 
 
-def interrupted(self) -> None:
+def interrupted(self, *args) -> None:
     raise KeyboardInterrupt
 
 

@@ -197,6 +197,11 @@ SEGNEXT_INLINE Vector<A> load_some(const T* p, int count) {
     auto v = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
     return bit_cast<Vector<A>>(v);
   }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m256i wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return bit_cast<Vector<A>>(_mm256_maskload_ps(p, wanted));
+  }
 #endif
   T lanes[kLanes<A>] = {};
   std::memcpy(lanes, p, sizeof(T) * count);
