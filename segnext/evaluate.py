@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .images import write_png
 from .model import SegNeXt
 from .palette import comparison
 from .palette import legend as drawn_legend
+from .predict import require_photographs
 from .recipes import Recipe, RecipeError
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
@@ -74,7 +76,19 @@ def confusion_matrix(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
     from torchmetrics.functional.classification import multiclass_confusion_matrix  # whose import takes 2 to 4 seconds
 
     assigned = truth.clamp(max=classes)  # one more class for 255, since torchmetrics takes three times as long to leave it out
-    return multiclass_confusion_matrix(prediction, assigned, classes + 1, validate_args=False)[:classes, :classes]
+    with algorithms(deterministic=False):  # counts are exact in any order; else torchmetrics takes pixels * classes^2 numbers
+        return multiclass_confusion_matrix(prediction, assigned, classes + 1, validate_args=False)[:classes, :classes]
+
+
+@contextmanager
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """PyTorch's operators are deterministic within the block, or need not be."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def evaluate(
@@ -153,6 +167,7 @@ def evaluate_weights(
     Raises:
         WeightsError: from :func:`segnext.load`, or the model has another number of classes than the data set.
         DataError, ImageError: the data cannot be read.
+        InputError: a model that is not for photographs.
         RecipeError: the pictures would replace the data's.
     """
     with distributed.processes(device) as device:
@@ -180,6 +195,7 @@ def opened(weights: str | Path, data: str | Path, recipe: Recipe, rank: int | No
     """A checkpoint, what it is evaluated on, and the recipe with the scale for this; see :func:`evaluate_weights`."""
     pairs = open_dataset(recipe.dataset, Path(data), recipe.val or "val")
     model = load(weights, rank=rank)
+    require_photographs(model.config, weights)
     count = len(pairs.classes)
     if model.config.num_classes != count:
         raise WeightsError(f"{weights} tells {model.config.num_classes} classes apart, {recipe.dataset} in {data} has {count}")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import segnext_kernels as kernels
+from segnext_kernels._modules import is_untouched
 from segnext_kernels.nn import NMF2D, PointwiseConv2d
 
 from .distributed import SyncBatchNorm2d
-from .heads import Hamburger, HamHead, Head, is_untouched
+from .heads import Hamburger, HamHead, Head
 from .model import SegNeXt
 from .mscan import MLP, MSCAN, Block, DropPath, SpatialAttention
 

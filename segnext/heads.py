@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segnext_kernels._modules import is_untouched
 from segnext_kernels.nn import NMF2D, PointwiseConv2d
-from segnext_kernels.patch.kinds import silent
 
 from .mscan import SpatialAttention, init_convolution
 
@@ -21,11 +21,6 @@ def conv_norm(in_channels: int, channels: int) -> nn.Sequential:
     """1x1 convolution and group norm."""
     conv = nn.Conv2d(in_channels, channels, 1, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, gn=nn.GroupNorm(GROUPS, channels)))
-
-
-def is_untouched(module: nn.Module, kind: type) -> bool:
-    """Whether a module is what its class says: not replaced, wrapped or parametrized, and nobody waits for it to be called."""
-    return type(module) is kind and silent("it", module) is None
 
 
 def is_projection(layers: nn.Module) -> bool:

@@ -99,6 +99,8 @@ def memory(model: nn.Module, images: torch.Tensor) -> int:
 
 def _main(size: str, head: str, height: str, width: str, device: str, what: str) -> None:
     torch.manual_seed(0)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(torch.device(device))  # whose times and memory are asked for
     model = inference_model(create(size, head=head).eval(), torch.device(device))
     images = torch.randn(1, 3, int(height), int(width)).to(device, memory_format=torch.channels_last)
     print({"latency": latency, "memory": memory}[what](model, images))

@@ -19,7 +19,7 @@ from .data import open_dataset
 from .data.augment import augmentation
 from .data.pairs import Pairs
 from .data.workers import deaths_told
-from .evaluate import Scores, evaluate, view_of
+from .evaluate import Scores, algorithms, evaluate, view_of
 from .fuse import inference_model
 from .model import SegNeXt
 from .recipes import Recipe, RecipeError
@@ -132,7 +132,8 @@ def _stages(
         finished = folder / "model.pth"
         if not distributed.from_first(finished.exists()):
             data = pairs[i] if pairs else open_dataset(recipe.dataset, root, recipe.train)
-            _stage(recipe, data, root, folder, before, device, machine, begin if i == 0 else None)
+            with algorithms(recipe.deterministic):
+                _stage(recipe, data, root, folder, before, device, machine, begin if i == 0 else None)
         elif distributed.rank() == 0:
             print(f"{folder} is trained to its end")
         distributed.barrier()
@@ -151,7 +152,6 @@ def _stage(
     begin: Callable[[], None] | None = None,
 ) -> None:
     """One training from its beginning or its last checkpoint to its end."""
-    torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not recipe.deterministic  # of GPUs: convolutions and our Triton kernels are tuned
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
     state = last(folder)

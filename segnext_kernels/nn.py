@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._modules import is_depthwise
 from ._select import COMPILED_BRANCHES
 from ._validate import accumulator, transformed
 from .dwconv_gelu import dwconv_gelu
@@ -46,6 +47,8 @@ def _is_matrix_on_gpu(x: Tensor) -> bool:
 class AttentionModule(nn.Module):
     """MSCA, the attention of SegNeXt: (1x1 convolution of msca_strips(x)) * x.
 
+    Where one of the depthwise convolutions was replaced, pruned, parametrized, or has hooks, all of them are called one by one.
+
     Args:
         dim: channels.
 
@@ -71,11 +74,22 @@ class AttentionModule(nn.Module):
         return [tensor for convolution in convolutions for tensor in (convolution.weight, convolution.bias)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv3(msca_strips(x, self.strip_weights())) * x
+        return self.conv3(self._strips(x)) * x
+
+    def _strips(self, x: Tensor) -> Tensor:
+        branches = [(getattr(self, f"conv{i}_1"), getattr(self, f"conv{i}_2"), k) for i, k in enumerate(COMPILED_BRANCHES)]
+        if is_depthwise(self.conv0, (5, 5)) and all(
+            is_depthwise(rows, (1, k)) and is_depthwise(columns, (k, 1)) for rows, columns, k in branches
+        ):
+            return msca_strips(x, self.strip_weights())
+        a = self.conv0(x)
+        return a + sum(columns(rows(a)) for rows, columns, _ in branches)
 
 
 class DWConvGELU(nn.Module):
     """The middle of SegNeXt's MLP: 3x3 depthwise convolution and GELU.
+
+    Where the convolution was replaced, pruned, parametrized, or has hooks, it is called as it is.
 
     Args:
         dim: channels.
@@ -89,6 +103,8 @@ class DWConvGELU(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_depthwise(self.dwconv, (3, 3)):
+            return F.gelu(self.dwconv(x))
         return dwconv_gelu(x, self.dwconv.weight, self.dwconv.bias)
 
 

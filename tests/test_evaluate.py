@@ -18,6 +18,7 @@ from segnext import cli
 from segnext import evaluate as evaluate_module
 from segnext.data import open_dataset
 from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, evaluate_weights, table, view_of
+from segnext.predict import InputError
 from segnext.recipes import RECIPES, RecipeError
 from segnext.views import MULTI_SCALE, View, label_map
 
@@ -178,3 +179,28 @@ def test_the_end_of_a_gpus_memory_is_told(data, weights, monkeypatch):
 def test_the_figures_folder_is_made(tmp_path, data, weights):
     assert run("--data", data, "--weights", weights, "--json", tmp_path / "new" / "scores.json") == 0
     assert json.loads((tmp_path / "new" / "scores.json").read_text())["pictures"] == 4
+
+
+def test_counting_takes_no_more_memory_in_deterministic_trainings(monkeypatch):
+    """There torchmetrics would make 64 GB of a picture of 512x683 with 150 classes."""
+    import torchmetrics.functional.classification as metrics
+
+    seen, count = [], metrics.multiclass_confusion_matrix
+
+    def watched(*args, **options):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return count(*args, **options)
+
+    monkeypatch.setattr(metrics, "multiclass_confusion_matrix", watched)
+    truth, prediction = torch.arange(150).repeat(9), torch.arange(150).repeat(9).flip(0)
+    expected = confusion_matrix(prediction, truth, 150)
+    with evaluate_module.algorithms(deterministic=True):
+        assert torch.equal(confusion_matrix(prediction, truth, 150), expected)
+        assert torch.are_deterministic_algorithms_enabled()
+    assert seen == [False, False] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_models_of_other_channels_are_told(tmp_path, data):
+    segnext.save(small.model(num_classes=10, in_channels=4), tmp_path / "four.pth")
+    with pytest.raises(InputError, match="takes 4 channels; photographs have 3"):
+        evaluate_weights(tmp_path / "four.pth", data, RECIPES["folder"][0])

@@ -17,21 +17,23 @@ RNG = np.random.default_rng(0)
 MASKS = ("Semantic_masks/images/images", "images")
 
 
-def large(folder: Path, name: str, size: tuple[int, int], masks: str = MASKS[0]) -> tuple[np.ndarray, np.ndarray]:
+def large(
+    folder: Path, name: str, size: tuple[int, int], masks: str = MASKS[0], images: str = "images"
+) -> tuple[np.ndarray, np.ndarray]:
     """An image and its mask in iSAID's colours, as they are downloaded; returns the image and the labels."""
     image = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
     labels = RNG.integers(0, 16, size)
-    save(folder / "images" / f"{name}.png", image)
+    save(folder / images / f"{name}.png", image)
     save(folder / masks / f"{name}_instance_color_RGB.png", np.array(legend("isaid")[1])[labels])
     save(folder / masks / f"{name}_instance_id_RGB.png", image)
     return image, labels
 
 
-@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("masks, images", [*((masks, "images") for masks in MASKS), (MASKS[0], "images/images")])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_patches_cover_the_image_and_are_read_again(tmp_path, masks, workers):
-    image, labels = large(tmp_path / "in/train", "P0000", (6, 9), masks)
-    large(tmp_path / "in/val", "P0003", (4, 4), masks)
+def test_patches_cover_the_image_and_are_read_again(tmp_path, masks, images, workers):
+    image, labels = large(tmp_path / "in/train", "P0000", (6, 9), masks, images)
+    large(tmp_path / "in/val", "P0003", (4, 4), masks, images)
     assert cut_isaid(tmp_path / "in", tmp_path / "out", size=4, stride=3, workers=workers) == 7
     pairs = open_dataset("isaid", tmp_path / "out", "train")
     corners = [(top, left) for top in (0, 2) for left in (0, 3, 5)]  # 3 and 6 are moved inwards to 2 and 5

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from operators import arrange, error, golden, image_layouts, nmf_sample, normal, tolerance
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 
 import segnext_kernels.nn
 from segnext_kernels import nmf
@@ -236,3 +237,49 @@ def test_which_pointwise_convolutions_are_products(monkeypatch):
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
         assert _is_matrix_on_gpu(on_gpu["float32"])
+
+
+def pruned(module: nn.Module, name: str) -> None:
+    prune.l1_unstructured(module.get_submodule(name), "weight", 0.5)
+
+
+def dilated(module: nn.Module, name: str) -> None:
+    old = module.get_submodule(name)
+    size = [2 * side for side in old.padding]
+    new = nn.Conv2d(old.in_channels, old.out_channels, old.kernel_size, padding=size, dilation=2, groups=old.groups)
+    module.add_module(name, new)
+
+
+def normed(module: nn.Module, name: str) -> None:
+    nn.utils.parametrizations.weight_norm(module.get_submodule(name))
+    module.get_submodule(name).parametrizations.weight.original0.data.mul_(2)
+
+
+CONVOLUTIONS = [(AttentionModule, "conv0"), (AttentionModule, "conv1_1"), (AttentionModule, "conv2_2"), (DWConvGELU, "dwconv")]
+
+
+@pytest.mark.parametrize(
+    "change", [pruned, dilated, normed, lambda module, name: None], ids=["pruned", "dilated", "normed", "as made"]
+)
+@pytest.mark.parametrize("kind, name", CONVOLUTIONS)
+def test_convolutions_that_were_changed_are_called(kind, name, change):
+    torch.manual_seed(0)
+    module, x, calls = kind(6), torch.randn(2, 6, 30, 25), []
+    change(module, name)
+    found = module(x)
+    handle = module.get_submodule(name).register_forward_hook(lambda *args: calls.append(name))
+    torch.testing.assert_close(module(x), found, rtol=1e-4, atol=1e-5)
+    assert calls == [name]
+    handle.remove()
+    for _ in range(2):  # pruned filters are made anew at every call
+        module(x).sum().backward()
+    convolution = module.get_submodule(name)
+    if change is dilated:
+        convolution.dilation, convolution.padding = (1, 1), tuple(side // 2 for side in convolution.padding)
+    elif change is pruned:
+        convolution.weight_orig.data.zero_()
+    elif change is normed:
+        convolution.parametrizations.weight.original0.data.zero_()
+    else:
+        convolution.weight.data.zero_()
+    assert not torch.allclose(module(x), found)

@@ -20,7 +20,8 @@ from .pairs import DataError, MissingError, Pairs, require_same_size
 from .workers import deaths_told, each
 
 ENDING = "_instance_color_RGB.png"
-SPLITS, MASKS = ("train", "val"), ("Semantic_masks/images/images", "Semantic_masks/images", "images")
+SPLITS, IMAGES = ("train", "val"), ("images/images", "images")
+MASKS = ("Semantic_masks/images/images", "Semantic_masks/images", *IMAGES)
 TABLE = identity_table(16)
 
 
@@ -61,7 +62,7 @@ def cut_isaid(source: Path, out: Path, size: int = 896, stride: int = 512, worke
 
     Args:
         source: holds {train,val}/images/P0000.png with {train,val}/Semantic_masks/images/images/P0000_instance_color_RGB.png;
-            the masks may as well be in Semantic_masks/images or beside the images.
+            the masks may as well be in Semantic_masks/images or beside the images, and the images in {train,val}/images/images.
         out: gets img_dir/{train,val}/P0000_Y0_Y1_X0_X1.png and ann_dir/{train,val}/P0000_..._instance_color_RGB.png.
         size: of a patch's sides.
         stride: from a patch to the next.
@@ -88,7 +89,7 @@ def cut_isaid(source: Path, out: Path, size: int = 896, stride: int = 512, worke
 
 
 def _large(folder: Path) -> list[tuple[Path, Path]]:
-    images = by_name(folder / "images", ".png")
+    images = by_name(first_of(*(folder / place for place in IMAGES)), ".png")
     masks = by_name(first_of(*(folder / place for place in MASKS)), ENDING)
     files, unpaired = match({name: path for name, path in images.items() if "_instance_" not in name}, masks)
     if unpaired:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .._modules import silent
 from .._validate import accumulator
 from ..dwconv_gelu import dwconv_gelu
 from ..msca_strips import msca_strips
 from ..nmf import nmf
 
 MLP_PARTS = ("fc1", "dwconv", "act", "fc2", "drop")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 KIND = "_segnext_kernels_kind"
 
 
@@ -228,15 +228,6 @@ def unlike_depthwise(name: str, child: nn.Module, kernel: tuple[int, int], chann
     if reason is None and any(type(tensor) not in (nn.Parameter, type(None)) for tensor in (child.weight, child.bias)):
         return f"the weight or bias of {name} is not a plain Parameter"
     return reason
-
-
-def silent(name: str, child: nn.Module) -> str | None:
-    """Why a child must go on being called, None if nobody would miss it."""
-    if any(getattr(child, hooks) for hooks in HOOKS):
-        return f"{name} has hooks, which would no longer run"
-    if "forward" in vars(child):
-        return f"the forward of {name} was replaced in the instance"
-    return None
 
 
 def inner(dwconv: nn.Module) -> nn.Module:

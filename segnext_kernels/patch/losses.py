@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from .._modules import silent
 from .._validate import accumulator
 from ..upsample_argmax import upsample_argmax
 from ..upsample_cross_entropy import upsample_cross_entropy
-from .kinds import Kind, normal, silent
+from .kinds import Kind, normal
 
 EPS = torch.finfo(torch.float32).eps  # what mmsegmentation adds to a number of pixels before it divides by it
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .kinds import HOOKS
+from .._modules import HOOKS
 
 
 def random_twin(module: nn.Module) -> nn.Module:

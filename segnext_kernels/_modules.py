@@ -1,0 +1,31 @@
+"""Whether a module is what its class says, so that what it computes is known without calling it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def silent(name: str, child: nn.Module) -> str | None:
+    """Why a child must go on being called, None if nobody would miss it."""
+    if any(getattr(child, hooks) for hooks in HOOKS):
+        return f"{name} has hooks, which would no longer run"
+    if "forward" in vars(child):
+        return f"the forward of {name} was replaced in the instance"
+    return None
+
+
+def is_untouched(module: nn.Module, kind: type) -> bool:
+    """Whether a module is what its class says: not replaced, wrapped or parametrized, and nobody waits for it to be called."""
+    return type(module) is kind and silent("it", module) is None
+
+
+def is_depthwise(convolution: nn.Module, kernel_size: tuple[int, int]) -> bool:
+    """Whether a module is a depthwise convolution that keeps an image's size, and nobody waits for it to be called."""
+    if not is_untouched(convolution, nn.Conv2d) or convolution.bias is None:
+        return False
+    padding, once = (kernel_size[0] // 2, kernel_size[1] // 2), (1, 1)
+    found = convolution.kernel_size, convolution.padding, convolution.stride, convolution.dilation, convolution.padding_mode
+    channels = convolution.in_channels
+    return found == (kernel_size, padding, once, once, "zeros") and channels == convolution.groups == convolution.out_channels
