@@ -9,7 +9,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def silent(name: str, child: nn.Module) -> str | None:
     """Why a child must go on being called, None if nobody would miss it."""
-    if any(getattr(child, hooks) for hooks in HOOKS):
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return f"{name} has hooks, which would no longer run"
     if "forward" in vars(child):
         return f"the forward of {name} was replaced in the instance"
@@ -23,9 +23,12 @@ def is_untouched(module: nn.Module, kind: type) -> bool:
 
 def is_depthwise(convolution: nn.Module, kernel_size: tuple[int, int]) -> bool:
     """Whether a module is a depthwise convolution that keeps an image's size, and nobody waits for it to be called."""
-    if not is_untouched(convolution, nn.Conv2d) or convolution.bias is None:
-        return False
-    padding, once = (kernel_size[0] // 2, kernel_size[1] // 2), (1, 1)
-    found = convolution.kernel_size, convolution.padding, convolution.stride, convolution.dilation, convolution.padding_mode
-    channels = convolution.in_channels
-    return found == (kernel_size, padding, once, once, "zeros") and channels == convolution.groups == convolution.out_channels
+    return (
+        is_untouched(convolution, nn.Conv2d)
+        and convolution.kernel_size == kernel_size
+        and convolution.padding == (kernel_size[0] // 2, kernel_size[1] // 2)
+        and convolution.stride == convolution.dilation == (1, 1)
+        and convolution.padding_mode == "zeros"
+        and convolution.in_channels == convolution.groups == convolution.out_channels
+        and convolution.bias is not None
+    )

@@ -13,6 +13,10 @@ from .dwconv_gelu import dwconv_gelu
 from .msca_strips import msca_strips
 from .nmf import nmf
 
+DEPTHWISE = {"conv0": (5, 5)}  # AttentionModule's convolutions and their kernel sizes, in msca_strips' order
+for _branch, _size in enumerate(COMPILED_BRANCHES):
+    DEPTHWISE |= {f"conv{_branch}_1": (1, _size), f"conv{_branch}_2": (_size, 1)}
+
 
 class PointwiseConv2d(nn.Conv2d):
     """A 1x1 convolution. On a GPU, of channels_last in 16 bits, a matrix product, whose library adds the bias in passing.
@@ -58,32 +62,32 @@ class AttentionModule(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        for branch, size in enumerate(COMPILED_BRANCHES):
-            rows = nn.Conv2d(dim, dim, (1, size), padding=(0, size // 2), groups=dim)
-            columns = nn.Conv2d(dim, dim, (size, 1), padding=(size // 2, 0), groups=dim)
-            self.add_module(f"conv{branch}_1", rows)
-            self.add_module(f"conv{branch}_2", columns)
+        for name, (height, width) in DEPTHWISE.items():
+            padding = (height // 2, width // 2)
+            self.add_module(name, nn.Conv2d(dim, dim, (height, width), padding=padding, groups=dim))
         self.conv3 = PointwiseConv2d(dim, dim)
 
     def strip_weights(self) -> list[Tensor]:
         """The filters and biases in the order that :func:`segnext_kernels.msca_strips` takes them."""
-        convolutions = [self.conv0]
-        for branch in range(3):
-            convolutions += [getattr(self, f"conv{branch}_1"), getattr(self, f"conv{branch}_2")]
-        return [tensor for convolution in convolutions for tensor in (convolution.weight, convolution.bias)]
+        return _tensors(self._depthwise())
+
+    def _depthwise(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in DEPTHWISE]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv3(self._strips(x)) * x
 
     def _strips(self, x: Tensor) -> Tensor:
-        branches = [(getattr(self, f"conv{i}_1"), getattr(self, f"conv{i}_2"), k) for i, k in enumerate(COMPILED_BRANCHES)]
-        if is_depthwise(self.conv0, (5, 5)) and all(
-            is_depthwise(rows, (1, k)) and is_depthwise(columns, (k, 1)) for rows, columns, k in branches
-        ):
-            return msca_strips(x, self.strip_weights())
-        a = self.conv0(x)
-        return a + sum(columns(rows(a)) for rows, columns, _ in branches)
+        convolutions = self._depthwise()
+        if all(is_depthwise(one, size) for one, size in zip(convolutions, DEPTHWISE.values(), strict=True)):
+            return msca_strips(x, _tensors(convolutions))
+        first, *branches = convolutions
+        a = first(x)
+        return a + sum(columns(rows(a)) for rows, columns in zip(branches[::2], branches[1::2], strict=True))
+
+
+def _tensors(convolutions: list[nn.Module]) -> list[Tensor]:
+    return [tensor for convolution in convolutions for tensor in (convolution.weight, convolution.bias)]
 
 
 class DWConvGELU(nn.Module):
