@@ -58,9 +58,7 @@ def _why_not_cuda(operator: str, x: Tensor) -> str | None:
         return _load.cuda_failure
     if x.dtype not in GPU_DTYPES:
         return _other_dtype("CUDA", x)
-    if torch.compiler.is_compiling() or not _triton.has_gpu():  # tensors without a GPU are fake ones
-        return None
-    return _load.why_not_on_gpu(x.get_device())
+    return _why_not_on_gpu(x.get_device())
 
 
 def _why_not_triton(operator: str, x: Tensor) -> str | None:
@@ -70,12 +68,17 @@ def _why_not_triton(operator: str, x: Tensor) -> str | None:
         return _triton.failure
     if x.device.type != "cuda" and not (x.device.type == "cpu" and _triton.interpreted):
         return f"x is on {x.device.type}, these kernels are for GPUs"
-    if torch.version.hip is None and not torch.compiler.is_compiling() and _triton.capability(x) < (8, 0):
-        major, minor = _triton.capability(x)
+    major, minor = _triton.capability(x)
+    if torch.version.hip is None and (major, minor) < (8, 0):
         return f"the Triton kernels are for GPUs from compute capability 8.0 on, this one has {major}.{minor}"
     if operator == "nmf" and x.dim() == 3 and (x.shape[2] * max(x.shape[1], TRITON_RANK) >= 2**31 or x.shape[1] >= TRITON_ROWS):
         return f"the Triton kernels of nmf are for matrices below 2**31 elements and {TRITON_ROWS} rows, x is {list(x.shape)}"
     return _other_dtype("Triton", x) if x.dtype not in GPU_DTYPES else None
+
+
+@torch.compiler.assume_constant_result  # the driver's answer is not traced
+def _why_not_on_gpu(index: int) -> str | None:
+    return _load.why_not_on_gpu(index) if _triton.has_gpu() else None  # tensors without a GPU are fake ones
 
 
 def _other_dtype(kind: str, x: Tensor) -> str:

@@ -116,7 +116,12 @@ def power_of_2(number: int, at_least: int = 1) -> int:
 
 def capability(x: Tensor) -> tuple[int, int]:
     """Of the GPU that x is on; where there is none, the least that Triton serves."""
-    return _capability(x.device) if x.is_cuda and has_gpu() else (8, 0)
+    return _capability_of(x.get_device()) if x.is_cuda else (8, 0)
+
+
+@torch.compiler.assume_constant_result  # the driver's answer is not traced
+def _capability_of(index: int) -> tuple[int, int]:
+    return _capability(index) if has_gpu() else (8, 0)
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)

@@ -117,6 +117,28 @@ def test_gpus_that_the_cuda_kernels_fit(built, capability, fits, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("capability", "served"), [((7, 5), "reference"), ((9, 0), "triton")])
+def test_compiled_calls_are_served_as_others(capability, served, monkeypatch):
+    """By what the GPU at hand can run."""
+    monkeypatch.setattr(_load, "cuda_failure", "they were left out")
+    monkeypatch.setattr(_triton, "failure", None)
+    monkeypatch.setattr(_triton, "has_gpu", lambda: True)
+    monkeypatch.setattr(_triton, "_capability", lambda index: capability)
+
+    class Labels(torch.nn.Module):
+        def forward(self, logits):
+            return segnext_kernels.upsample_argmax(logits, (8, 8)), segnext_kernels.dwconv_gelu(
+                logits, torch.ones(2, 1, 3, 3).to(logits), logits[0, :, 0, 0]
+            )
+
+    with FakeTensorMode():
+        logits = torch.empty(1, 2, 4, 4, device="cuda")
+        assert next(name for name, answer in explain("dwconv_gelu", logits).items() if answer == "serves") == served
+        program = torch.export.export(Labels(), (logits,), strict=True)
+    called = {str(node.target).split(".")[0] for node in program.graph.nodes if "segnext" in str(node.target)}
+    assert called == (set() if served == "reference" else {"segnext_kernels_triton"})
+
+
 def test_triton_serves_where_cuda_was_not_built(monkeypatch):
     """And without Triton plain PyTorch, each with its reason."""
     monkeypatch.setattr(_load, "cuda_failure", "they were left out")

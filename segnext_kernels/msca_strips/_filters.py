@@ -20,12 +20,16 @@ BRANCHES = tl.constexpr(len(SIZES.value))
 REACH = tl.constexpr(max(SIZES.value) // 2)
 TAPS = tl.constexpr(26 + sum(2 * size + 2 for size in SIZES.value))
 HALO = 2 + REACH.value  # columns and rows that an output needs on either side
-MOST_ROWS = 4
 
 
 def pack(weights: Sequence[Tensor]) -> Tensor:
     """All taps and biases as [TAPS, C]: 5x5, bias, then for every branch row filter, bias, column filter, bias."""
     return torch.cat([weight.reshape(weight.shape[0], -1).T for weight in weights])
+
+
+def most_rows(configs: Sequence[triton.Config]) -> int:
+    """Rows that programs of any of the configurations keep in scratch memory: those of this step, and those ahead."""
+    return 2 * max(config.kwargs["ROWS"] for config in configs)
 
 
 def tiles_of(shape: Sequence[int], last: bool, most: int) -> Tiles:
