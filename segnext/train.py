@@ -24,7 +24,7 @@ from .fuse import inference_model
 from .model import SegNeXt
 from .recipes import Recipe, RecipeError
 from .run import Run, last, opened
-from .trainer import Step, Trainer
+from .trainer import Step, Trainer, can_be_graphed
 from .weights import described, load
 
 SMOOTHED = 20  # steps over which the shown loss is a mean
@@ -186,8 +186,7 @@ def _ways(recipe: Recipe, machine: Machine, device: torch.device) -> str:
     share = recipe.batch // distributed.world()
     parts = next((n for n in range(machine.accumulate + 1, share + 1) if share % n == 0), None)
     first = "a smaller --batch or --crop" if parts is None else f"--accumulate {parts}"
-    graphed = machine.cuda_graph and device.type == "cuda" and distributed.world() == 1
-    return first + (", or --no-cuda-graph" if graphed else "")
+    return first + (", or --no-cuda-graph" if machine.cuda_graph and can_be_graphed(device) else "")
 
 
 def _loop(

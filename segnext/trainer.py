@@ -114,8 +114,7 @@ class Trainer:
             )
         if recipe.compile:
             self.network = torch.compile(self.network)
-        # Not where processes exchange gradients meanwhile
-        self.graphed = cuda_graph and self.device.type == "cuda" and distributed.world() == 1
+        self.graphed = cuda_graph and can_be_graphed(self.device)
 
     @property
     def progress(self) -> float:
@@ -213,6 +212,11 @@ class Trainer:
 
     def _gradients_stay_here(self, stay: bool) -> contextlib.AbstractContextManager:
         return self.network.no_sync() if stay and distributed.world() > 1 else contextlib.nullcontext()
+
+
+def can_be_graphed(device: torch.device) -> bool:
+    """Whether forward and backward can be one CUDA graph: not where processes exchange gradients meanwhile."""
+    return device.type == "cuda" and distributed.world() == 1
 
 
 def pixel_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:

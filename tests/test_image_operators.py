@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import checks
 import pytest
@@ -174,3 +175,10 @@ def test_fake_tensors(sample_of, shape, layout, backend):
 
 def test_meta(sample_of):
     checks.check_meta(sample_of((2, 3, 4, 5)).to(torch.bfloat16))
+
+
+def test_autocast_casts_no_whole_numbers(sample_of, backend):
+    sample = sample_of((1, 3, 4, 5)).to(torch.float32)
+    x, first, *rest = sample.leaves
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="must have x's dtype"):
+        replace(sample, leaves=(x, first.long(), *rest))(backend)

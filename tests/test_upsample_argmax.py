@@ -136,3 +136,8 @@ BAD = {
 def test_bad_arguments_are_named(spoil, kind, message):
     with pytest.raises(kind, match=f"upsample_argmax: .*{message}"):
         upsample_argmax(*spoil(torch.zeros(2, 3, 4, 4)))
+
+
+def test_no_classes_are_refused_for_empty_labels_too(backend):
+    with pytest.raises(ValueError, match="empty logits"):
+        upsample_argmax(torch.zeros(1, 0, 4, 4), (0, 4), backend=backend)

@@ -222,3 +222,17 @@ BAD = {
 def test_bad_arguments_are_named(spoil, kind, message):
     with pytest.raises(kind, match=f"upsample_cross_entropy: .*{message}"):
         upsample_cross_entropy(*spoil(torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64)))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64], ids=str)
+def test_operator_without_checks_in_python_refuses_a_gradient_of_another_dtype(dtype, backend):
+    """Of which it would read more bytes than there are."""
+    logits, target = torch.zeros(1, 2, 4, 4), torch.zeros(1, 8, 8, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="grad_out must be one number on the CPU in the accumulator's dtype"):
+        torch.ops.segnext_kernels.upsample_cross_entropy_backward(torch.ones((), dtype=dtype), logits, target, None, 255)
+
+
+def test_no_classes_are_refused_for_empty_targets_too(backend):
+    with pytest.raises(ValueError, match="empty logits"):
+        upsample_cross_entropy(torch.zeros(1, 0, 4, 4), torch.zeros(1, 0, 4, dtype=torch.int64), backend=backend)

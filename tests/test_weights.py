@@ -243,7 +243,7 @@ def test_config_of_a_custom_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrapper", ["module.", "_orig_mod.", "net.", "_orig_mod.module.", "module._orig_mod.", "model._orig_mod."]
+    "wrapper", ["module.", "_orig_mod.", "model.", "net.", "_orig_mod.module.", "module._orig_mod.", "model._orig_mod."]
 )
 def test_names_of_wrappers_are_left_out(tmp_path, wrapper):
     model = small.model()
