@@ -1,4 +1,5 @@
 // The registration of the operators' CPU kernels. Only the bindings know torch; the schemas are Python's.
+#include "cpu/amx.h"
 #include "threads.h"
 
 namespace {
@@ -261,8 +262,14 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
 
 namespace {
 
+#if defined(__AMX_BF16__)
+// A C++ program that loads this library alone has not asked for the tiles, as Python does before it chooses the library.
+[[maybe_unused]] const bool tiles_permitted = segnext::amx::permitted();
+#endif
+
 PyObject* facts(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s}", "isa", SEGNEXT_TEXT(SEGNEXT_ISA), "torch", TORCH_VERSION, "compiler", __VERSION__);
+  return Py_BuildValue("{s:s,s:s,s:s,s:i}", "isa", SEGNEXT_TEXT(SEGNEXT_ISA), "torch", TORCH_VERSION, "compiler", __VERSION__,
+                       "interface", SEGNEXT_INTERFACE);
 }
 
 PyMethodDef methods[] = {

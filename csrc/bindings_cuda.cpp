@@ -116,7 +116,8 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CUDA, m) {
 namespace {
 
 PyObject* facts(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:i}", "architectures", SEGNEXT_CUDA_ARCHITECTURES, "cuda", CUDART_VERSION);
+  return Py_BuildValue("{s:s,s:i,s:i}", "architectures", SEGNEXT_CUDA_ARCHITECTURES, "cuda", CUDART_VERSION, "interface",
+                       SEGNEXT_INTERFACE);
 }
 
 PyMethodDef methods[] = {

@@ -34,6 +34,7 @@ const float* floats(const Tensor& t, const Shape& shape, const char* name, const
 
 PackedWeights packed(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t columns, const Image& x,
                      const char* name) {
+  STD_TORCH_CHECK(depth > 0, "segnext_kernels: ", name, " has no inputs");
   const int64_t panels = (columns + 31) / 32;
   const Shape shape = x.dtype == Dtype::kBFloat16 ? Shape{panels, (depth + 1) / 2, 32, 2} : Shape{panels, depth, 32};
   STD_TORCH_CHECK(weight.is_cpu() && dtype_of(weight, name) == x.dtype && weight.is_contiguous() && has_shape(weight, shape),

@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 
 from . import distributed
 from .data.loader import mixed_seed, one_by_one
-from .data.pairs import Pairs
+from .data.pairs import DataError, Pairs
 from .data.workers import deaths_told
 from .images import image_size
 from .model import SegNeXt, create
 from .recipes import Recipe
 from .trainer import precision
-from .weights import WeightsError, load, load_encoder
+from .weights import WeightsError, check, load, load_encoder
 
 LARGEST = 512  # short side and crop of training on one's own pictures, which may be larger
 COUNTED = 500  # pictures whose labels are counted for class weights
@@ -50,8 +50,9 @@ def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:
     torch.manual_seed(mixed_seed(recipe.seed))
     count, weights = len(pairs.classes), before or recipe.weights
     begin = None if weights is None else load(weights)
-    rank = None if begin is None else begin.config.rank
-    model = create(recipe.size, count, recipe.head, rank=rank, drop_path=recipe.drop_path, dropout=recipe.dropout)
+    of_ham = ("rank", "gradient", "bases")  # which no field of the recipe says
+    kept = {} if begin is None else {name: getattr(begin.config, name) for name in of_ham}
+    model = create(recipe.size, count, recipe.head, drop_path=recipe.drop_path, dropout=recipe.dropout, **kept)
     model.classes, model.palette, model.scale = pairs.classes, pairs.palette, recipe.scale
     if begin is not None:
         _take_over(model, begin, weights)
@@ -73,21 +74,49 @@ def _take_over(model: SegNeXt, begin: SegNeXt, name: str | Path) -> None:
         classifier = {key: value for key, value in model.state_dict().items() if key.startswith("decode_head.conv_seg.")}
         state.update(classifier)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise WeightsError(f"{name} is no SegNeXt of the recipe's size and head: {reason}") from error
+        check(state, model, name)
+    except WeightsError as error:
+        raise WeightsError(f"{name} is no SegNeXt of the recipe's size and head: {error}") from error
+    model.load_state_dict(state)
 
 
-def class_weights(dataset: Dataset, classes: int, power: float, workers: int = 0) -> Tensor:
-    """Weights in the loss [classes], each class' share of the labels to the power of ``-power``; the mean label weighs 1.
-
-    The labels of up to 500 pictures, evenly spaced, are counted.
-    """
+def label_counts(dataset: Dataset, workers: int = 0) -> Tensor:
+    """How many pixels have every label, int64 [256], in up to 500 pictures, evenly spaced."""
     counts = torch.zeros(256, dtype=torch.int64)
     with deaths_told():
         for batch in one_by_one(dataset, range(0, len(dataset), math.ceil(len(dataset) / COUNTED)), workers):
             counts += torch.bincount(batch.labels.flatten(), minlength=256)
+    return counts
+
+
+def require_classes(counts: Tensor, pairs: Pairs, root: Path) -> None:
+    """Says which classes no pixel has, which often is the masks' fault: of 0 and 255, say, 255 is no class.
+
+    Args:
+        counts: of :func:`label_counts`.
+
+    Raises:
+        DataError: all pictures were counted and there are no two classes in them, so nothing can be learned.
+    """
+    classes = pairs.classes
+    absent = [name for name, count in zip(classes, counts.tolist(), strict=False) if count == 0]
+    if not absent or counts.sum() == 0:
+        return
+    ignored = 1 - (counts[: len(classes)].sum() / counts.sum()).item()
+    named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    told = f"{root}: no pixel of the masks that were counted is {named}; {ignored:.0%} of all are ignored"
+    if len(absent) >= len(classes) - 1 and len(pairs) <= COUNTED:
+        raise DataError(f"{told}, so there are no two classes to tell apart")
+    if distributed.rank() == 0:
+        print(told)
+
+
+def class_weights(counts: Tensor, classes: int, power: float) -> Tensor:
+    """Weights in the loss [classes], each class' share of the labels to the power of ``-power``; the mean label weighs 1.
+
+    Args:
+        counts: of :func:`label_counts`.
+    """
     shares = counts[:classes] / counts[:classes].sum().clamp_min(1)
     weights = shares.clamp_min(1e-4) ** -power
     return weights / (shares * weights).sum().clamp_min(1e-4)

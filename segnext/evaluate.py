@@ -68,7 +68,9 @@ class Scores:
         return self.iou.nanmean().item()
 
     def __str__(self) -> str:
-        return f"mIoU {self.miou:.3f}, pixel accuracy {self.pixel_accuracy:.3f}"
+        seen, count = int((self.confusion.sum(1) > 0).sum()), len(self.confusion)
+        told = "" if seen == count else f" (only {seen} of {count} classes are in the pictures)"
+        return f"mIoU {self.miou:.3f}, pixel accuracy {self.pixel_accuracy:.3f}{told}"
 
 
 def confusion_matrix(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
@@ -106,7 +108,8 @@ def evaluate(
     Under torchrun every process takes its share of the pictures, and all return the scores of all of them.
 
     Args:
-        model: for images [1, 3, H, W]; it is in the mode afterwards in which it was.
+        model: for images [1, 3, H, W]; all of its modules are in the mode afterwards in which they were.
+        dataset: labels beyond the classes are not counted, as 255.
         view: how the model is shown a picture.
         workers: processes that read pictures; 0 reads in this one. None for 2 with a GPU, and none on the CPU, all of which the
             model uses.
@@ -116,20 +119,23 @@ def evaluate(
     Raises:
         DataError, ImageError: a picture cannot be read.
     """
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     model.eval()
     mine = range(distributed.rank(), len(dataset), distributed.world())
     names = None if look is None else dataset.names
     stream = one_by_one(dataset, mine, (2 if device.type == "cuda" else 0) if workers is None else workers)
-    with deaths_told():
-        for batch in tqdm(stream, total=len(mine), disable=None if progress else True, unit="photo", leave=False):
-            prediction, truth = label_map(model, batch.images[0], view), batch.labels[0]
-            confusion += confusion_matrix(prediction, truth.to(device), classes)
-            if look is not None:
-                look(names[batch.indices[0]], batch.images[0], truth, prediction)
-    model.train(training)
+    try:
+        with deaths_told():
+            for batch in tqdm(stream, total=len(mine), disable=None if progress else True, unit="photo", leave=False):
+                prediction, truth = label_map(model, batch.images[0], view), batch.labels[0]
+                confusion += confusion_matrix(prediction, truth.to(device), classes)
+                if look is not None:
+                    look(names[batch.indices[0]], batch.images[0], truth, prediction)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
     return Scores(distributed.total(confusion).cpu())
 
 
@@ -173,6 +179,8 @@ def evaluate_weights(
     with distributed.processes(device) as device:
         model, pairs, recipe = opened(weights, data, recipe, rank)
         if json_file is not None:
+            if Path(json_file).is_dir():
+                raise RecipeError(f"{json_file} is a folder; name a file for the figures")
             Path(json_file).absolute().parent.mkdir(parents=True, exist_ok=True)
         if pictures is not None:
             _outside(Path(pictures), pairs)
@@ -183,11 +191,11 @@ def evaluate_weights(
                 inference_model(model, device), pairs, count, view, workers=workers, progress=distributed.rank() == 0, look=look
             )
         if distributed.rank() == 0:
-            print(table(pairs.classes, {"IoU": scores.iou, "accuracy": scores.accuracy}))
-            print(f"{scores}, mean accuracy {scores.mean_accuracy:.3f}, {len(pairs)} pictures")
             if json_file is not None:
                 with replacing(Path(json_file)) as file:
                     file.write(json.dumps({"pictures": len(pairs), **as_dict(pairs.classes, scores)}, indent=1).encode())
+            print(table(pairs.classes, {"IoU": scores.iou, "accuracy": scores.accuracy}))
+            print(f"{scores}, mean accuracy {scores.mean_accuracy:.3f}, {len(pairs)} pictures")
         return scores
 
 
@@ -199,9 +207,23 @@ def opened(weights: str | Path, data: str | Path, recipe: Recipe, rank: int | No
     count = len(pairs.classes)
     if model.config.num_classes != count:
         raise WeightsError(f"{weights} tells {model.config.num_classes} classes apart, {recipe.dataset} in {data} has {count}")
+    _same_order(model.classes or pairs.classes, pairs.classes, weights, data)
     if recipe.scale is None:
         recipe = replace(recipe, scale=model.scale)
     return model, pairs, recipe
+
+
+def _same_order(known: Sequence[str], classes: Sequence[str], weights: str | Path, data: str | Path) -> None:
+    """Other names may be another spelling; the same names in another order are not."""
+    pairs = [(i, *both) for i, both in enumerate(zip(known, classes, strict=True)) if both[0].strip() != both[1].strip()]
+    if not pairs:
+        return
+    i, own, other = pairs[0]
+    sentence = f"class {i} is {own!r} in {weights} and {other!r} in {data}"
+    if sorted(name.strip() for name in known) == sorted(name.strip() for name in classes):
+        raise WeightsError(f"{sentence}: the same classes in another order")
+    if distributed.rank() == 0:
+        print(f"{sentence}; {len(pairs)} of {len(classes)} names differ")
 
 
 def as_dict(classes: Sequence[str], scores: Scores) -> dict[str, Any]:
@@ -228,9 +250,9 @@ def table(classes: Sequence[str], columns: dict[str, Tensor]) -> str:
 
 
 def _outside(folder: Path, pairs: Pairs) -> None:
-    """Pictures are called as the data's images, which they must not replace."""
-    files = (file for both in pairs.files for file in both if isinstance(file, str))  # a mask may be something else
-    if any(Path(file).parent.resolve() == folder.resolve() for file in files):
+    """Pictures are called as the data's images, which they must not replace, nor what these are links to."""
+    files = {Path(file) for both in pairs.files for file in both if isinstance(file, str)}  # a mask may be something else
+    if folder.resolve() in {place for file in files for place in (file.parent.resolve(), file.resolve().parent)}:
         raise RecipeError(f"{folder} holds images or masks of the data; choose another folder for the pictures")
 
 

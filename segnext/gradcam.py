@@ -146,8 +146,9 @@ def heat_map(
         raise InputError("a region needs a model that segments; a classifier sees the picture as a whole")
     else:
         target = ClassifierOutputTarget(category)
-    with GradCAM(model, [module]) as cam:
-        found = torch.from_numpy(cam(images, [target]))
+    # Of the images, so that there is a gradient where the weights want none
+    with torch.enable_grad(), GradCAM(model, [module]) as cam:
+        found = torch.from_numpy(cam(images.requires_grad_(), [target]))
     model.zero_grad()
     return F.interpolate(found[None], size, mode="bilinear")[0, 0]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -60,19 +62,28 @@ def read_labels(path: str | Path) -> Tensor:
     """The label of every pixel of a greyscale or index-colour image file, its colours not applied: int32 [H, W].
 
     Raises:
-        ImageError: as :func:`read_image`, or an image of several channels.
+        ImageError: as :func:`read_image`, or an image of several channels, or in JPEG, which changes labels.
     """
-    image = stored_image(path)
+    image, unit = _open(path, _stored)
     if len(image.getbands()) > 1:
         raise ImageError(f"{path}: a mask must be greyscale or index-colour, one label per pixel; this one is {image.mode}")
     if image.mode == "F":
         raise ImageError(f"{path}: a mask must have whole numbers, this one has floating-point ones")
-    return torch.from_numpy(np.array(image).astype(np.int32))
+    return torch.from_numpy(np.array(image).astype(np.int32) // unit)
 
 
 def stored_image(path: str | Path) -> Image.Image:
     """An image file in the mode and with the values in which it is stored; errors as :func:`read_image`."""
     return _open(path, lambda opened: opened.copy())
+
+
+def _stored(image: Image.Image) -> tuple[Image.Image, int]:
+    """A mask, and what PIL multiplies its labels by: grey values of 2 and 4 bits fill 8."""
+    if image.format in ("JPEG", "MPO"):
+        raise ValueError("a mask in JPEG has other labels than were stored; save it as PNG")
+    given = image.tile[0][3] if image.tile else ()  # what the decoder is told of the file, read before it begins
+    packing = given if isinstance(given, str) else next(iter(given or ()), None)
+    return image.copy(), {"L;2": 85, "L;4": 17}.get(packing, 1)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -102,10 +113,11 @@ def _open(path, convert, file=None, formats=None, most_pixels=None) -> Image.Ima
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of large pictures and odd metadata, which do no harm
-            with Image.open(path if file is None else file, formats=formats) as image:
+            # Not by name, since PIL maps such files into memory, and then turns some of them wrongly (TIFF, not packed)
+            source = partial(open, path, "rb") if file is None else partial(nullcontext, file)
+            with source() as opened, Image.open(opened, formats=formats) as image:
                 if most_pixels is not None and image.width * image.height > most_pixels:
                     raise ValueError(f"it has {image.width}x{image.height} pixels, more than {most_pixels / 10**6:g} million")
-                image.load()
                 return convert(image)
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
@@ -119,6 +131,7 @@ def _open(path, convert, file=None, formats=None, most_pixels=None) -> Image.Ima
 
 
 def _shown(image: Image.Image) -> Image.Image:
+    image.load()
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))  # ImageOps.exif_transpose stumbles over other tags
     image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # 16 bits, in PIL's names I;16, I;16B or I

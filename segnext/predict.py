@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
 from .weights import load
 
+LONGEST = 255  # bytes in the name of a file, on any file system that is common
 SCALE = (2048, 512)  # the paper's, where the checkpoint does not say what the model was trained on
 
 
@@ -57,6 +59,8 @@ def predict(
     """
     photos, out = find_images(inputs), Path(out)
     names = unique_names(photos)
+    if long := [photo for photo, name in zip(photos, names, strict=True) if len(os.fsencode(f"{name}_overlay.png")) > LONGEST]:
+        raise InputError(f"{long[0]}: the names of its results would be longer than {LONGEST} bytes; rename it")
     results = {"legend.png"}.union(*({f"{name}_overlay.png", f"{name}_mask.png"} for name in names))
     for photo in photos:
         if photo.name in results and photo.resolve().parent == out.resolve():

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed, recipes
-from .begin import build, class_weights, resolved
+from .begin import build, class_weights, label_counts, require_classes, resolved
 from .data import open_dataset
 from .data.augment import augmentation
 from .data.pairs import Pairs
@@ -154,7 +154,13 @@ def _stage(
     """One training from its beginning or its last checkpoint to its end."""
     torch.backends.cudnn.benchmark = not recipe.deterministic  # of GPUs: convolutions and our Triton kernels are tuned
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
-    state = last(folder)
+    state, weights = last(folder), None
+    if state is not None and state["meta"]["classes"] != pairs.classes:
+        raise RecipeError(f"the classes of {root} are others than when the training in {folder} began; begin a new one")
+    if recipe.balance:
+        counts = label_counts(pairs, machine.workers)
+        require_classes(counts, pairs, root)
+        weights = class_weights(counts, len(pairs.classes), recipe.balance)
     with distributed.first_here_first():
         model = build(recipe, pairs, before) if state is None else described(state["meta"])
     with distributed.memory_told(device, _ways(recipe, machine, device)):
@@ -163,7 +169,7 @@ def _stage(
             pairs,
             recipe,
             augment=augmentation(recipe.crop, recipe.scale, recipe.ratio, recipe.max_share, recipe.distort),
-            class_weights=class_weights(pairs, len(pairs.classes), recipe.balance, machine.workers) if recipe.balance else None,
+            class_weights=weights,
             accumulate=machine.accumulate,
             workers=machine.workers,
             cuda_graph=machine.cuda_graph,

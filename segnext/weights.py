@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -127,8 +127,19 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
 
 
 def about(model: SegNeXt) -> dict[str, Any]:
-    """What a checkpoint says of a model beside its tensors."""
-    return {"segnext": asdict(model.config), **{name: getattr(model, name) for name in ("classes", "palette", "scale")}}
+    """What a checkpoint says of a model beside its tensors, in plain types.
+
+    Raises:
+        ValueError: the model has not as many names or colours as classes, or colours that are none.
+    """
+    classes, palette, count = model.classes, model.palette, model.config.num_classes
+    classes = None if classes is None else [str(name) for name in classes]
+    palette = None if palette is None else [tuple(int(value) for value in colour) for colour in palette]
+    if any(given is not None and len(given) != count for given in (classes, palette)):
+        raise ValueError(f"a model of {count} classes must have as many names and colours, got {classes} and {palette}")
+    if palette is not None and not all(map(_is_colour, palette)):
+        raise ValueError(f"a palette's colours must be three numbers from 0 to 255, got {palette}")
+    return {"segnext": asdict(model.config), "classes": classes, "palette": palette, "scale": model.scale}
 
 
 def described(meta: Mapping[str, Any]) -> SegNeXt:
@@ -203,13 +214,21 @@ def _legend(meta: Mapping[str, Any], count: int) -> tuple[list[str] | None, list
     dataset = meta.get("dataset_meta")
     places = [meta, {str(key).lower(): value for key, value in meta.items()}, dataset if isinstance(dataset, dict) else {}]
 
-    def find(name: str, kind: type | tuple[type, ...]) -> list | None:
+    def find(name: str, fits: Callable[[Any], bool]) -> list | None:
         values = (place.get(name) for place in places)
         lists = (list(value) for value in values if isinstance(value, (list, tuple)) and len(value) == count)
-        return next((items for items in lists if all(isinstance(item, kind) for item in items)), None)
+        return next((items for items in lists if all(map(fits, items))), None)
 
-    palette = find("palette", (list, tuple))
-    return find("classes", str), palette and [tuple(colour) for colour in palette]
+    palette = find("palette", _is_colour)
+    return find("classes", lambda name: isinstance(name, str)), palette and [tuple(colour) for colour in palette]
+
+
+def _is_colour(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 3
+        and all(isinstance(part, int) and 0 <= part <= 255 for part in value)
+    )
 
 
 def _scale(sides: Any) -> tuple[int, int] | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from types import ModuleType
 
 import torch
+
+INTERFACE = 1  # of the operators' arguments: another number whenever a schema changes, which setup.py compiles in
 
 # From the best to the plainest, with the processor features (GCC's names) that each library was compiled for.
 _LIBRARIES = {
@@ -22,6 +25,7 @@ BUILD_VARIABLE = "SEGNEXT_KERNELS_COMPILE"
 CUDA_VARIABLE = "FORCE_CUDA"
 
 facts: dict[str, str] = {}  # what the loaded library says of its own build
+_cuda_version = 0  # of the toolkit that the CUDA library was built with, such as 13000
 cuda_architectures: list[str] = []  # that the CUDA library was compiled for, such as "9.0" or, with PTX, "12.0+PTX"
 
 
@@ -50,9 +54,18 @@ def _load(wanted: str | None) -> str | None:
             continue
         except ImportError as error:
             return f"the compiled CPU kernels ({isa}) did not load under torch {torch.__version__}: {error}"
+        if other := _of_another_version(library, "CPU"):
+            return other
         facts.update(library.facts())
         return None
     return reason
+
+
+def _of_another_version(library: ModuleType, kind: str) -> str | None:
+    """A library that an older build left would take the arguments for others."""
+    if library.facts().get("interface") == INTERFACE:
+        return None
+    return f"the compiled {kind} kernels are of another version of this package than its Python files: reinstall it"
 
 
 def _load_cuda() -> str | None:
@@ -67,6 +80,10 @@ def _load_cuda() -> str | None:
         )
     except ImportError as error:
         return f"the CUDA kernels did not load under torch {torch.__version__}: {error}"
+    if other := _of_another_version(library, "CUDA"):
+        return other
+    global _cuda_version
+    _cuda_version = library.facts()["cuda"]
     cuda_architectures.extend(library.facts()["architectures"].split())
     return None
 
@@ -74,6 +91,12 @@ def _load_cuda() -> str | None:
 @functools.cache
 def why_not_on_gpu(index: int) -> str | None:
     """Why the CUDA kernels do not run on this GPU, or None if they do."""
+    driver = torch._C._cuda_getDriverVersion()
+    if driver // 1000 < _cuda_version // 1000:
+        return (
+            f"the CUDA kernels were built with CUDA {_cuda_version // 1000}.{_cuda_version % 1000 // 10}, which this driver is"
+            f" too old for (it knows CUDA {driver // 1000}.{driver % 1000 // 10}): update it, or rebuild with an older toolkit"
+        )
     own = torch.cuda.get_device_capability(index)
     for name in cuda_architectures:
         number = name.removesuffix("+PTX")

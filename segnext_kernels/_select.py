@@ -36,7 +36,7 @@ def why_not(backend: str, operator: str, x: Tensor, **details) -> str | None:
     if backend not in BACKENDS:
         return f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}"
     find = {"cuda": _why_not_cuda, "triton": _why_not_triton, "cpu": _why_not_cpu}[backend]
-    return find(operator, x) or _why_not_called(backend, operator, **details)
+    return find(operator, x) or _why_not_called(backend, operator, x, **details)
 
 
 def missing() -> dict[str, str]:
@@ -73,10 +73,18 @@ def _why_not_triton(operator: str, x: Tensor) -> str | None:
         return f"the Triton kernels are for GPUs from compute capability 8.0 on, this one has {major}.{minor}"
     if operator == "nmf" and x.dim() == 3 and (x.shape[2] * max(x.shape[1], TRITON_RANK) >= 2**31 or x.shape[1] >= TRITON_ROWS):
         return f"the Triton kernels of nmf are for matrices below 2**31 elements and {TRITON_ROWS} rows, x is {list(x.shape)}"
-    return _other_dtype("Triton", x) if x.dtype not in GPU_DTYPES else None
+    if x.dtype not in GPU_DTYPES:
+        return _other_dtype("Triton", x)
+    return _why_not_interpreted(operator, x) if x.device.type == "cpu" else None
 
 
-@torch.compiler.assume_constant_result  # the driver's answer is not traced
+def _why_not_interpreted(operator: str, x: Tensor) -> str | None:
+    if operator == "nmf" and x.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies matrices of bfloat16 by their bits"
+    return None
+
+
+@_triton.untraced
 def _why_not_on_gpu(index: int) -> str | None:
     return _load.why_not_on_gpu(index) if _triton.has_gpu() else None  # tensors without a GPU are fake ones
 
@@ -86,8 +94,10 @@ def _other_dtype(kind: str, x: Tensor) -> str:
 
 
 def _why_not_called(
-    backend: str, operator: str, branch_sizes: tuple[int, ...] = COMPILED_BRANCHES, rank: int = 1
+    backend: str, operator: str, x: Tensor, branch_sizes: tuple[int, ...] = COMPILED_BRANCHES, rank: int = 1
 ) -> str | None:
+    if type(x).__module__.startswith("torch.distributed."):
+        return "of distributed tensors (DTensor) torch knows how plain PyTorch splits the work, not how these kernels would"
     if _transformed():
         return "torch.func's transforms and forward-mode derivatives see through plain PyTorch only"
     if operator == "msca_strips" and branch_sizes != COMPILED_BRANCHES:

@@ -15,7 +15,8 @@ try:
     import triton
     from triton.runtime.jit import JITFunction
 
-    failure = None  # why there are no Triton kernels; None where there are
+    # Why there are no Triton kernels; None where there are
+    failure = None if hasattr(triton, "knobs") else f"Triton {triton.__version__} is too old: 3.4 or newer is needed"
 except ImportError as error:
     failure = f"Triton is not installed ({error})"
 
@@ -119,7 +120,14 @@ def capability(x: Tensor) -> tuple[int, int]:
     return _capability_of(x.get_device()) if x.is_cuda else (8, 0)
 
 
-@torch.compiler.assume_constant_result  # the driver's answer is not traced
+def untraced(function: Callable) -> Callable:
+    """What ``torch.compiler.assume_constant_result`` makes: torch.compile takes its result, such as a driver's answer, for a
+    constant. That imports all of Dynamo, which takes longer than everything else here."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@untraced
 def _capability_of(index: int) -> tuple[int, int]:
     return _capability(index) if has_gpu() else (8, 0)
 

@@ -146,6 +146,8 @@ def channels_last(op: str, name: str, x: Tensor) -> Tensor:
 def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Checks packed weights of a linear layer on ``inputs`` values and their bias, which tells the number of outputs, and
     returns them contiguous."""
+    if inputs < 1:
+        raise ValueError(f"{op}: {name} must have at least one input, x is {list(x.shape)}")
     if not isinstance(bias, Tensor) or bias.dim() != 1:
         raise TypeError(f"{op}: the bias of {name} must be a tensor [outputs]")
     bias = floats(op, f"the bias of {name}", bias, (bias.shape[0],), x)

@@ -40,7 +40,7 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
         client.extra_arguments = ["--log-level=ERROR"]
         # torchmetrics imports transformers where that is installed, which then misses ipywidgets.
         variables = {"PYTHONPATH": paths, "IPYTHONDIR": settings, "PYTHONWARNINGS": "ignore:IProgress"}
-        client.execute(cwd=str(folder), env=os.environ | variables)
+        client.execute(cwd=str(folder), env=os.environ | variables, cleanup_kc=True)  # a given manager is left running
     return executed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -136,6 +137,18 @@ def test_missing_extras_are_named_in_one_line(tmp_path, command, missing, extra)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     message = f"segnext: this needs {missing}: pip install 'segnext-kernels[{extra}]'\n"
     assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path):
+    model = small.labelling(["\u9053", "sky", "car"])
+    segnext.save(model, tmp_path / "w.pth")
+    (tmp_path / "classes.txt").write_text("\u9053\nsky\ncar", encoding="utf-8")
+    for kind in ("images", "masks"):
+        (tmp_path / "val" / kind).mkdir(parents=True)
+        Image.new("L", (40, 40)).save(tmp_path / "val" / kind / "a.png")
+    command = [sys.executable, "-m", "segnext", "evaluate", "--weights", tmp_path / "w.pth", "--data", tmp_path]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert done.returncode == 0 and rb"\u9053" in done.stdout, done.stderr
 
 
 def test_interruption(monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segnext.data import DataError, Memory, Scenes, open_dataset
+from segnext.data import DataError, Memory, MissingError, Scenes, open_dataset
 from segnext.evaluate import Scores, confusion_matrix
 from segnext.images import ImageError, read_labels
 from segnext.palette import generated_palette, mask_image
@@ -95,6 +95,19 @@ def test_folder_resizes_the_short_side(folder):
     assert set(data[0][1].unique().tolist()) <= {0, 1, 255}
 
 
+def test_folder_without_splits_but_for_one(folder):
+    """Pictures that are held out elsewhere leave all others for training."""
+    for kind in ("images", "masks"):
+        (folder / "train" / kind).rename(folder / kind)
+    (folder / "train").rmdir()
+    assert (read(folder, "train").names, read(folder, "val").names) == (["a", "b"], ["c"])
+    (folder / "val").rename(folder / "test")
+    assert (read(folder, "train").names, read(folder, "val").names) == (["b"], ["a"])
+    (folder / "test").rename(folder / "train")
+    with pytest.raises(MissingError, match="val: no such folder; --val none trains without it"):
+        read(folder, "val")
+
+
 def test_folder_reads_index_colour_masks(folder):
     path = folder / "val" / "masks" / "c.png"
     mask_image(read_labels(path), generated_palette(2)).save(path)
@@ -109,7 +122,17 @@ def missing_class_file(folder):
 
 def no_classes(folder):
     (folder / "classes.txt").write_text("\n")
-    return "classes.txt: there must be 1 to 255 classes"
+    return "classes.txt: there must be 2 to 255 classes"
+
+
+def one_class(folder):
+    (folder / "classes.txt").write_text("road")
+    return "classes.txt: there must be 2 to 255 classes, one a line .*; this file names 1"
+
+
+def a_name_twice(folder):
+    (folder / "classes.txt").write_text("road\nsky\nroad\n")
+    return "classes.txt: road: more than one class of this name"
 
 
 def no_masks(folder):
@@ -157,6 +180,8 @@ def broken_image(folder):
     [
         missing_class_file,
         no_classes,
+        one_class,
+        a_name_twice,
         no_masks,
         image_without_mask,
         mask_without_image,

@@ -33,7 +33,8 @@ def test_confusion_matrix_by_hand():
     assert scores.mean_accuracy == pytest.approx(7 / 9)
     assert scores.iou.tolist() == pytest.approx([2 / 4, 2 / 4, math.nan, 1.0], nan_ok=True)
     assert scores.miou == pytest.approx(2 / 3)
-    assert str(scores) == "mIoU 0.667, pixel accuracy 0.714"
+    assert str(scores) == "mIoU 0.667, pixel accuracy 0.714 (only 3 of 4 classes are in the pictures)"
+    assert str(Scores(torch.ones(2, 2))) == "mIoU 0.333, pixel accuracy 0.500"
     lines = table(["a", "long name", "c", "d"], {"IoU": scores.iou, "accuracy": scores.accuracy}).splitlines()
     assert lines[0].split() == ["class", "IoU", "accuracy"] and lines[2].split() == ["long", "name", "0.500", "0.667"]
     assert as_dict(["a", "b", "c", "d"], scores)["classes"]["c"] == {"IoU": None, "accuracy": None}
@@ -69,10 +70,16 @@ def weights(tmp_path_factory) -> Path:
 def test_evaluate_is_what_label_maps_say(data, workers):
     model, pairs = small.model(num_classes=10), open_dataset("folder", data, "val")
     view = View((64, 32), 8)
-    expected = sum(confusion_matrix(label_map(model, image, view), labels, 10) for image, labels in pairs)
+    model.train().backbone.norm1.eval()  # as who freezes statistics has it
+    modes = [module.training for module in model.modules()]
+    plain = small.model(num_classes=10)
+    expected = sum(confusion_matrix(label_map(plain, image, view), labels, 10) for image, labels in pairs)
     seen = []
-    scores = evaluate(model.train(), pairs, 10, view, workers=workers, look=lambda name, *rest: seen.append((name, *rest)))
-    assert torch.equal(scores.confusion, expected) and model.training
+    scores = evaluate(model, pairs, 10, view, workers=workers, look=lambda name, *rest: seen.append((name, *rest)))
+    assert torch.equal(scores.confusion, expected) and [module.training for module in model.modules()] == modes
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, pairs, 10, view, look=lambda *_: 1 / 0)
+    assert [module.training for module in model.modules()] == modes
     assert [name for name, *_ in seen] == pairs.names
     assert all(
         torch.equal(a, b) for (_, *shown), pair in zip(seen, pairs, strict=True) for a, b in zip(shown, pair, strict=False)
@@ -160,6 +167,29 @@ def test_pictures_do_not_replace_the_data(tmp_path):
     assert {path: path.read_bytes() for path in data.rglob("*.png")} == before
 
 
+def test_pictures_do_not_replace_what_the_data_links_to(tmp_path):
+    data = folders.folder(tmp_path / "data", 2, 2)
+    segnext.save(small.labelling(list(folders.CLASSES)), tmp_path / "w.pth")
+    (tmp_path / "originals").mkdir()
+    for image in (data / "val" / "images").iterdir():
+        image.rename(tmp_path / "originals" / image.name)
+        image.symlink_to(tmp_path / "originals" / image.name)
+    with pytest.raises(RecipeError, match="originals holds images or masks of the data"):
+        evaluate_weights(tmp_path / "w.pth", data, RECIPES["folder"][0], pictures=tmp_path / "originals")
+
+
+def test_classes_of_other_names(tmp_path, capsys):
+    data = folders.folder(tmp_path / "data", 1, 1)
+    first, second, *rest = folders.CLASSES
+    for classes in ([second, first, *rest], [first, "something else", *rest], folders.CLASSES):
+        segnext.save(small.labelling(list(classes)), tmp_path / "w.pth")
+        capsys.readouterr()
+        assert run("--data", data, "--weights", tmp_path / "w.pth") == (2 if classes[0] == second else 0)
+        printed, error = capsys.readouterr()
+        assert error.count("the same classes in another order") == (classes[0] == second)
+        assert printed.count("1 of 10 names differ") == (classes[1] == "something else")
+
+
 def test_masks_that_are_no_files_are_not_replaced():
     pairs = SimpleNamespace(files=[("a/1.png", object())])
     evaluate_module._outside(Path("b"), pairs)
@@ -179,6 +209,8 @@ def test_the_end_of_a_gpus_memory_is_told(data, weights, monkeypatch):
 def test_the_figures_folder_is_made(tmp_path, data, weights):
     assert run("--data", data, "--weights", weights, "--json", tmp_path / "new" / "scores.json") == 0
     assert json.loads((tmp_path / "new" / "scores.json").read_text())["pictures"] == 4
+    with pytest.raises(RecipeError, match="new is a folder; name a file"):
+        evaluate_weights(weights, data, RECIPES["folder"][0], json_file=tmp_path / "new")
 
 
 def test_counting_takes_no_more_memory_in_deterministic_trainings(monkeypatch):

@@ -111,6 +111,15 @@ def test_map_of_a_large_photo_is_seen_small():
     assert set(sizes) == {(64, 96)}
 
 
+def test_a_frozen_model_and_no_grad_change_no_map():
+    model = segmenter()
+    expected = heat_map(model, picture(), 1, "stage2", short_side=0)
+    with torch.no_grad():
+        found = heat_map(model.requires_grad_(False), picture(), 1, "stage2", short_side=0)
+    assert torch.equal(found, expected) and expected.max() == 1
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_the_model_is_left_without_gradients_and_hooks():
     model = segmenter()
     heat_map(model, picture(), 0)

@@ -9,6 +9,7 @@ import checks
 import pytest
 import torch
 from operators import (
+    FUNCTIONS,
     HALVES,
     IMAGE_LAYOUTS,
     Sample,
@@ -182,3 +183,16 @@ def test_autocast_casts_no_whole_numbers(sample_of, backend):
     x, first, *rest = sample.leaves
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="must have x's dtype"):
         replace(sample, leaves=(x, first.long(), *rest))(backend)
+
+
+@image_layouts
+def test_a_batch_of_gradients(layout, one_thread):
+    """``is_grads_batched``, as vectorised Jacobians ask for; lists of gradients, which msca_strips has, torch cannot map."""
+    sample = arranged(dwconv_gelu_sample((2, 5, 4, 6)).to(torch.float32), layout)
+    leaves = [leaf.detach().requires_grad_() for leaf in sample.leaves]
+    y = FUNCTIONS["dwconv_gelu"](*leaves)
+    grads = torch.randn(3, *y.shape)
+    found = torch.autograd.grad(y, leaves, grads, retain_graph=True, is_grads_batched=True)
+    for i, grad in enumerate(grads):
+        for one, expected in zip(found, torch.autograd.grad(y, leaves, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(one[i], expected)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from segnext.images import ImageError, normalise, read_image, read_labels, write_png
 from segnext.palette import generated_palette, legend, mask_image, overlay
@@ -220,6 +220,35 @@ def test_legend_shows_every_colour(count):
     palette = generated_palette(count)
     colours = {colour for _, colour in legend([f"class {i}" for i in range(count)], palette).getcolors(1 << 20)}
     assert set(palette) <= colours
+
+
+def test_masks_in_jpeg_are_refused(tmp_path):
+    Image.fromarray(np.eye(16, dtype=np.uint8)).save(tmp_path / "mask.jpg")
+    with pytest.raises(ImageError, match="mask.jpg.*a mask in JPEG has other labels than were stored"):
+        read_labels(tmp_path / "mask.jpg")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_masks_of_few_bits_have_the_labels_that_are_stored(tmp_path, bits):
+    """PIL stretches greys of 2 and 4 bits to 8."""
+    labels = np.arange(64).reshape(4, 16) % min(2**bits, 16)
+    packed = np.packbits(np.unpackbits(labels.astype(np.uint8)[..., None], axis=2)[..., -bits:].reshape(4, -1), axis=1)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 16, 4, bits, 0, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    chunks = (header, b"IDAT" + zlib.compress(rows), b"IEND")
+    parts = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in chunks)
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    np.testing.assert_array_equal(read_labels(tmp_path / "mask.png").numpy(), labels)
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_an_unpacked_tiff_is_turned(tmp_path, orientation):
+    values, exif = np.arange(24, dtype=np.uint8).reshape(4, 6), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(values).save(tmp_path / "a.tif", exif=exif)
+    turned = np.rot90(values, {3: 2, 6: -1, 8: 1}[orientation])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[0].numpy(), turned)
+    np.testing.assert_array_equal(read_labels(tmp_path / "a.tif").numpy(), turned)
 
 
 def test_masks_of_fractions_are_refused(tmp_path):

@@ -307,6 +307,9 @@ def test_only_needed_gradients(needed, layout, gradient, backend):
 @pytest.mark.parametrize("steps", [0, 6])
 def test_one_step_gradient_of_bases_is_zero(steps, backend):
     assert not results(sample_of(2, 17, 45, 5, steps, "one_step").to(torch.float32), backend)[2].any()
+    bases = torch.rand(1, 4, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(nmf(torch.rand(1, 4, 5), bases, steps, "one_step", backend=backend).sum(), bases)
+    assert not gradient.any()
 
 
 @gradients

@@ -47,6 +47,27 @@ def on_child(module: nn.Module, name: str, change) -> nn.Module:
     return module
 
 
+class NoDevice(NMF2D):
+    def _build_bases(self, B, S, D, R):
+        return super()._build_bases(B, S, D, R)
+
+    def start(self, batch: int, rows: int, x: Tensor) -> Tensor:
+        return self._build_bases(batch, self.S, rows, self.R).to(x.device)
+
+
+class TransposedBases(NMF2D):
+    def _build_bases(self, B, S, R, D, device=None):
+        return super()._build_bases(B, S, D, R, device)
+
+    def start(self, batch: int, rows: int, x: Tensor) -> Tensor:
+        return self._build_bases(batch, self.S, self.R, rows, device=x.device)
+
+
+class SharedBases(NMF2D):
+    def start(self, batch: int, rows: int, x: Tensor) -> Tensor:
+        return self._build_bases(1, self.S, rows, self.R, device=x.device).expand(batch, -1, -1)
+
+
 class Squared(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * x
@@ -313,6 +334,9 @@ LEFT = {
     "other decomposition": (lambda: KMeans(4), "its forward computes something else: the outputs differ"),
     "one-step gradient": (lambda: OneStep(4), "its forward computes something else: the gradients differ"),
     "epsilon": (lambda: OtherEpsilon(4), "its forward computes something else: the outputs differ"),
+    "bases without a device": (lambda: NoDevice(4), r"its forward could not be tried \(TypeError: .*'device'"),
+    "bases transposed": (lambda: TransposedBases(4), r"its forward could not be tried \(ValueError: _build_bases is asked for"),
+    "bases shared": (lambda: SharedBases(4), r"its forward could not be tried \(ValueError: _build_bases is asked for"),
     "align_corners": (lambda: changed(head(), align_corners=True), "its align_corners is not False"),
     "sampler": (lambda: changed(head(), sampler=nn.Identity()), r"its sampler \(Identity\) needs the upsampled logits"),
     "sigmoid": (
@@ -365,6 +389,27 @@ def test_a_trial_leaves_nothing_behind():
     module = Counting(8)
     patch(module)
     assert (module.calls, module.seen, module.latest) == (0, [], {})
+
+
+class Queue(nn.Module):
+    """A child without elements, which is false."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("past", torch.zeros(3))
+        self.scale = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_a_trial_changes_no_empty_child():
+    module = with_child(Mlp(8, 16).train(), "drop", nn.Sequential())
+    module.fc1.add_module("queue", Queue())
+    assert patch(module).swapped == {"": "dwconv_gelu"}
+    assert all(child.training for child in module.modules())
+    queue = module.fc1.queue
+    assert not queue.past.any() and queue.scale.dtype == torch.bfloat16 and bool((queue.scale == 1).all())
 
 
 def test_nothing_is_patched_where_something_cannot_be_looked_at():

@@ -96,6 +96,14 @@ def test_same_stems_do_not_overwrite_each_other(tmp_path, weights):
     assert sizes == {"a_mask.png": 40, "a_2_mask.png": 32, "a_3_mask.png": 48}
 
 
+def test_names_that_would_be_too_long_are_told_before(tmp_path, weights):
+    small.photo(40, 40).save(tmp_path / "a.png")
+    small.photo(40, 40).save(tmp_path / f"{'x' * 244}.png")
+    with pytest.raises(InputError, match="xxx.png: the names of its results would be longer than 255 bytes; rename it"):
+        predict([tmp_path], weights, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unique_names_keep_names_that_look_numbered(tmp_path):
     paths = [tmp_path / name for name in ("a.png", "a.jpg", "a_2.png", "a.gif", "a_2.jpg")]
     names = unique_names(paths)

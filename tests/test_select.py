@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -33,6 +34,11 @@ REFUSED = {
     "unknown": ("sse9", "{}", "there is no such instruction set; there are amx_bf16, avx512_bf16, avx512, avx2, baseline"),
     "nothing-built": ("baseline", "{'_cpu': None}", "the compiled CPU kernels were not built (SEGNEXT_KERNELS_COMPILE=0"),
     "lacking": ("avx2", "{'_cpu': SimpleNamespace(features=lambda: ['fma'])}", "this processor lacks avx2, f16c"),
+    "of-another-version": (
+        "baseline",
+        "{'_cpu': SimpleNamespace(features=list), '_C_baseline': SimpleNamespace(facts=lambda: {'interface': 0})}",
+        "the compiled CPU kernels are of another version of this package than its Python files: reinstall it",
+    ),
     "not-built": (
         "baseline",
         "{'_cpu': SimpleNamespace(features=list), '_C_baseline': None}",
@@ -110,11 +116,30 @@ def test_why_cuda_does_not_serve(operator, dtype, failure, reason, monkeypatch):
 def test_gpus_that_the_cuda_kernels_fit(built, capability, fits, monkeypatch):
     monkeypatch.setattr(_load, "cuda_architectures", built.split())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     reason = _load.why_not_on_gpu.__wrapped__(0)
     major, minor = capability
     assert reason == (
         None if fits else f"the CUDA kernels were built for {', '.join(built.split())}, this GPU is {major}.{minor}"
     )
+
+
+@pytest.mark.parametrize(("driver", "fits"), [(12080, False), (13000, True), (13020, True), (14000, True)])
+def test_drivers_that_the_cuda_kernels_fit(driver, fits, monkeypatch):
+    monkeypatch.setattr(_load, "cuda_architectures", ["9.0"])
+    monkeypatch.setattr(_load, "_cuda_version", 13010)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    reason = _load.why_not_on_gpu.__wrapped__(0)
+    assert fits == (reason is None)
+    assert fits or "were built with CUDA 13.1, which this driver is too old for (it knows CUDA 12.8)" in reason
+
+
+def test_a_schema_does_not_change_without_the_interface():
+    """A library that was built before would take the arguments of the new schema for those of the old one."""
+    schemas = (str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith("segnext_kernels::"))
+    digest = hashlib.sha256("\n".join(sorted(schemas)).encode()).hexdigest()
+    assert (_load.INTERFACE, digest[:8]) == (1, "7b2794b3"), "count _load.INTERFACE up, and write the new digest here"
 
 
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), "reference"), ((9, 0), "triton")])
@@ -164,6 +189,52 @@ def test_triton_on_the_cpu_is_the_interpreter(monkeypatch):
     assert explain("nmf", X["nmf"])["triton"] == "x is on cpu, these kernels are for GPUs"
     monkeypatch.setattr(_triton, "interpreted", True)
     assert explain("nmf", X["nmf"])["triton"] == "serves"
+
+
+def test_triton_as_it_is_interpreted_elsewhere(monkeypatch):
+    """Not mended as in these tests, it is wrong about products of bfloat16."""
+    code = """
+import torch
+from segnext_kernels import explain
+x = torch.rand(1, 2, 3)
+answers = [explain("nmf", x.to(dtype))["triton"] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+assert answers == ["serves", "serves", "Triton's interpreter multiplies matrices of bfloat16 by their bits"], answers
+"""
+    result = python(code, TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_triton_that_is_too_old():
+    code = """
+import sys
+from types import ModuleType
+names = "triton", "triton.runtime", "triton.runtime.jit"
+triton, runtime, jit = (sys.modules.setdefault(name, ModuleType(name)) for name in names)
+triton.__version__, jit.JITFunction = "3.1.0", object
+import segnext_kernels
+assert segnext_kernels.build_info()["missing"]["triton"] == "Triton 3.1.0 is too old: 3.4 or newer is needed"
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_distributed_tensors_are_plain_pytorchs_matter():
+    code = """
+import torch, torch.distributed as dist, segnext_kernels as sk
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+x, weight, bias = torch.randn(2, 4, 5, 6), torch.randn(4, 1, 3, 3), torch.randn(4)
+mesh = init_device_mesh("cpu", (1,))
+split = distribute_tensor(x, mesh, [Shard(0)])
+whole = (distribute_tensor(tensor, mesh) for tensor in (weight, bias))
+assert "DTensor" in sk.explain("dwconv_gelu", split)["cpu"]
+y = sk.dwconv_gelu(split, *whole)
+assert y.placements == (Shard(0),)
+torch.testing.assert_close(y.full_tensor(), sk.dwconv_gelu(x, weight, bias))
+dist.destroy_process_group()
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
 
 
 @compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import struct
@@ -159,6 +160,20 @@ def test_a_large_file_is_refused(client, told):
     pieces = (bytes(LIMIT // 4) for _ in range(5))
     answer = send(client, b"".join(pieces) if told else pieces)
     assert answer.status_code == 413 and answer.json()["detail"] == "the file is larger than 0.1 MB"
+
+
+def test_a_client_that_leaves_is_no_error(client):
+    """As a browser whose page is closed during an upload."""
+    path = {"type": "http", "method": "POST", "path": "/api/photos", "query_string": b""}
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/octet-stream")]
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    asyncio.run(client.app({**path, "headers": headers}, receive, send))
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=a", "application/x-www-form-urlencoded"])

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 import segnext
-from segnext import cli, recipes, run, trainer
-from segnext.begin import build, class_weights
+from segnext import begin, cli, recipes, run, trainer
+from segnext.begin import build, class_weights, label_counts, require_classes
 from segnext.checkpoint import WeightsError
 from segnext.data import DataError, open_dataset, pairs
 from segnext.images import ImageError
@@ -351,6 +351,51 @@ def test_the_rank_of_weights_survives_a_resumption(tmp_path, data, trained):
     assert resumed.config.rank == expected.config.rank == 5 and same(resumed.state_dict(), expected.state_dict())
 
 
+def test_a_resumption_with_other_classes_is_refused(tmp_path, data):
+    interrupt(tmp_path / "run", data, SHORT)
+    first, second, *rest = folders.CLASSES
+    for classes in ([second, first, *rest], [first, second, *rest, "eleventh"]):
+        (data / "classes.txt").write_text("\n".join(classes))
+        with pytest.raises(RecipeError, match="the classes of .*data are others than when the training in .*run began"):
+            resume(tmp_path / "run")
+
+
+def test_a_resumption_follows_the_recipe(tmp_path, data):
+    """Which somebody may have edited meanwhile."""
+    interrupt(tmp_path / "run", data, SHORT)
+    stages, beside = recipes.read(tmp_path / "run" / "recipe.json")
+    recipes.write(tmp_path / "run" / "recipe.json", [replace(stages[0], lr=1e-7, weight_decay=0.25)], **beside)
+    resume(tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["peak"] for group in state} == {1e-7, 1e-7 * SHORT.head_lr}
+    assert {group["weight_decay"] for group in state} == {0, 0.25}
+
+
+@pytest.mark.parametrize("files, refused", [(3, True), (begin.COUNTED + 1, False)], ids=["all counted", "a part counted"])
+def test_masks_without_two_classes(files, refused, capsys):
+    """As of 0 and 255, where a drawing program's white was meant to be class 1."""
+    counts = torch.zeros(256, dtype=torch.int64)
+    counts[0], counts[255] = 75, 25
+    given = pairs.Pairs(["background", "object"], [(0, 0, 0)] * 2, [("", "")] * files, None, [])
+    message = "data: no pixel of the masks that were counted is object; 25% of all are ignored"
+    if refused:
+        with pytest.raises(DataError, match=f"{message}, so there are no two classes to tell apart"):
+            require_classes(counts, given, Path("data"))
+    else:
+        require_classes(counts, given, Path("data"))
+        assert capsys.readouterr().out == f"{message}\n"
+    counts[1] = 1
+    require_classes(counts, given, Path("data"))
+    assert capsys.readouterr().out == ""
+
+
+def test_masks_of_one_class_are_told_before_training(tmp_path, data):
+    for mask in (data / "train" / "masks").iterdir():
+        Image.new("L", Image.open(mask).size, 3).save(mask)
+    with pytest.raises(DataError, match="no pixel of the masks that were counted is .* and 4 more; 0% of all are ignored"):
+        train([SHORT], [data], tmp_path / "run", HERE)
+
+
 def test_an_evaluation_that_fails_costs_no_steps(tmp_path, data, trained):
     recipe, out = replace(SHORT, save_every=3), tmp_path / "run"
     for failing in ("log_scores", "save_weights"):  # before and after a line of val.csv
@@ -409,15 +454,23 @@ def test_weights_to_begin_with(data, trained, tmp_path):
     encoder = build(replace(SHORT, encoder=str(trained / "model.pth")), pairs).state_dict()
     assert same({k: v for k, v in encoder.items() if "backbone" in k}, {k: v for k, v in given.items() if "backbone" in k})
     assert not torch.equal(encoder["decode_head.squeeze.conv.weight"], given["decode_head.squeeze.conv.weight"])
-    with pytest.raises(WeightsError, match="model.pth is no SegNeXt of the recipe's size and head: "):
-        build(replace(SHORT, weights=str(trained / "model.pth"), head="msca"), pairs)
+    for other in ({"head": "msca"}, {"size": "b"}):
+        with pytest.raises(WeightsError, match="model.pth is no SegNeXt of the recipe's size and head: ") as raised:
+            build(replace(SHORT, weights=str(trained / "model.pth"), **other), pairs)
+        assert len(str(raised.value)) < 1000  # a few of the names
+    ham = segnext.create("t", 10, rank=4, gradient="one_step", bases="random")
+    segnext.save(ham, tmp_path / "ham.pth")
+    config = build(replace(SHORT, weights=str(tmp_path / "ham.pth")), pairs).config
+    assert (config.rank, config.gradient, config.bases) == (4, "one_step", "random")
     with pytest.raises(WeightsError, match="absent.pth.*to train from random weights: --recipe scratch"):
         build(replace(SHORT, encoder=str(tmp_path / "absent.pth")), pairs)
 
 
 def test_class_weights_by_hand():
     labels = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 255]], dtype=torch.uint8)
-    rare = class_weights([(torch.zeros(3, 2, 4, dtype=torch.uint8), labels)], 2, 0.5)
+    counts = label_counts([(torch.zeros(3, 2, 4, dtype=torch.uint8), labels)])
+    assert counts.nonzero().flatten().tolist() == [0, 1, 255] and counts[[0, 1, 255]].tolist() == [6, 1, 1]
+    rare = class_weights(counts, 2, 0.5)
     assert rare[1] / rare[0] == pytest.approx(6**0.5)
     assert (rare * torch.tensor([6 / 7, 1 / 7])).sum() == pytest.approx(1)
 

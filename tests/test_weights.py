@@ -77,6 +77,32 @@ def test_save_and_load(tmp_path, suffix, head):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@SUFFIXES
+def test_names_and_colours_are_saved_as_plain_ones(tmp_path, suffix):
+    model = SegNeXt(small.CONFIG)
+    model.classes, model.palette = list(np.array([f"class {i}" for i in range(7)])), np.arange(21).reshape(7, 3)
+    segnext.save(model, tmp_path / f"model{suffix}")
+    loaded = segnext.load(tmp_path / f"model{suffix}")
+    assert loaded.classes == [f"class {i}" for i in range(7)] and loaded.palette[6] == (18, 19, 20)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"classes": ["a", "b"]}, "a model of 7 classes must have as many names and colours"),
+        ({"palette": [(0, 0, 0)] * 8}, "a model of 7 classes must have as many names and colours"),
+        ({"palette": [(0, 0, 256)] * 7}, "three numbers from 0 to 255"),
+        ({"palette": [(0, 0)] * 7}, "three numbers from 0 to 255"),
+    ],
+)
+def test_a_legend_that_does_not_fit_is_not_saved(tmp_path, wrong, message):
+    model = SegNeXt(small.CONFIG)
+    vars(model).update(wrong)
+    with pytest.raises(ValueError, match=message):
+        segnext.save(model, tmp_path / "model.pth")
+    assert not list(tmp_path.iterdir())
+
+
 def test_load_consumes_no_random_numbers(tmp_path):
     path = golden.write(tmp_path / "model.pth", golden.state_dict())
     before = torch.random.get_rng_state()
@@ -234,6 +260,13 @@ def test_import_needs_only_torch_and_numpy():
     code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); import segnext"  # None: importing them fails
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_import_brings_no_compiler():
+    """Dynamo takes as long to import as torch."""
+    code = "import sys, segnext; print(*(name for name in sys.modules if name in ('torch._dynamo', 'torch._inductor')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 def test_config_of_a_custom_network(tmp_path):

@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if all went well, 1 if files were skipped or have faults, 2 for an error, which is one line on stderr; 130 when
         interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files and classes that the terminal cannot show are shown escaped
+            stream.reconfigure(errors="backslashreplace")
     arguments = vars(_parser().parse_args(argv))
     try:
         return arguments.pop("run")(**arguments)
@@ -29,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("segnext: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
+        if error.name is None:
+            raise
         missing = error.name.partition(".")[0]
         extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), "models")
         print(f"segnext: this needs {missing}: pip install 'segnext-kernels[{extra}]'", file=sys.stderr)

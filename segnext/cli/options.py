@@ -122,8 +122,8 @@ def device(text: str) -> str:
     try:
         chosen = torch.device(text)
         if chosen.type != "cuda":
-            torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+            torch.empty(0, device=chosen).numpy(force=True)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():  # without beginning to use it
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: torch sees {torch.cuda.device_count()} GPUs")

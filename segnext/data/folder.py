@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def folder(root: Path, split: str) -> Pairs:
 
     ROOT/classes.txt                          one class a line
     ROOT/{train,val,...}/{images,masks}/      or, without folders of splits:
-    ROOT/{images,masks}/                      "val" is every fifth pair by name, "train" are the others
+    ROOT/{images,masks}/                      "val" is every fifth pair by name, "train" are the others (all, beside ROOT/val)
 
     An image and its mask have the same name before the ending and the same size. A mask's pixel values (greyscale or palette
     indices) are line numbers of classes.txt counted from 0, or 255 where the pixel is to be ignored.
@@ -25,14 +26,15 @@ def folder(root: Path, split: str) -> Pairs:
     classes = read_classes(root / "classes.txt")
     place = root / split
     if not place.is_dir():
-        if not (root / "images").is_dir() or split not in ("train", "val"):
-            raise MissingError(f"{place}: no such folder")
+        if not (root / "images").is_dir() or split not in ("train", "val") or (split == "val" and (root / "train").is_dir()):
+            hint = "; --val none trains without it" if split == "val" and (root / "train").is_dir() else ""
+            raise MissingError(f"{place}: no such folder{hint}")
         place = root
     (images, twice), (masks, masks_twice) = (_by_stem(place / kind) for kind in ("images", "masks"))
     names = sorted(images.keys() | masks.keys())
     if not names:
         raise DataError(f"{place / 'images'}: there are no images in this folder")
-    if place == root:
+    if place == root and not (root / "val").is_dir():
         fifth = set(names[::5])
         names = [name for name in names if (name in fifth) == (split == "val")]
     files, unpaired = match(images, masks, names)
@@ -48,8 +50,13 @@ def read_classes(path: Path) -> list[str]:
         raise MissingError(f"{path}: no such file; it names the classes, one a line") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file in UTF-8") from None
-    if not 1 <= len(classes) <= IGNORED:
-        raise DataError(f"{path}: there must be 1 to {IGNORED} classes, one a line; this file names {len(classes)}")
+    if not 2 <= len(classes) <= IGNORED:
+        raise DataError(
+            f"{path}: there must be 2 to {IGNORED} classes, one a line (what is no object is one too);"
+            f" this file names {len(classes)}"
+        )
+    if twice := sorted(name for name, times in Counter(classes).items() if times > 1):
+        raise DataError(f"{path}: {', '.join(twice)}: more than one class of this name")
     return classes
 
 

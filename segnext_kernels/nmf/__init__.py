@@ -41,7 +41,8 @@ def nmf(
     matrix (with "one_step" 3 N R + D R) with R rounded up to a multiple of 16; the Triton kernels do the steps again. Under
     autocast ``x`` is cast to autocast's dtype. On NVIDIA GPUs a product with float32 ``x`` is made of three of TF32, which is
     as exact, or of one where ``torch.backends.cuda.matmul`` allows it. A NaN or infinity in a matrix makes that whole matrix of
-    y non-finite (with zero steps its column) and leaves the rest of the batch alone.
+    y non-finite (with zero steps its column) and leaves the rest of the batch alone. Export and trace under ``no_grad``, or the
+    program computes what backward needs as well.
 
     Args:
         x: [B, D, N] >= 0 (not checked), float32, float64, bfloat16 or float16; contiguous or transposed (D fastest, as

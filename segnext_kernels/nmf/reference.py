@@ -17,11 +17,13 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact", projectio
 
 def factorise(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact") -> tuple[Tensor, Tensor]:
     """Bases [B, D, R] and coefficients [B, N, R] after all updates."""
+    given = bases
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "exact"):
         coef = torch.softmax(x.mT @ bases, dim=-1)
         for _ in range(steps):
             coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)
             bases = bases * (x @ coef) / (bases @ (coef.mT @ coef) + EPS)
     if gradient == "one_step":
-        bases = bases.detach()  # with no steps it is still the caller's
+        # Those of all steps, with the caller's in the graph, whose gradient is then zero and not none
+        bases = torch.where(torch.zeros_like(bases, dtype=torch.bool), given, bases.detach())
     return bases, coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)

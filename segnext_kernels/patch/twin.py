@@ -34,7 +34,9 @@ def twin(
     if id(module) not in memo:
         copied = memo[id(module)] = object.__new__(type(module))
         inside = vars(copied)  # not by setattr, which modules override
-        inside["_modules"] = {name: child and twin(child, change, memo) for name, child in module._modules.items()}
+        inside["_modules"] = {
+            name: None if child is None else twin(child, change, memo) for name, child in module._modules.items()
+        }
         for name, value in vars(module).items():
             if name in HOOKS:
                 inside[name] = OrderedDict()
