@@ -188,8 +188,17 @@ else:
     check_toolchain()
     from torch.utils.cpp_extension import BuildExtension
 
+    class BuildEach(BuildExtension):
+        """The objects of each library have a folder of their own, where ninja finds those that a change leaves as they are."""
+
+        def build_extension(self, ext: Extension) -> None:
+            shared = self.build_temp
+            self.build_temp = str(Path(shared, ext.name))
+            super().build_extension(ext)
+            self.build_temp = shared
+
     setup(
         ext_modules=extensions(),
-        cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
+        cmdclass={"build_ext": BuildEach, "build_py": BuildPy},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

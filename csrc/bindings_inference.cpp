@@ -146,7 +146,7 @@ Tensor resize_concat_conv(const std::vector<Tensor>& maps, const std::vector<Ten
     images.push_back(pixels(maps[i], "maps"));
     STD_TORCH_CHECK(images[i].dtype == images[0].dtype && images[i].images == images[0].images,
                     "segnext_kernels: maps must have one dtype and batch size");
-    STD_TORCH_CHECK(maps[i].numel() > 0, "segnext_kernels: maps must not be empty");
+    STD_TORCH_CHECK(images[i].height > 0 && images[i].width > 0, "segnext_kernels: maps must have pixels");
     pointers.push_back(packed(weights[i], bias, images[i].channels, bias.numel(), images[i], "weights").data);
   }
   const Image& first = images[0];

@@ -129,8 +129,8 @@ def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: 
     weights = list(weights)
     for i, x in enumerate(maps):
         check_companion(op, f"maps[{i}]", x, maps[0])
-        if x.shape[0] != maps[0].shape[0] or x.numel() == 0:
-            raise ValueError(f"{op}: maps must have one batch size and not be empty, got {[list(m.shape) for m in maps]}")
+        if x.shape[0] != maps[0].shape[0] or 0 in x.shape[2:]:
+            raise ValueError(f"{op}: maps must have one batch size and pixels, got {[list(m.shape) for m in maps]}")
         weights[i], bias = packed(op, f"weights[{i}]", weights[i], bias, x.shape[1], x)
     return maps, weights, bias
 

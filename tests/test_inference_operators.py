@@ -257,6 +257,17 @@ def test_other_shapes_with_as_many_elements_are_refused(operator, dtype):
 
 
 @packed_dtypes
+def test_no_inputs_are_refused(dtype):
+    """Of nothing there is no sum, which the reference says in its own way."""
+    x, weight = torch.zeros(1, 0, 3, 3, dtype=dtype), torch.zeros(1, 0, 32, dtype=dtype)
+    weight = weight if dtype == torch.float32 else torch.zeros(1, 0, 32, 2, dtype=dtype)
+    with pytest.raises(ValueError, match="conv_act: weight must have at least one input"):
+        kernels.conv_act(x, weight, torch.zeros(5))
+    with pytest.raises(RuntimeError, match="weight has no inputs"):
+        torch.ops.segnext_kernels.conv_act(x, weight, torch.zeros(5), 1, 1, "none")
+
+
+@packed_dtypes
 def test_weights_that_are_not_packed_are_refused(dtype):
     x, weight = torch.randn(1, 64, 4, 4, dtype=dtype), torch.randn(64, 64, 1, 1, dtype=dtype)
     with pytest.raises(ValueError, match="conv_act: weight, packed, must be"):

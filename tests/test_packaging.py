@@ -1,5 +1,6 @@
 """What is shipped, and what an installation without compiler or without compiled kernels says. Nothing is compiled here."""
 
+import importlib.util
 import os
 import platform
 import re
@@ -125,6 +126,14 @@ def test_compiler_without_matrix_tiles_builds_the_rest(source, tmp_path):
         f"segnext-kernels: {compiler} does not know amx_bf16, so the kernels for it are left out",
     ]
     assert "_C_avx512_bf16" in plan and "amx" not in plan
+
+
+@pytest.mark.skipif(importlib.util.find_spec("segnext_kernels._C_amx_bf16") is None, reason="no library for AMX was built")
+def test_a_program_without_python_asks_for_the_tiles():
+    """The system gives them only to who asks; of C++ programs that is the library itself (examples/aoti)."""
+    path = importlib.util.find_spec("segnext_kernels._C_amx_bf16").origin
+    symbols = subprocess.run(["readelf", "-W", "--dyn-syms", path], check=True, capture_output=True, text=True).stdout
+    assert " syscall" in symbols
 
 
 @pytest.mark.skipif(not LIBRARIES, reason=str(_load.failure))
