@@ -14,10 +14,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {  # in the repository -> in the site, where README.md would be a folder's index
     "README.md": "overview.md",
-    "bench/NOTES.md": "bench/NOTES.md",
-    "bench/REPORT.md": "bench/REPORT.md",
     "csrc/cuda/README.md": "csrc/cuda/README.md",
-}
+} | {str(page.relative_to(ROOT)): str(page.relative_to(ROOT)) for page in sorted((ROOT / "bench").rglob("*.md"))}
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)]*)?\)")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,13 +132,23 @@ def _stages(
         finished = folder / "model.pth"
         if not distributed.from_first(finished.exists()):
             data = pairs[i] if pairs else open_dataset(recipe.dataset, root, recipe.train)
-            with algorithms(recipe.deterministic):
+            with algorithms(recipe.deterministic), _kernels_tuned(not recipe.deterministic):
                 _stage(recipe, data, root, folder, before, device, machine, begin if i == 0 else None)
         elif distributed.rank() == 0:
             print(f"{folder} is trained to its end")
         distributed.barrier()
         before = finished
     return load(before) if distributed.rank() == 0 else None
+
+
+@contextmanager
+def _kernels_tuned(on: bool) -> Iterator[None]:
+    """Convolutions on GPUs, and our Triton kernels, are timed at their first call within the block, or are not."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _stage(
@@ -152,7 +162,6 @@ def _stage(
     begin: Callable[[], None] | None = None,
 ) -> None:
     """One training from its beginning or its last checkpoint to its end."""
-    torch.backends.cudnn.benchmark = not recipe.deterministic  # of GPUs: convolutions and our Triton kernels are tuned
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
     state, weights = last(folder), None
     if state is not None and state["meta"]["classes"] != pairs.classes:

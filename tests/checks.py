@@ -165,11 +165,13 @@ def check_meta(sample: Sample) -> None:
     assert (y.device.type, y.shape, y.dtype) == ("meta", sample.x.shape, sample.x.dtype)
 
 
-def check_registration(operator: str, forward: tuple, backward: tuple, backend: str = "cpu") -> None:
-    """``torch.library.opcheck`` of both operators: schema, fake, autograd, tracing with dynamic shapes."""
+def check_registration(operator: str, forward: tuple, *backward: tuple, backend: str = "cpu") -> None:
+    """``torch.library.opcheck`` of both operators: schema, fake, autograd, tracing with dynamic shapes. ``backward``: each an
+    example of its arguments."""
     operators = torch.ops.segnext_kernels_triton if backend == "triton" else torch.ops.segnext_kernels
     torch.library.opcheck(getattr(operators, operator).default, forward)
-    torch.library.opcheck(getattr(operators, f"{operator}_backward").default, backward)
+    for example in backward:
+        torch.library.opcheck(getattr(operators, f"{operator}_backward").default, example)
 
 
 def check_compile(samples: list[Sample], backend: str | None, compiler: str) -> None:

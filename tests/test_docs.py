@@ -26,7 +26,8 @@ from segnext.data import DATASETS
 from segnext.recipes import RecipeError, recipes
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "csrc/cuda/README.md", ROOT / "bench/NOTES.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "csrc/cuda/README.md", ROOT / "bench/NOTES.md"]
+PAGES += sorted([*(ROOT / "bench/notes").glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PUBLIC = {
     "operators.html": [
         *(f"segnext_kernels.{name}" for name in segnext_kernels.__all__),

@@ -127,8 +127,9 @@ def test_opcheck(shape, dtype, layout, gradient, backend):
     forward = (x.detach().requires_grad_(), bases.detach().requires_grad_(), *how)
     torch.library.opcheck(torch.ops.segnext_kernels.nmf_and_factors.default, forward)
     _, factors = torch.ops.segnext_kernels.nmf_and_factors(x, bases, *how)
-    for need, kept in (((True, True), factors), ((True, False), None), ((False, True), factors)):
-        checks.check_registration("nmf", forward, (torch.ones_like(x), x, bases, kept, *how, *need))
+    needs = (factors, True, True), (None, True, False), (factors, False, True)
+    backward = ((torch.ones_like(x), x, bases, kept, *how, *need) for kept, *need in needs)
+    checks.check_registration("nmf", forward, *backward)
 
 
 @gradients

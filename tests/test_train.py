@@ -76,6 +76,17 @@ def test_what_a_training_leaves_behind(trained):
     assert stages == (SHORT,) and beside["machine"] == {"device": "cpu", "workers": 0, "accumulate": 1, "cuda_graph": True}
 
 
+def test_a_training_leaves_pytorchs_settings(tmp_path, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run.Run, "draw", lambda self: seen.append(torch.backends.cudnn.benchmark))
+    for deterministic in (False, True):
+        train(
+            [replace(SHORT, iterations=1, val=None, deterministic=deterministic)], [data], tmp_path / str(deterministic), HERE
+        )
+    assert seen == [True, False]
+    assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_the_curves_are_in_tensorboard(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

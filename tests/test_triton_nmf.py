@@ -161,7 +161,7 @@ def test_autocast(dtype, backend):
 def test_opcheck(backend):
     x, bases = arrange(nmf_sample(2, 5, 9, 3, 1).to(torch.float32).x, "transposed"), nmf_sample(2, 5, 9, 3, 1).leaves[1].float()
     forward = (x.detach().requires_grad_(), bases.detach().requires_grad_(), 1, "exact")
-    checks.check_registration("nmf", forward, (torch.ones_like(x), x, bases, None, 1, "exact", True, False), backend)
+    checks.check_registration("nmf", forward, (torch.ones_like(x), x, bases, None, 1, "exact", True, False), backend=backend)
 
 
 def test_tuning_runs_kernels_many_times(kernels, monkeypatch, backend):

@@ -131,7 +131,7 @@ def test_non_finite_value_stays_alone(bad, backend):
 def test_opcheck(backend):
     x, y, scale = (leaf.requires_grad_() for leaf in sample_of((2, 5, 3, 4), torch.float32, "channels_last").leaves)
     arguments = (torch.ones_like(x).detach(), y.detach(), scale.detach(), None, True, True)
-    checks.check_registration("scale_add", (x, y, scale, None), arguments, backend)
+    checks.check_registration("scale_add", (x, y, scale, None), arguments, backend=backend)
 
 
 def test_torch_compile_fuses_it_with_its_neighbours(monkeypatch, backend):
