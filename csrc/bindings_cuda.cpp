@@ -116,12 +116,14 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CUDA, m) {
 namespace {
 
 PyObject* facts(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:i,s:i}", "architectures", SEGNEXT_CUDA_ARCHITECTURES, "cuda", CUDART_VERSION, "interface",
-                       SEGNEXT_INTERFACE);
+  int driver = 0;  // the newest CUDA that it knows; 0 where there is none
+  cudaDriverGetVersion(&driver);
+  return Py_BuildValue("{s:s,s:i,s:i,s:i}", "architectures", SEGNEXT_CUDA_ARCHITECTURES, "cuda", CUDART_VERSION, "driver",
+                       driver, "interface", SEGNEXT_INTERFACE);
 }
 
 PyMethodDef methods[] = {
-    {"facts", facts, METH_NOARGS, "What this library was built for and with."},
+    {"facts", facts, METH_NOARGS, "What this library was built for and with, and the driver."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};

@@ -76,7 +76,7 @@ def _take_over(model: SegNeXt, begin: SegNeXt, name: str | Path) -> None:
     try:
         check(state, model, name)
     except WeightsError as error:
-        raise WeightsError(f"{name} is no SegNeXt of the recipe's size and head: {error}") from error
+        raise WeightsError(f"a SegNeXt of other size or head than the recipe's: {error}") from error
     model.load_state_dict(state)
 
 

@@ -122,10 +122,10 @@ def evaluate(
     training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    model.eval()
     mine = range(distributed.rank(), len(dataset), distributed.world())
     names = None if look is None else dataset.names
     stream = one_by_one(dataset, mine, (2 if device.type == "cuda" else 0) if workers is None else workers)
+    model.eval()
     try:
         with deaths_told():
             for batch in tqdm(stream, total=len(mine), disable=None if progress else True, unit="photo", leave=False):
@@ -171,10 +171,11 @@ def evaluate_weights(
         pictures: folder that gets every picture, its truth and the prediction side by side.
 
     Raises:
-        WeightsError: from :func:`segnext.load`, or the model has another number of classes than the data set.
+        WeightsError: from :func:`segnext.load`, or the model has another number of classes than the data set, or the same in
+            another order.
         DataError, ImageError: the data cannot be read.
         InputError: a model that is not for photographs.
-        RecipeError: the pictures would replace the data's.
+        RecipeError: the pictures would replace the data's, or the file for the figures is a folder.
     """
     with distributed.processes(device) as device:
         model, pairs, recipe = opened(weights, data, recipe, rank)
@@ -191,11 +192,11 @@ def evaluate_weights(
                 inference_model(model, device), pairs, count, view, workers=workers, progress=distributed.rank() == 0, look=look
             )
         if distributed.rank() == 0:
+            print(table(pairs.classes, {"IoU": scores.iou, "accuracy": scores.accuracy}))
+            print(f"{scores}, mean accuracy {scores.mean_accuracy:.3f}, {len(pairs)} pictures")
             if json_file is not None:
                 with replacing(Path(json_file)) as file:
                     file.write(json.dumps({"pictures": len(pairs), **as_dict(pairs.classes, scores)}, indent=1).encode())
-            print(table(pairs.classes, {"IoU": scores.iou, "accuracy": scores.accuracy}))
-            print(f"{scores}, mean accuracy {scores.mean_accuracy:.3f}, {len(pairs)} pictures")
         return scores
 
 

@@ -83,7 +83,7 @@ def _stored(image: Image.Image) -> tuple[Image.Image, int]:
         raise ValueError("a mask in JPEG has other labels than were stored; save it as PNG")
     given = image.tile[0][3] if image.tile else ()  # what the decoder is told of the file, read before it begins
     packing = given if isinstance(given, str) else next(iter(given or ()), None)
-    return image.copy(), {"L;2": 85, "L;4": 17}.get(packing, 1)
+    return image.copy(), {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}.get(packing, 1)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -108,7 +108,7 @@ def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _open(path, convert, file=None, formats=None, most_pixels=None) -> Image.Image:
+def _open(path, convert, file=None, formats=None, most_pixels=None):
     """What ``convert`` makes of the image in a file, by default the one at the path, which errors name."""
     try:
         with warnings.catch_warnings():

@@ -54,7 +54,7 @@ def predict(
         The files that could not be read. Each was named on stderr and skipped.
 
     Raises:
-        InputError: no inputs, results that would overwrite them, or a model that is not for photographs.
+        InputError: no inputs, results that would overwrite them or have too long names, a model that is not for photographs.
         WeightsError: from :func:`segnext.load`.
     """
     photos, out = find_images(inputs), Path(out)

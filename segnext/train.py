@@ -68,7 +68,7 @@ def train(
 
     Raises:
         RecipeError: it does not fit the data or the processes, or ``out`` holds a training already.
-        DataError, ImageError: the data cannot be read.
+        DataError, ImageError: the data cannot be read, or there are not two classes in them.
         WeightsError: the encoder's weights cannot be had, or a checkpoint not be written; the one before is still there.
         FloatingPointError: the loss is no longer finite. Checkpoints are of before.
     """
@@ -105,7 +105,7 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
         machine: what is to be otherwise than before: ``device``, ``workers``, ``accumulate``, ``cuda_graph``.
 
     Raises:
-        RecipeError: the folder holds no training; and what :func:`train` raises.
+        RecipeError: the folder holds no training, or one of other classes than the data have; and what :func:`train` raises.
     """
     out = Path(out)
     stages, beside = recipes.read(out / "recipe.json")
@@ -164,8 +164,8 @@ def _stage(
     """One training from its beginning or its last checkpoint to its end."""
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
     state, weights = last(folder), None
-    if state is not None and state["meta"]["classes"] != pairs.classes:
-        raise RecipeError(f"the classes of {root} are others than when the training in {folder} began; begin a new one")
+    if state is not None and list(state["meta"]["classes"]) != list(pairs.classes):
+        raise RecipeError(f"the names of the classes in {root} are others than when the training in {folder} began")
     if recipe.balance:
         counts = label_counts(pairs, machine.workers)
         require_classes(counts, pairs, root)

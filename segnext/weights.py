@@ -110,6 +110,7 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: the model is no SegNeXt, compiled or not.
+        ValueError: it has not as many names or colours as classes, or colours that are none.
         WeightsError: the path has another ending, or cannot be written.
     """
     path, model = Path(path), getattr(model, "_orig_mod", model)
@@ -136,7 +137,8 @@ def about(model: SegNeXt) -> dict[str, Any]:
     classes = None if classes is None else [str(name) for name in classes]
     palette = None if palette is None else [tuple(int(value) for value in colour) for colour in palette]
     if any(given is not None and len(given) != count for given in (classes, palette)):
-        raise ValueError(f"a model of {count} classes must have as many names and colours, got {classes} and {palette}")
+        found = [None if given is None else len(given) for given in (classes, palette)]
+        raise ValueError(f"a model of {count} classes must have as many names and colours, got {found[0]} and {found[1]}")
     if palette is not None and not all(map(_is_colour, palette)):
         raise ValueError(f"a palette's colours must be three numbers from 0 to 255, got {palette}")
     return {"segnext": asdict(model.config), "classes": classes, "palette": palette, "scale": model.scale}

@@ -25,8 +25,8 @@ BUILD_VARIABLE = "SEGNEXT_KERNELS_COMPILE"
 CUDA_VARIABLE = "FORCE_CUDA"
 
 facts: dict[str, str] = {}  # what the loaded library says of its own build
-_cuda_version = 0  # of the toolkit that the CUDA library was built with, such as 13000
 cuda_architectures: list[str] = []  # that the CUDA library was compiled for, such as "9.0" or, with PTX, "12.0+PTX"
+cuda_versions = {"cuda": 0, "driver": 0}  # that it was built with, and the newest that the driver knows, such as 13000
 
 
 def _load(wanted: str | None) -> str | None:
@@ -82,27 +82,31 @@ def _load_cuda() -> str | None:
         return f"the CUDA kernels did not load under torch {torch.__version__}: {error}"
     if other := _of_another_version(library, "CUDA"):
         return other
-    global _cuda_version
-    _cuda_version = library.facts()["cuda"]
-    cuda_architectures.extend(library.facts()["architectures"].split())
+    found = library.facts()
+    cuda_architectures.extend(found["architectures"].split())
+    cuda_versions.update((name, found[name]) for name in cuda_versions)
     return None
 
 
 @functools.cache
 def why_not_on_gpu(index: int) -> str | None:
     """Why the CUDA kernels do not run on this GPU, or None if they do."""
-    driver = torch._C._cuda_getDriverVersion()
-    if driver // 1000 < _cuda_version // 1000:
-        return (
-            f"the CUDA kernels were built with CUDA {_cuda_version // 1000}.{_cuda_version % 1000 // 10}, which this driver is"
-            f" too old for (it knows CUDA {driver // 1000}.{driver % 1000 // 10}): update it, or rebuild with an older toolkit"
-        )
-    own = torch.cuda.get_device_capability(index)
+    own, cuda, driver = torch.cuda.get_device_capability(index), cuda_versions["cuda"], cuda_versions["driver"]
+    old = (
+        f"the CUDA kernels were built with CUDA {cuda // 1000}.{cuda % 1000 // 10}, which this driver is too old for (it knows"
+        f" CUDA {driver // 1000}.{driver % 1000 // 10}): update it, or rebuild with an older toolkit"
+    )
+    if driver // 1000 < cuda // 1000:
+        return old
+    for_later = False
     for name in cuda_architectures:
         number = name.removesuffix("+PTX")
         built = tuple(map(int, number.rstrip("a").split(".")))
-        if built == own or (not number.endswith("a") and built <= own and (built[0] == own[0] or name.endswith("+PTX"))):
+        if built == own or (not number.endswith("a") and built <= own and built[0] == own[0]):
             return None
+        for_later |= name.endswith("+PTX") and not number.endswith("a") and built <= own
+    if for_later:  # which the driver compiles, if it is not older than what made it
+        return old if driver < cuda else None
     return f"the CUDA kernels were built for {', '.join(cuda_architectures)}, this GPU is {own[0]}.{own[1]}"
 
 

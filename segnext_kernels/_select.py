@@ -79,7 +79,8 @@ def _why_not_triton(operator: str, x: Tensor) -> str | None:
 
 
 def _why_not_interpreted(operator: str, x: Tensor) -> str | None:
-    if operator == "nmf" and x.dtype == torch.bfloat16:
+    dtype = torch.get_autocast_dtype("cpu") if _validate.autocasts(x) else x.dtype
+    if operator == "nmf" and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies matrices of bfloat16 by their bits"
     return None
 

@@ -41,7 +41,7 @@ def test_group_norm_relu_without_residual(dtype, shape, backend):
     check("group_norm_relu", group_norm_relu(shape, dtype, residual=False), dtype, "channels_last", backend)
 
 
-@pytest.mark.parametrize("operator", OPERATORS[:5])
+@pytest.mark.parametrize("operator", OPERATORS)
 @packed_dtypes
 def test_no_images(operator, dtype, backend):
     case = MAKE[operator]((0, 8, 5, 5, 16), dtype)

@@ -116,7 +116,7 @@ def test_why_cuda_does_not_serve(operator, dtype, failure, reason, monkeypatch):
 def test_gpus_that_the_cuda_kernels_fit(built, capability, fits, monkeypatch):
     monkeypatch.setattr(_load, "cuda_architectures", built.split())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(_load, "cuda_versions", {"cuda": 13000, "driver": 13000})
     reason = _load.why_not_on_gpu.__wrapped__(0)
     major, minor = capability
     assert reason == (
@@ -124,15 +124,32 @@ def test_gpus_that_the_cuda_kernels_fit(built, capability, fits, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("driver", "fits"), [(12080, False), (13000, True), (13020, True), (14000, True)])
-def test_drivers_that_the_cuda_kernels_fit(driver, fits, monkeypatch):
-    monkeypatch.setattr(_load, "cuda_architectures", ["9.0"])
-    monkeypatch.setattr(_load, "_cuda_version", 13010)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+@pytest.mark.parametrize(
+    ("driver", "own", "fits"),
+    [
+        (12080, (9, 0), False),
+        (13000, (9, 0), True),
+        (13020, (9, 0), True),
+        (14000, (12, 0), True),
+        (13000, (12, 0), False),  # compiled by the driver, from what a newer toolkit made
+        (13010, (12, 0), True),
+    ],
+)
+def test_drivers_that_the_cuda_kernels_fit(driver, own, fits, monkeypatch):
+    monkeypatch.setattr(_load, "cuda_architectures", ["9.0+PTX"])
+    monkeypatch.setattr(_load, "cuda_versions", {"cuda": 13010, "driver": driver})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: own)
     reason = _load.why_not_on_gpu.__wrapped__(0)
     assert fits == (reason is None)
-    assert fits or "were built with CUDA 13.1, which this driver is too old for (it knows CUDA 12.8)" in reason
+    known = f"{driver // 1000}.{driver % 1000 // 10}"
+    assert fits or f"were built with CUDA 13.1, which this driver is too old for (it knows CUDA {known})" in reason
+
+
+@pytest.mark.skipif(_load.cuda_failure is not None, reason=f"no CUDA kernels: {_load.cuda_failure}")
+def test_the_library_knows_the_driver():
+    assert _load.cuda_versions["cuda"] >= 12000
+    assert (_load.cuda_versions["driver"] >= 12000) == torch.cuda.is_available()
+    assert (_load.why_not_on_gpu(0) is None) if torch.cuda.is_available() else True
 
 
 def test_a_schema_does_not_change_without_the_interface():
@@ -198,6 +215,8 @@ import torch
 from segnext_kernels import explain
 x = torch.rand(1, 2, 3)
 answers = [explain("nmf", x.to(dtype))["triton"] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+with torch.autocast("cpu", torch.bfloat16):
+    assert explain("nmf", x)["triton"] == answers[-1]
 assert answers == ["serves", "serves", "Triton's interpreter multiplies matrices of bfloat16 by their bits"], answers
 """
     result = python(code, TRITON_INTERPRET="1")

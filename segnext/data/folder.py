@@ -16,12 +16,12 @@ from .pairs import DataError, MissingError, Pairs
 def folder(root: Path, split: str) -> Pairs:
     """Photographs of your own.
 
-    ROOT/classes.txt                          one class a line
+    ROOT/classes.txt                          one class a line, at least two
     ROOT/{train,val,...}/{images,masks}/      or, without folders of splits:
     ROOT/{images,masks}/                      "val" is every fifth pair by name, "train" are the others (all, beside ROOT/val)
 
     An image and its mask have the same name before the ending and the same size. A mask's pixel values (greyscale or palette
-    indices) are line numbers of classes.txt counted from 0, or 255 where the pixel is to be ignored.
+    indices, not in JPEG) are line numbers of classes.txt counted from 0, or 255 where the pixel is to be ignored.
     """
     classes = read_classes(root / "classes.txt")
     place = root / split
@@ -55,7 +55,7 @@ def read_classes(path: Path) -> list[str]:
             f"{path}: there must be 2 to {IGNORED} classes, one a line (what is no object is one too);"
             f" this file names {len(classes)}"
         )
-    if twice := sorted(name for name, times in Counter(classes).items() if times > 1):
+    if twice := sorted(name for name, times in Counter(classes).items() if name and times > 1):  # some numbers may be unused
         raise DataError(f"{path}: {', '.join(twice)}: more than one class of this name")
     return classes
 

@@ -26,7 +26,8 @@ def resize_concat_conv(
         y = F.conv2d(torch.cat([first, *resized], dim=1), torch.cat([W_0, W_1, ...], dim=1), bias)
 
     Args:
-        maps: [N, C_i, H_i, W_i] each, float32 or bfloat16; copied to channels_last where they aren't. None may be empty.
+        maps: [N, C_i, H_i, W_i] each, float32 or bfloat16; copied to channels_last where they aren't; each with channels and
+            pixels.
         weights: for each map :func:`segnext_kernels.pack` of W_i [outputs, C_i], in the maps' dtype.
         bias: float32 [outputs].
         backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
