@@ -139,7 +139,7 @@ def test_trainaug_of_converted_files(tmp_path, line):
 
 
 def test_folder_without_splits_is_divided_by_name(tmp_path):
-    write(tmp_path / "classes.txt", "road")
+    write(tmp_path / "classes.txt", "road\nsky")
     for i in range(11):
         photo(tmp_path / "images" / f"{i:02}.jpg", [[0]])
         save(tmp_path / "masks" / f"{i:02}.png", [[0]])

@@ -116,7 +116,7 @@ def test_a_frozen_model_and_no_grad_change_no_map():
     expected = heat_map(model, picture(), 1, "stage2", short_side=0)
     with torch.no_grad():
         found = heat_map(model.requires_grad_(False), picture(), 1, "stage2", short_side=0)
-    assert torch.equal(found, expected) and expected.max() == 1
+    assert torch.equal(found, expected) and expected.any()
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
