@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 COMPILE_VARIABLE = "SEGNEXT_KERNELS_COMPILE"  # 0: install without compiled kernels
-INTERFACE = re.search(r"(?m)^INTERFACE = (\d+)", Path("segnext_kernels/_load.py").read_text())[1]
+INTERFACE = "-DSEGNEXT_" + re.search(r"(?m)^INTERFACE = \d+", Path("segnext_kernels/_load.py").read_text())[0].replace(" ", "")
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-ffp-contract=fast"]
 FLAGS += ["-g0"]  # Python's own flags ask for debug information: 10 of 12 MB, and a fifth of the time
@@ -133,7 +133,7 @@ def cuda_extension() -> Extension | None:
     architectures = cuda_architectures(home)
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
     print(f"segnext-kernels: the CUDA kernels are built for {', '.join(architectures)}")
-    facts = [TORCH_TARGET, f"-DSEGNEXT_INTERFACE={INTERFACE}", f'-DSEGNEXT_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
+    facts = [TORCH_TARGET, INTERFACE, f'-DSEGNEXT_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
     return cpp_extension.CppExtension(
         "segnext_kernels._C_cuda",
         ["csrc/bindings_cuda.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))],
@@ -172,7 +172,7 @@ def extensions() -> list[Extension]:
                 f"segnext_kernels._C_{isa}",
                 sources,
                 include_dirs=[str(Path("csrc").resolve())],
-                extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, f"-DSEGNEXT_ISA={isa}", f"-DSEGNEXT_INTERFACE={INTERFACE}"],
+                extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, INTERFACE, f"-DSEGNEXT_ISA={isa}"],
                 depends=headers,
                 py_limited_api=True,
             )

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {  # in the repository -> in the site, where README.md would be a folder's index
     "README.md": "overview.md",
     "csrc/cuda/README.md": "csrc/cuda/README.md",
-} | {str(page.relative_to(ROOT)): str(page.relative_to(ROOT)) for page in sorted((ROOT / "bench").rglob("*.md"))}
+}
+ELSEWHERE |= {name: name for name in (page.relative_to(ROOT).as_posix() for page in sorted((ROOT / "bench").rglob("*.md")))}
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)]*)?\)")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,34 +90,40 @@ def label_counts(dataset: Dataset, workers: int = 0) -> Tensor:
     return counts
 
 
-def require_classes(counts: Tensor, pairs: Pairs, root: Path) -> None:
+def require_classes(counts: Tensor, classes: Sequence[str], pictures: int, data: str | Path) -> None:
     """Says which classes no pixel has, which often is the masks' fault: of 0 and 255, say, 255 is no class.
 
     Args:
         counts: of :func:`label_counts`.
+        pictures: how many there are.
+        data: what messages call them.
 
     Raises:
         DataError: all pictures were counted and there are no two classes in them, so nothing can be learned.
     """
-    classes = pairs.classes
     absent = [name for name, count in zip(classes, counts.tolist(), strict=False) if count == 0]
     if not absent or counts.sum() == 0:
         return
     ignored = 1 - (counts[: len(classes)].sum() / counts.sum()).item()
     named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-    told = f"{root}: no pixel of the masks that were counted is {named}; {ignored:.0%} of all are ignored"
-    if len(absent) >= len(classes) - 1 and len(pairs) <= COUNTED:
+    told = f"{data}: no pixel of the masks that were counted is {named}; {ignored:.0%} of all are ignored"
+    if len(absent) >= len(classes) - 1 and pictures <= COUNTED:
         raise DataError(f"{told}, so there are no two classes to tell apart")
     if distributed.rank() == 0:
         print(told)
 
 
-def class_weights(counts: Tensor, classes: int, power: float) -> Tensor:
+def class_weights(dataset: Dataset, classes: Sequence[str], power: float, data: str | Path, workers: int = 0) -> Tensor:
     """Weights in the loss [classes], each class' share of the labels to the power of ``-power``; the mean label weighs 1.
 
+    The labels of up to 500 pictures, evenly spaced, are counted.
+
     Args:
-        counts: of :func:`label_counts`.
+        data: what messages call the data set; see :func:`require_classes`.
     """
-    shares = counts[:classes] / counts[:classes].sum().clamp_min(1)
+    counts = label_counts(dataset, workers)
+    require_classes(counts, classes, len(dataset), data)
+    counts = counts[: len(classes)]
+    shares = counts / counts.sum().clamp_min(1)
     weights = shares.clamp_min(1e-4) ** -power
     return weights / (shares * weights).sum().clamp_min(1e-4)

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 import segnext_kernels
 
-from .begin import class_weights, label_counts, require_classes
+from .begin import class_weights
 from .data import Memory, Scenes, open_dataset
 from .data.augment import augmentation
 from .evaluate import Scores, evaluate, table
@@ -123,7 +123,7 @@ def _scenes(out: Path, size: tuple[int, int]) -> Task:
         held_out=held_out,
         names=names,
         augment=v2.RandomHorizontalFlip(),
-        weights=class_weights(label_counts(Subset(train, range(COUNTED_SCENES))), len(Scenes.classes), SCRATCH.balance),
+        weights=class_weights(Subset(train, range(COUNTED_SCENES)), Scenes.classes, SCRATCH.balance, "the scenes"),
         lr=SCENES_LR,
         seconds=SCENES_SECONDS,
         examples=folder,
@@ -134,8 +134,7 @@ def _scenes(out: Path, size: tuple[int, int]) -> Task:
 def _photographs(folder: Path, size: tuple[int, int]) -> Task:
     files = [open_dataset("folder", folder, split) for split in ("train", "val")]
     train, held_out = (Memory(pairs, min(size)) for pairs in files)
-    crop, counts = tuple(max(32, int(n * CROP) // 32 * 32) for n in size), label_counts(train)
-    require_classes(counts, files[0], folder)
+    crop = tuple(max(32, int(n * CROP) // 32 * 32) for n in size)
     return Task(
         description=f"Photographs in {folder}: {len(train)} for training, {len(held_out)} held out,"
         f" {len(train.classes)} classes, {min(size)} pixels on the short side.",
@@ -145,7 +144,7 @@ def _photographs(folder: Path, size: tuple[int, int]) -> Task:
         held_out=held_out,
         names=held_out.names,
         augment=augmentation(crop, (sys.maxsize, min(size)), SCRATCH.ratio, SCRATCH.max_share),
-        weights=class_weights(counts, len(train.classes), SCRATCH.balance),
+        weights=class_weights(train, train.classes, SCRATCH.balance, folder),
         lr=SCRATCH.lr,
         seconds=PHOTOS_SECONDS,
         examples=Path(files[1].files[0][0]).parent,

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed, recipes
-from .begin import build, class_weights, label_counts, require_classes, resolved
+from .begin import build, class_weights, resolved
 from .data import open_dataset
 from .data.augment import augmentation
 from .data.pairs import Pairs
@@ -163,13 +163,9 @@ def _stage(
 ) -> None:
     """One training from its beginning or its last checkpoint to its end."""
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
-    state, weights = last(folder), None
+    state = last(folder)
     if state is not None and list(state["meta"]["classes"]) != list(pairs.classes):
         raise RecipeError(f"the names of the classes in {root} are others than when the training in {folder} began")
-    if recipe.balance:
-        counts = label_counts(pairs, machine.workers)
-        require_classes(counts, pairs, root)
-        weights = class_weights(counts, len(pairs.classes), recipe.balance)
     with distributed.first_here_first():
         model = build(recipe, pairs, before) if state is None else described(state["meta"])
     with distributed.memory_told(device, _ways(recipe, machine, device)):
@@ -178,7 +174,9 @@ def _stage(
             pairs,
             recipe,
             augment=augmentation(recipe.crop, recipe.scale, recipe.ratio, recipe.max_share, recipe.distort),
-            class_weights=weights,
+            class_weights=class_weights(pairs, pairs.classes, recipe.balance, root, machine.workers)
+            if recipe.balance
+            else None,
             accumulate=machine.accumulate,
             workers=machine.workers,
             cuda_graph=machine.cuda_graph,

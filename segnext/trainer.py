@@ -137,10 +137,8 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state` gave; the optimizer's rates are those of this trainer's recipe."""
         self.model.load_state_dict(state["state_dict"])
-        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, options in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(options)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         self.done, self.seconds = state["done"], state["seconds"]
 

@@ -136,8 +136,8 @@ def about(model: SegNeXt) -> dict[str, Any]:
     classes, palette, count = model.classes, model.palette, model.config.num_classes
     classes = None if classes is None else [str(name) for name in classes]
     palette = None if palette is None else [tuple(int(value) for value in colour) for colour in palette]
-    if any(given is not None and len(given) != count for given in (classes, palette)):
-        found = [None if given is None else len(given) for given in (classes, palette)]
+    found = [None if given is None else len(given) for given in (classes, palette)]
+    if not {*found} <= {None, count}:
         raise ValueError(f"a model of {count} classes must have as many names and colours, got {found[0]} and {found[1]}")
     if palette is not None and not all(map(_is_colour, palette)):
         raise ValueError(f"a palette's colours must be three numbers from 0 to 255, got {palette}")

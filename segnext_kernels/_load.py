@@ -98,16 +98,19 @@ def why_not_on_gpu(index: int) -> str | None:
     )
     if driver // 1000 < cuda // 1000:
         return old
-    for_later = False
+    reason = f"the CUDA kernels were built for {', '.join(cuda_architectures)}, this GPU is {own[0]}.{own[1]}"
     for name in cuda_architectures:
         number = name.removesuffix("+PTX")
         built = tuple(map(int, number.rstrip("a").split(".")))
-        if built == own or (not number.endswith("a") and built <= own and built[0] == own[0]):
+        if built != own and (built > own or number.endswith("a")):
+            continue
+        if built[0] == own[0]:
             return None
-        for_later |= name.endswith("+PTX") and not number.endswith("a") and built <= own
-    if for_later:  # which the driver compiles, if it is not older than what made it
-        return old if driver < cuda else None
-    return f"the CUDA kernels were built for {', '.join(cuda_architectures)}, this GPU is {own[0]}.{own[1]}"
+        if name.endswith("+PTX"):  # which the driver compiles, if it is not older than what made it
+            if driver >= cuda:
+                return None
+            reason = old
+    return reason
 
 
 _wanted = os.environ.get(ISA_VARIABLE)

@@ -387,16 +387,15 @@ def test_masks_without_two_classes(files, refused, capsys):
     """As of 0 and 255, where a drawing program's white was meant to be class 1."""
     counts = torch.zeros(256, dtype=torch.int64)
     counts[0], counts[255] = 75, 25
-    given = pairs.Pairs(["background", "object"], [(0, 0, 0)] * 2, [("", "")] * files, None, [])
     message = "data: no pixel of the masks that were counted is object; 25% of all are ignored"
     if refused:
         with pytest.raises(DataError, match=f"{message}, so there are no two classes to tell apart"):
-            require_classes(counts, given, Path("data"))
+            require_classes(counts, ["background", "object"], files, "data")
     else:
-        require_classes(counts, given, Path("data"))
+        require_classes(counts, ["background", "object"], files, "data")
         assert capsys.readouterr().out == f"{message}\n"
     counts[1] = 1
-    require_classes(counts, given, Path("data"))
+    require_classes(counts, ["background", "object"], files, "data")
     assert capsys.readouterr().out == ""
 
 
@@ -479,9 +478,10 @@ def test_weights_to_begin_with(data, trained, tmp_path):
 
 def test_class_weights_by_hand():
     labels = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 255]], dtype=torch.uint8)
-    counts = label_counts([(torch.zeros(3, 2, 4, dtype=torch.uint8), labels)])
+    dataset = [(torch.zeros(3, 2, 4, dtype=torch.uint8), labels)]
+    counts = label_counts(dataset)
     assert counts.nonzero().flatten().tolist() == [0, 1, 255] and counts[[0, 1, 255]].tolist() == [6, 1, 1]
-    rare = class_weights(counts, 2, 0.5)
+    rare = class_weights(dataset, ["common", "rare"], 0.5, "data")
     assert rare[1] / rare[0] == pytest.approx(6**0.5)
     assert (rare * torch.tensor([6 / 7, 1 / 7])).sum() == pytest.approx(1)
 

@@ -26,9 +26,9 @@ def folder(root: Path, split: str) -> Pairs:
     classes = read_classes(root / "classes.txt")
     place = root / split
     if not place.is_dir():
-        if not (root / "images").is_dir() or split not in ("train", "val") or (split == "val" and (root / "train").is_dir()):
-            hint = "; --val none trains without it" if split == "val" and (root / "train").is_dir() else ""
-            raise MissingError(f"{place}: no such folder{hint}")
+        none_held_out = split == "val" and (root / "train").is_dir()
+        if none_held_out or not (root / "images").is_dir() or split not in ("train", "val"):
+            raise MissingError(f"{place}: no such folder{'; --val none trains without it' if none_held_out else ''}")
         place = root
     (images, twice), (masks, masks_twice) = (_by_stem(place / kind) for kind in ("images", "masks"))
     names = sorted(images.keys() | masks.keys())
