@@ -1,19 +1,24 @@
 """Mends Triton's interpreter where it differs from every GPU, in bfloat16.
 
 It cuts float32 off instead of rounding it, and multiplies matrices of the bits. Arithmetic element by element is wrong as well;
-the kernels do that in float32. It also patches the whole language anew whenever a function calls another, which takes more time
-than the kernels.
+the kernels do that in float32. It also spends more time than the kernels take on patching the whole language anew whenever a
+function calls another, on listing all dtypes for each value, and on whether integers overflow, which it then tells nobody.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 _cast, _dot, _call = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, InterpretedFunction.__call__
+_numpy_dtype, _numpy_dtypes = interpreter._get_np_dtype, {}
+_patched = set()  # modules
 
 
 def enable() -> None:
@@ -24,6 +29,10 @@ def enable() -> None:
         setattr(InterpreterBuilder, name, cast)
     InterpreterBuilder.create_dot = dot
     InterpretedFunction.__call__ = call
+    options = interpreter.interpreter_builder.options
+    assert not options.debug  # then overflows would be told
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    interpreter._get_np_dtype = numpy_dtype
 
 
 def cast(builder: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
@@ -42,8 +51,17 @@ def dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others) 
     return _dot(builder, a, b, *others)
 
 
+def numpy_dtype(dtype: tl.dtype) -> np.dtype:
+    if dtype.name not in _numpy_dtypes:
+        _numpy_dtypes[dtype.name] = _numpy_dtype(dtype)
+    return _numpy_dtypes[dtype.name]
+
+
 def call(function: InterpretedFunction, *args, **kwargs) -> object:
-    """One of our functions, whose language the launch has patched already, or one of the language's own."""
-    if function.fn.__module__.startswith("segnext_kernels."):
+    """One of our functions, whose language the launch has patched already, or of the language's own, patched for good at the
+    first call of a module's."""
+    module = function.fn.__module__
+    if module in _patched or module.startswith("segnext_kernels."):
         return function.rewrite()(*args, **kwargs)
+    _patched.add(module)
     return _call(function, *args, **kwargs)
