@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -24,11 +25,11 @@ from .measure import measure
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     try:
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
         if arguments.out:  # before hours of measuring
-            arguments.out.mkdir(parents=True, exist_ok=True)
+            output.check_folder(arguments.out)
         arguments.run(arguments)
     except (ValueError, OSError) as problem:
         print(f"bench: {problem}", file=sys.stderr)
@@ -41,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     timing = commands.add_parser("report", help="time the cases and print Markdown")
     timing.add_argument("--case", default="*", metavar="PATTERN", help="only cases with this in the name, e.g. 'msca*float32'")
-    timing.add_argument("--without", default=[], nargs="+", metavar="NAME", help="contenders to leave out, e.g. torch.compile")
+    timing.add_argument(
+        "--without", default=[], nargs="+", metavar="PATTERN", help="contenders to leave out, e.g. '*torch.compile*'"
+    )
     timing.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="which cases, and where (default: cpu)")
     timing.set_defaults(run=_report)
     growth = commands.add_parser("scaling", help="time of SegNeXt-T against image size, batch and threads")
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     space.set_defaults(run=_memory)
     around = commands.add_parser("loop", help="what training and evaluating cost beside the model")
     around.add_argument(
-        "--rounds", type=positive, default=12, help="steps of training for each line; evaluation takes a quarter"
+        "--rounds", type=positive, default=12, help="steps of training for each line; evaluation takes a quarter, at least 3"
     )
     around.set_defaults(run=_loop)
     static = commands.add_parser(
@@ -76,16 +79,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(arguments: argparse.Namespace) -> None:
     chosen = cases.select(arguments.case, arguments.device)
-    contenders = {case.name: _contenders(case, arguments.without) for case in chosen}
-    if unknown := set(arguments.without) - {name for case in chosen for c in case.contenders for name in (c.name, c.label)}:
-        raise ValueError(f"--without {', '.join(sorted(unknown))}: no contender is called so")
-    if arguments.device != "cpu":  # every call of torch's looks at it
+    known = [contender for case in chosen for contender in case.contenders]
+    for pattern in arguments.without:
+        if not any(_is_called(contender, [pattern]) for contender in known):
+            raise ValueError(f"--without {pattern}: no contender is called so")
+    if arguments.device != "cpu":  # every call of torch's looks at it, and what can run there
         if not torch.cuda.is_available():
             raise ValueError("there is no GPU that torch can use")
         torch.set_default_device(arguments.device)
         torch.backends.cudnn.benchmark = True  # PyTorch's convolutions in their best form, and our Triton kernels
+    contenders = {case.name: _contenders(case, arguments.without) for case in chosen}
     turns = sorted(((case, direction) for case in chosen for direction in case.directions), key=_place)
-    limits, absent = ceilings.measure(min(arguments.seconds, 1.0)), missing(chosen)
+    limits, absent = ceilings.measure(min(arguments.seconds, 1.0), {case.dtype for case in chosen}), missing(chosen)
     table, progress = [], tqdm(turns)
     for case, direction in progress:
         progress.set_description(f"{case.name} {direction}")
@@ -97,10 +102,14 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _contenders(case: Case, without: list[str]) -> tuple[Contender, ...]:
-    left = tuple(c for c in case.present() if c.name not in without and c.label not in without)
+    left = tuple(contender for contender in case.present() if not _is_called(contender, without))
     if not any(c.ours for c in left):
         raise ValueError(f"--without {' '.join(without)} leaves nothing of ours to report for {case.name}")
     return left
+
+
+def _is_called(contender: Contender, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in (contender.name, contender.label))
 
 
 def _place(turn: tuple[Case, str]) -> tuple[object, ...]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from segnext.export.formats import has_compiler
 
 LAYOUTS = ("contiguous", "channels_last")
 DIRECTIONS = ("forward", "backward", "step")  # step is forward and backward together
@@ -31,6 +34,7 @@ class Contender:
         build: makes the function of the case's inputs; compiling and exporting belong here.
         ours: whether the report compares it with the others, or others with it.
         packages: what has to be installed for it, beyond PyTorch.
+        hindrance: why it cannot run here all the same, if it cannot.
     """
 
     name: str
@@ -38,6 +42,11 @@ class Contender:
     build: Callable[[], Callable[..., Tensor | tuple[Tensor, ...]]]
     ours: bool = False
     packages: tuple[str, ...] = ()
+    hindrance: Callable[[], str | None] = lambda: None
+
+    @property
+    def compiled(self) -> bool:
+        return "torch.compile" in self.name
 
     @property
     def label(self) -> str:
@@ -46,7 +55,16 @@ class Contender:
     def why_not(self) -> str | None:
         """A sentence if it cannot run here."""
         absent = [package for package in self.packages if find_spec(package) is None]
-        return f"{', '.join(absent)} not installed" if absent else None
+        if absent:
+            return f"{', '.join(absent)} not installed"
+        if self.compiled and not _compiles():
+            return "torch.compile finds no C++ compiler: install one, for example g++, or name it in CXX"
+        return self.hindrance()
+
+
+@cache
+def _compiles() -> bool:
+    return has_compiler()
 
 
 FROZEN = {"freezing": True}  # torch.compile takes weights as constants: it folds norms and packs them, as the others do

@@ -156,7 +156,7 @@ def _read(cubin: Path) -> list[Kernel]:
     for symbol, registers, local in resources(cubin):
         name, dtype, layout = re.search(r"\d+([a-z]+)I(f|6__half|13__nv_bfloat16)(?:Lb(\d))?", symbol).groups()
         found[symbol] = Kernel(name, TYPES[dtype], LAYOUTS[layout or ""], arch, registers, local)
-    text = subprocess.run([tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run([tool("nvdisasm"), "-c", "-ndf", cubin], check=True, capture_output=True, text=True).stdout
     kernel = None
     for line in text.splitlines():
         if section := re.match(r"\.text\.(\S+):", line):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,9 +29,17 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "compiler": info["compiler"],
         "segnext_kernels": info["version"],
-        **{package: version(package) if find_spec(package) else None for package in dict.fromkeys(ONNX_RUNTIME + OPENVINO)},
+        **{package: _version(package) for package in dict.fromkeys(ONNX_RUNTIME + OPENVINO)},
         "missing": info["missing"],
     }
+
+
+def _version(package: str) -> str | None:
+    """Of what brought it, which may be called otherwise, such as onnxruntime-gpu."""
+    if find_spec(package) is None:
+        return None
+    brought = packages_distributions().get(package)
+    return version(brought[0]) if brought else "of unknown version"
 
 
 def missing(cases: Iterable[Case]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import ctypes
 import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 
@@ -40,7 +41,7 @@ class Problem:
     @property
     def labels(self) -> list[str]:
         """The contenders but for compiled ones, since compiling leaves memory behind."""
-        return [contender.label for contender in self.case.present() if "torch.compile" not in contender.name]
+        return [contender.label for contender in self.case.present() if not contender.compiled]
 
     @property
     def weights(self) -> int:
@@ -119,13 +120,15 @@ def in_new_process(arguments: list[str]) -> int:
 
 def run(problems: list[Problem], threads: int) -> dict[str, object]:
     """The environment, missing peers, and the bytes of every contender of every problem."""
-    rows = [
-        {"case": p.case.name, "direction": p.direction, "contender": label, "bytes": peak_apart(p, label, threads)}
-        | {"ours": p.case.contender(label).ours}
-        for p in problems
-        for label in p.labels
-    ]
-    return {"environment": environment(), "missing_peers": missing(p.case for p in problems), "rows": rows}
+    rows, absent = [], missing(p.case for p in problems)
+    for p in problems:
+        for label in p.labels:
+            row = {"case": p.case.name, "direction": p.direction, "contender": label, "ours": p.case.contender(label).ours}
+            try:
+                rows.append(row | {"bytes": peak_apart(p, label, threads)})
+            except CalledProcessError as error:  # what the process said is in the terminal
+                absent[f"{label} of {p.case.name}"] = f"its process ended with {error.returncode}"
+    return {"environment": environment(), "missing_peers": absent, "rows": rows}
 
 
 def markdown(figures: dict[str, object]) -> str:

@@ -10,25 +10,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import segnext_kernels
+from segnext_kernels import _select
 from segnext_kernels.dwconv_gelu.reference import dwconv_gelu as dwconv_gelu_reference
 from segnext_kernels.msca_strips.reference import msca_strips as msca_strips_reference
 from segnext_kernels.nmf.reference import nmf as nmf_reference
 from segnext_kernels.scale_add.reference import scale_add as scale_add_reference
 
 from . import plain
-from .case import DIRECTIONS, Case, Contender, Work, generator, image_shape, in_both_layouts
+from .case import DIRECTIONS, LAYOUTS, Case, Contender, Work, generator, image_shape, in_both_layouts
 
 BRANCHES = (7, 11, 21)
-Backends = tuple[str | None, ...]  # of the operator, each a contender of its own; None for the one that serves
+Backends = tuple[str | None, ...]
 
 
 def contenders(
-    fused: Callable[..., Tensor], plain: Callable[..., Tensor], backends: Backends = (None,)
+    fused: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    backends: Backends = (None,),
+    refusal: Callable[[str | None], str | None] = lambda backend: None,
 ) -> tuple[Contender, ...]:
-    """The fused operator, what users write in plain PyTorch, and that compiled, each in both layouts."""
-    ways = {f"fused {backend}" if backend else "fused": partial(_same, partial(fused, backend=backend)) for backend in backends}
-    ways |= {"PyTorch": partial(_same, plain), "torch.compile": partial(torch.compile, plain, fullgraph=True, dynamic=False)}
-    return in_both_layouts(ways)
+    """The fused operator, what users write in plain PyTorch, and that compiled, each in both layouts.
+
+    Args:
+        backends: of the operator, each a contender of its own; None for the one that serves.
+        refusal: why one of them does not serve here.
+    """
+    ours = (
+        Contender(
+            "fused" if backend is None else f"fused {backend}",
+            layout,
+            partial(_same, partial(fused, backend=backend)),
+            ours=True,
+            hindrance=partial(refusal, backend),
+        )
+        for backend in backends
+        for layout in LAYOUTS
+    )
+    compiled = partial(torch.compile, plain, fullgraph=True, dynamic=False)
+    return *ours, *in_both_layouts({"PyTorch": partial(_same, plain), "torch.compile": compiled})
+
+
+def _refusal(operator: str, dtype: torch.dtype, backend: str | None) -> str | None:
+    return backend and _select.why_not(backend, operator, torch.empty(1, 1, 1, 1, dtype=dtype))
 
 
 def msca_strips_case(
@@ -58,7 +81,7 @@ def msca_strips_case(
         dtype,
         setup,
         reference,
-        contenders(fused, plain.msca_strips, backends),
+        contenders(fused, plain.msca_strips, backends, partial(_refusal, "msca_strips", dtype)),
         DIRECTIONS,
         _work(pixels, filters, flops, dtype),
     )
@@ -80,7 +103,7 @@ def dwconv_gelu_case(
         dtype,
         setup,
         dwconv_gelu_reference,
-        contenders(segnext_kernels.dwconv_gelu, plain.dwconv_gelu, backends),
+        contenders(segnext_kernels.dwconv_gelu, plain.dwconv_gelu, backends, partial(_refusal, "dwconv_gelu", dtype)),
         ("forward", "backward"),
         _work(pixels, 10 * channels, 18 * pixels, dtype),
     )

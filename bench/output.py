@@ -8,12 +8,20 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NO_PLOTS = "no plots: matplotlib not installed"
+
+
+def check_folder(folder: Path) -> None:
+    """Makes it, and an OSError where nothing can be written into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def write(path: Path, content: str | bytes) -> None:

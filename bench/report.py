@@ -55,7 +55,8 @@ def markdown(figures: dict[str, object]) -> str:
     fastest peer is behind.
     """
     parts, limits = heading(figures), figures["ceilings"]
-    products = ", ".join(f"{limits[f'{dtype}_gflops_per_s']:.0f} GFLOP/s in {dtype}" for dtype in ceilings.DTYPES)
+    rates = {dtype: limits.get(f"{dtype}_gflops_per_s") for dtype in ceilings.DTYPES}
+    products = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items() if rate)
     parts.append(
         f"Ceilings: a large copy moves {limits['copy_gbytes_per_s']:.1f} GB/s, a large matrix product makes {products}. "
         "The column \"ceiling\" is the share of the nearer one, of memory's (M) or arithmetic's (A)."

@@ -50,7 +50,7 @@ def training_case(
         return Step(copy.deepcopy(network(config)), upsample_cross_entropy, dtype, "channels_last", **options)
 
     def pytorch(layout: str, **options) -> Step:
-        return Step(plain.network(network(config)), _plain_loss, dtype, layout, **options)
+        return Step(plain.network(network(config)), plain.upsample_cross_entropy, dtype, layout, **options)
 
     graphs = ()
     if on_gpu:
@@ -60,8 +60,13 @@ def training_case(
                 "fused torch.compile, CUDA graph", "channels_last", partial(fused, compiled=True, graphed=True), ours=True
             ),
             *(Contender("PyTorch, CUDA graph", layout, partial(pytorch, layout, graphed=True)) for layout in LAYOUTS),
-            Contender(
-                "torch.compile, CUDA graph", "channels_last", partial(pytorch, "channels_last", compiled=True, graphed=True)
+            *(
+                Contender(
+                    f"torch.compile{also}, CUDA graph",
+                    "channels_last",
+                    partial(pytorch, "channels_last", compiled=True, with_loss=bool(also), graphed=True),
+                )
+                for also in ("", " with the loss")
             ),
         )
 
@@ -76,6 +81,9 @@ def training_case(
             Contender("fused torch.compile", "channels_last", partial(fused, compiled=True), ours=True),
             *(Contender("PyTorch", layout, partial(pytorch, layout)) for layout in LAYOUTS),
             Contender("torch.compile", "channels_last", partial(pytorch, "channels_last", compiled=True)),
+            Contender(
+                "torch.compile with the loss", "channels_last", partial(pytorch, "channels_last", compiled=True, with_loss=True)
+            ),
             *graphs,
         ),
         ("step",),
@@ -89,24 +97,33 @@ def training_case(
 class Step:
     """A model in training with its loss and optimizer, ready to be called with images, bases and target.
 
-    Compiled is forward with the loss; on a GPU that and backward can be one CUDA graph.
+    Compiled is the network, as in segnext train, or that with the loss; on a GPU forward and backward can be one CUDA graph.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, dtype: torch.dtype, layout: str, *, compiled: bool = False, graphed: bool = False
+        self,
+        model: nn.Module,
+        loss: Loss,
+        dtype: torch.dtype,
+        layout: str,
+        *,
+        compiled: bool = False,
+        with_loss: bool = False,
+        graphed: bool = False,
     ) -> None:
         self.model, self.graphed = model.train(), graphed
         if layout == "channels_last":
             self.model.to(memory_format=torch.channels_last)
         self.loss, self.autocast = loss, dtype == torch.bfloat16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=6e-5, fused=True)
-        self.forward = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+        apart = compiled and not with_loss
+        self.network = torch.compile(self.model, dynamic=False) if apart else self.model
+        self.forward = torch.compile(self._forward, dynamic=False) if compiled and with_loss else self._forward
         self.add_gradients = Graphed(self._add_gradients, self.model) if graphed else self._add_gradients
 
     def _forward(self, images: Tensor, bases: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.model(images, bases)
-        return self.loss(logits, target)
+            return self.loss(self.network(images, bases), target)
 
     def _add_gradients(self, images: Tensor, bases: Tensor, target: Tensor) -> Tensor:
         loss = self.forward(images, bases, target)
@@ -122,10 +139,6 @@ class Step:
 
 def first_weight(model: nn.Module) -> nn.Parameter:
     return next(model.parameters())
-
-
-def _plain_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return plain.upsample_cross_entropy(logits.float(), target)
 
 
 def _work(config: Config, image_size: tuple[int, int], batch: int) -> Work:

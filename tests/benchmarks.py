@@ -49,7 +49,7 @@ def turns(chosen: Iterable[Case]) -> list:
         for case in chosen
         for direction in case.directions
         for contender in case.contenders
-        if "torch.compile" not in contender.name
+        if not contender.compiled
     ]
 
 

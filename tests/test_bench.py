@@ -1,7 +1,10 @@
 """The benchmark cases compute what their reference computes, and the report says so in a table and in JSON."""
 
 import json
+import subprocess
+from importlib.metadata import version
 from math import isnan
+from time import sleep
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import case as bench_case
-from bench import cases, ceilings, loop, memory, operators
+from bench import cases, ceilings, environment, loop, memory, operators
 from bench.__main__ import main
 from bench.measure import Runner, error, exact, measure
 from bench.report import as_json, markdown, rows
@@ -117,6 +120,64 @@ def test_cases_for_a_gpu():
     assert ours == {"fused", "fused, CUDA graph", "fused torch.compile, CUDA graph"}
 
 
+def test_a_backend_that_is_absent_leaves_the_rest():
+    """As CUDA's kernels are on a GPU without nvcc; here both are, on the CPU."""
+    (case,) = cases.select("dwconv_gelu/16x256x128x128/bfloat16", "cuda")
+    ours = [contender for contender in case.contenders if contender.ours]
+    assert {"fused cuda contiguous": True, "fused triton channels_last": True}.items() <= {
+        contender.label: "cpu" in contender.why_not() for contender in ours
+    }.items()
+    assert {contender.name for contender in case.present()} <= {"PyTorch", "torch.compile"}
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(bench_case, "_compiles", lambda: False)
+    case = next(iter(cases.CASES.values()))
+    assert {contender.name for contender in case.present()} == {"fused", "PyTorch"}
+    assert "C++ compiler" in case.contender("torch.compile contiguous").why_not()
+
+
+def test_a_version_is_found_by_what_brought_a_package(monkeypatch):
+    """Of onnxruntime it may be onnxruntime-gpu."""
+    monkeypatch.setattr(environment, "packages_distributions", lambda: {"pytest": ["numpy"], "torch": []})
+    assert environment._version("pytest") == version("numpy")
+    assert environment._version("torch") == "of unknown version" and environment._version("no_such_package") is None
+
+
+def test_memory_of_the_others_is_told_where_a_process_dies(monkeypatch):
+    problem = memory.PROBLEMS["msca_strips/16x64x128x128/float32"]
+
+    def peak(problem, label, threads):
+        if label.startswith("fused"):
+            raise subprocess.CalledProcessError(-9, "python")
+        return 1
+
+    monkeypatch.setattr(memory, "peak_apart", peak)
+    figures = memory.run([problem], 1)
+    assert [row["contender"] for row in figures["rows"]] == ["PyTorch contiguous", "PyTorch channels_last"]
+    assert "missing peer fused contiguous of msca_strips/16x64x128x128/float32: its process ended with -9" in memory.markdown(
+        figures
+    )
+
+
+def test_only_the_ceilings_that_are_asked_for(monkeypatch):
+    small_ceilings(monkeypatch)
+    found = ceilings.measure(0.0, [torch.float32])
+    assert set(found) == {"copy_gbytes_per_s", "float32_gflops_per_s"}
+    assert "bfloat16" not in markdown(as_json([], found, {}))
+
+
+def test_a_slow_product_is_not_asked_for_large_matrices(monkeypatch):
+    asked = []
+
+    def products(dtype, side):
+        return tuple(lambda seconds=seconds: asked.append((side, seconds)) or sleep(seconds) for seconds in (0.05, 0.0001))
+
+    monkeypatch.setattr(ceilings, "_products", products)
+    ceilings._quickest_product(torch.bfloat16, 0.0)
+    assert {seconds for side, seconds in asked if side == ceilings.SIDE} == {0.0001}
+
+
 def test_select_takes_shell_patterns():
     assert len(cases.select("msca_strips*float32")) == 8
     with pytest.raises(ValueError, match="no benchmark case fits 'nothing'"):
@@ -192,6 +253,8 @@ def test_unknown_case_is_an_error(capsys):
         (["report", "--device", "cuda"], "there is no GPU that torch can use"),
         (["memory", "--contender", "fused"], "--contender needs a --case"),
         (["report", "--out", "/dev/null/below"], "Not a directory"),
+        (["report", "--out", "/proc"], "/proc"),
+        (["report", "--threads", str(1 << 40)], "Overflow"),
     ):
         if "cuda" not in arguments or not torch.cuda.is_available():
             assert main(arguments) == 2

@@ -95,8 +95,7 @@ def test_report_lists_missing_peers_and_times_the_rest(monkeypatch, tmp_path, ca
     small_ceilings(monkeypatch)
     chosen = [*MODELS, TRAINING[0]]
     monkeypatch.setattr(cases, "CASES", {case.name: case for case in chosen})
-    compiled = ("torch.compile", "fused torch.compile")
-    assert main(["report", "--seconds", "0", "--without", *compiled, "--out", str(tmp_path)]) == 0
+    assert main(["report", "--seconds", "0", "--without", "*torch.compile*", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "missing peer OpenVINO: openvino not installed" in printed.splitlines()
     figures = json.loads((tmp_path / "report.json").read_text())

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..checkpoint import replacing
 from ..model import SegNeXt
 from .check import TOLERANCE, Agreement, checked_shapes, compare
-from .formats import find_compiler, find_format, quiet
+from .formats import find_format, has_compiler, quiet
 from .program import LEAST, ExportError, decomposed, metadata, trace
 
 
@@ -75,8 +75,8 @@ def export(
         raise ExportError(f"images must be at least {LEAST} pixels high and wide, got {size[0]}x{size[1]}")
     for package in kind.packages:
         import_module(package)
-    if format == "aoti":
-        find_compiler()
+    if format == "aoti" and not has_compiler():
+        raise ExportError("aoti needs a C++ compiler: install one, for example g++, or name it in CXX")
     model = copy.deepcopy(model).eval()
     shapes = checked_shapes(model, size, dynamic)
     try:

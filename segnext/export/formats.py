@@ -129,13 +129,15 @@ def find_format(name: str, operators: bool) -> _Format:
     return replace(FORMATS["aoti"], operators=True, needs=needs)
 
 
-def find_compiler() -> None:
+def has_compiler() -> bool:
+    """Whether Inductor, torch.compile's and AOTInductor's compiler, finds one for C++."""
     from torch._inductor import cpp_builder, exc
 
     try:
         cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
-        raise ExportError("aoti needs a C++ compiler: install one, for example g++, or name it in CXX") from error
+    except exc.InvalidCxxCompiler:
+        return False
+    return True
 
 
 def _images(program: ExportedProgram) -> Tensor:
