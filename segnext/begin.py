@@ -28,9 +28,10 @@ COUNTED = 500  # pictures whose labels are counted for class weights
 def resolved(recipe: Recipe, pairs: Pairs, device: torch.device) -> Recipe:
     """The recipe with what it leaves to the data and the device, and with files where they are found from any folder."""
     if recipe.scale is None:
-        sides = sorted(min(image_size(image)) for image, _ in pairs.files[:: math.ceil(len(pairs) / COUNTED)])
-        short = min(LARGEST, sides[len(sides) // 2])
-        recipe = replace(recipe, scale=(4 * short, short))
+        sizes = [sorted(image_size(image)) for image, _ in pairs.files[:: math.ceil(len(pairs) / COUNTED)]]
+        short = min(LARGEST, sorted(low for low, _ in sizes)[len(sizes) // 2])
+        length = sorted(high / low for low, high in sizes)[len(sizes) // 2]  # of panoramas more than the paper's 4
+        recipe = replace(recipe, scale=(math.ceil(max(4.0, length) * short), short))
     if recipe.crop is None:
         side = min(LARGEST, max(32, min(recipe.scale) // 32 * 32))
         recipe = replace(recipe, crop=(side, side))
@@ -113,16 +114,18 @@ def require_classes(counts: Tensor, classes: Sequence[str], pictures: int, data:
         print(told)
 
 
-def class_weights(dataset: Dataset, classes: Sequence[str], power: float, data: str | Path, workers: int = 0) -> Tensor:
+def class_weights(dataset: Dataset, classes: Sequence[str], power: float, data: str | Path, workers: int = 0) -> Tensor | None:
     """Weights in the loss [classes], each class' share of the labels to the power of ``-power``; the mean label weighs 1.
 
-    The labels of up to 500 pictures, evenly spaced, are counted.
+    None for a power of 0: all weigh the same. The labels of up to 500 pictures, evenly spaced, are counted.
 
     Args:
         data: what messages call the data set; see :func:`require_classes`.
     """
     counts = label_counts(dataset, workers)
     require_classes(counts, classes, len(dataset), data)
+    if power == 0:
+        return None
     counts = counts[: len(classes)]
     shares = counts / counts.sum().clamp_min(1)
     weights = shares.clamp_min(1e-4) ** -power

@@ -75,7 +75,15 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the path's place once it is complete; if the block fails, nothing is left of it."""
+    """A new file that takes the path's place once it is complete; if the block fails, nothing is left of it.
+
+    The place is where a link leads to; a pipe or device is written as it is.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name[:40]}.{uuid4().hex}")  # no longer than file systems allow
     try:
         with temporary.open("xb") as file:
@@ -83,6 +91,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename != str(temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -90,7 +90,7 @@ def compare(
     ours = load(weights, rank=rank)
     require_photographs(ours.config, weights)
     theirs = load_segformer(other)
-    their_names = list(theirs.model.config.id2label.values())
+    their_names = [theirs.model.config.id2label[number] for number in range(theirs.model.config.num_labels)]
     classes = class_names(ours, their_names)
     if theirs.model.config.num_labels != len(classes):
         raise WeightsError(

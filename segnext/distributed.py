@@ -47,10 +47,12 @@ def processes(device: str | torch.device) -> Iterator[torch.device]:
 
 @contextmanager
 def memory_told(device: torch.device, ways: str) -> Iterator[None]:
-    """Turns the end of a GPU's memory into a sentence that names what would take less."""
+    """Turns the end of the memory into a sentence that names what would take less."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
         raise RecipeError(f"the memory of {device} is too small; try {ways}") from error
 
 

@@ -63,10 +63,12 @@ def require_own_modules(model: SegNeXt) -> None:
 
 
 def options(module: nn.Module) -> tuple:
-    """What a convolution or activation computes beside its weights."""
+    """What a convolution, norm or activation computes beside its weights."""
     if isinstance(module, nn.Conv2d):
         depthwise = module.groups > 1
         return module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode, depthwise
+    if isinstance(module, ALIKE[1]):
+        return module.affine, module.track_running_stats
     return (module.approximate,) if isinstance(module, nn.GELU) else ()
 
 
@@ -260,6 +262,8 @@ class FusedSegNeXt(nn.Module):
 
     def forward(self, images: Tensor, bases: Tensor | None = None) -> Tensor:
         """The logits [B, num_classes, ceil(H / 8), ceil(W / 8)] at stride 8, in ``dtype``; see :meth:`SegNeXt.forward`."""
+        if not images.is_floating_point():
+            raise TypeError(f"a model takes normalised images of a floating-point dtype, got {images.dtype}")
         return self.decode_head(self.backbone(images.to(self.dtype)), bases)
 
     @torch.no_grad()

@@ -29,6 +29,9 @@ TURNS = {  # by EXIF's orientation, how a picture becomes upright
 }
 
 
+NO_PHOTOS = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG")  # by PIL's names, of which it reads some, and knows the endings
+
+
 class ImageError(RuntimeError):
     """A file that is not a whole image; the message names it."""
 
@@ -73,8 +76,8 @@ def read_labels(path: str | Path) -> Tensor:
 
 
 def stored_image(path: str | Path) -> Image.Image:
-    """An image file in the mode and with the values in which it is stored; errors as :func:`read_image`."""
-    return _open(path, lambda opened: opened.copy())
+    """An image file, upright, in the mode and with the values in which it is stored; errors as :func:`read_image`."""
+    return _open(path, _upright)
 
 
 def _stored(image: Image.Image) -> tuple[Image.Image, int]:
@@ -82,8 +85,16 @@ def _stored(image: Image.Image) -> tuple[Image.Image, int]:
     if image.format in ("JPEG", "MPO"):
         raise ValueError("a mask in JPEG has other labels than were stored; save it as PNG")
     given = image.tile[0][3] if image.tile else ()  # what the decoder is told of the file, read before it begins
-    packing = given if isinstance(given, str) else next(iter(given or ()), None)
-    return image.copy(), {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}.get(packing, 1)
+    packing, *others = (given,) if isinstance(given, str) else given or (None,)
+    if image.format == "PPM" and image.mode != "1" and others and others[0] not in (255, 65535):
+        raise ValueError(f"a mask in PGM of values up to {others[0]} is read as one up to 255; save it as PNG")
+    return _upright(image), {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}.get(packing, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))  # ImageOps.exif_transpose stumbles over other tags
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -99,9 +110,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise ImageError(f"{path}: cannot be read as an image: {error}") from error
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """The files directly inside a folder, by name, but for those whose name begins with a dot, as macOS's ``._a.jpg``."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+def image_files(folder: Path) -> list[Path]:
+    """The files directly inside a folder that end as images do, by name, but for those whose name begins with a dot, as
+    macOS's ``._a.jpg``."""
+    Image.init()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in NO_PHOTOS}
+    files = (path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith("."))
+    return sorted(path for path in files if path.is_file())
 
 
 def _tensor(image: Image.Image) -> Tensor:
@@ -131,9 +146,7 @@ def _open(path, convert, file=None, formats=None, most_pixels=None):
 
 
 def _shown(image: Image.Image) -> Image.Image:
-    image.load()
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))  # ImageOps.exif_transpose stumbles over other tags
-    image = image if turn is None else image.transpose(turn)
+    image = _upright(image)
     if image.mode.startswith("I"):  # 16 bits, in PIL's names I;16, I;16B or I
         image = _of_16_bits(image)
     elif image.mode == "F":

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
@@ -16,10 +15,12 @@ from tqdm import tqdm
 from segnext_kernels import upsample_argmax
 
 from .data.augment import fit_factor
+from .distributed import memory_told
 from .fuse import inference_model
-from .images import ImageError, normalise, read_image, visible_files, write_png
+from .images import ImageError, image_files, normalise, read_image, write_png
 from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
+from .recipes import RecipeError
 from .weights import load
 
 LONGEST = 255  # bytes in the name of a file, on any file system that is common
@@ -51,7 +52,7 @@ def predict(
         short_side: see :func:`segment`.
 
     Returns:
-        The files that could not be read. Each was named on stderr and skipped.
+        The files that could not be read, or for which memory was too small. Each was named on stderr and skipped.
 
     Raises:
         InputError: no inputs, results that would overwrite them or have too long names, a model that is not for photographs.
@@ -75,11 +76,12 @@ def predict(
         for photo, name in zip(photos, names, strict=True):
             try:
                 image = read_image(photo)
-            except ImageError as error:
+                with memory_told(torch.device(device), f"a smaller --short-side for {photo}"):
+                    labels = segment(model, image, short_side)
+            except (ImageError, RecipeError) as error:
                 broken.append(photo)
                 bar.write(f"skipped: {error}", file=sys.stderr)
             else:
-                labels = segment(model, image, short_side)
                 write_png(overlay(image, labels, palette, alpha), out / f"{name}_overlay.png")
                 write_png(mask_image(labels, palette), out / f"{name}_mask.png")
             bar.update()
@@ -151,12 +153,10 @@ def seen_size(model: nn.Module, image: Tensor, short_side: int | None = None) ->
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     """Files as they are, and in place of a folder the images directly inside, by name; each file once."""
-    Image.init()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            inside = [file for file in visible_files(path) if file.suffix.lower() in endings]
+            inside = image_files(path)
             if not inside:
                 raise InputError(f"{path}: there is no image in this folder")
             found += inside

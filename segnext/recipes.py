@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,24 @@ Pair = tuple[int, int]
 
 class RecipeError(ValueError):
     """A recipe that cannot be found, read, or followed; the message names the field."""
+
+
+def _is(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _two(is_one: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(is_one, value))
+
+
+_KINDS = {  # the annotations of the fields: what is one, and what it is called
+    "int": (_is(Integral), "a whole number"),
+    "float": (_is(Real), "a number"),
+    "str": (_is(str), "text"),
+    "bool": (_is(bool), "true or false"),
+    "Pair": (_two(_is(Integral)), "two whole numbers"),
+    "tuple[float, float]": (_two(_is(Real)), "two numbers"),
+}
 
 
 def _about(text: str, default: Any) -> Any:
@@ -74,6 +93,11 @@ class Recipe:
     multiple: int = _about("in evaluation both sides of the resized picture are rounded up to a multiple of this", 1)
 
     def __post_init__(self) -> None:
+        for declared in fields(self):
+            kind, optional, _ = declared.type.partition(" | None")
+            value, (fits, called) = getattr(self, declared.name), _KINDS[kind]
+            if not fits(value) and not (optional and value is None):
+                raise RecipeError(f"{declared.name} must be {called}{' or none' if optional else ''}, got {value!r}")
         if (self.seconds is None) == (self.iterations is None):
             raise RecipeError(f"give iterations or seconds, one of them: got {self.iterations} and {self.seconds}")
         if self.seconds is not None and not 0 <= self.warmup < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -111,6 +111,8 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
     stages, beside = recipes.read(out / "recipe.json")
     if not {"data", "machine"} <= beside.keys():
         raise RecipeError(f"{out / 'recipe.json'} is a recipe, but not of a training that was begun")
+    if unknown := beside["machine"].keys() - {field.name for field in fields(Machine)}:
+        raise RecipeError(f"{out / 'recipe.json'}: a machine has no {', '.join(sorted(unknown))}")
     machine = Machine(**{**beside["machine"], **machine})
     with distributed.processes(machine.device) as device:
         return _stages(stages, [Path(root) for root in beside["data"]], out, device, machine)
@@ -175,7 +177,7 @@ def _stage(
             recipe,
             augment=augmentation(recipe.crop, recipe.scale, recipe.ratio, recipe.max_share, recipe.distort),
             class_weights=class_weights(pairs, pairs.classes, recipe.balance, root, machine.workers)
-            if recipe.balance
+            if recipe.balance or recipe.dataset == "folder"  # whose masks nobody has looked at
             else None,
             accumulate=machine.accumulate,
             workers=machine.workers,

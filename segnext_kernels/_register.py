@@ -109,12 +109,17 @@ def run_reference(reference: Callable, autocast: Callable, x: torch.Tensor, *arg
     return like_layout(reference(x, *args), x)
 
 
+def cast_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor.to(dtype)``; where that does nothing, Dynamo stumbles over the result once its strides change."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def cast_floating(value, dtype: torch.dtype):
     """Casts every float32, float16 and bfloat16 tensor in a nest of arguments, as autocast does (float64 is left alone)."""
 
     def cast(leaf):
         eligible = isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64
-        return leaf.to(dtype) if eligible else leaf
+        return cast_tensor(leaf, dtype) if eligible else leaf
 
     return tree_map(cast, value)
 

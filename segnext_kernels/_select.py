@@ -75,14 +75,12 @@ def _why_not_triton(operator: str, x: Tensor) -> str | None:
         return f"the Triton kernels of nmf are for matrices below 2**31 elements and {TRITON_ROWS} rows, x is {list(x.shape)}"
     if x.dtype not in GPU_DTYPES:
         return _other_dtype("Triton", x)
-    return _why_not_interpreted(operator, x) if x.device.type == "cpu" else None
+    return _why_not_interpreted(x) if x.device.type == "cpu" else None
 
 
-def _why_not_interpreted(operator: str, x: Tensor) -> str | None:
+def _why_not_interpreted(x: Tensor) -> str | None:
     dtype = torch.get_autocast_dtype("cpu") if _validate.autocasts(x) else x.dtype
-    if operator == "nmf" and dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies matrices of bfloat16 by their bits"
-    return None
+    return "Triton's interpreter cuts bfloat16 off instead of rounding it" if dtype == torch.bfloat16 else None
 
 
 @_triton.untraced

@@ -20,7 +20,7 @@ if _triton.failure is None and not ON_GPU:
     import triton_interpreter
 
     triton_interpreter.enable()
-    _select._why_not_interpreted = lambda operator, x: None  # it is mended
+    _select._why_not_interpreted = lambda x: None  # it is mended
 _triton.interpreted = False  # it is slow: only tests that ask for the backend "triton" have it serve
 
 

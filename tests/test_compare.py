@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import folders
 import numpy as np
 import pytest
@@ -214,6 +217,16 @@ def test_offline_is_one_sentence(monkeypatch):
     message = r"nvidia/segformer-b2-finetuned-ade-512-512 cannot be loaded .*takes a local folder too\): no connection$"
     with pytest.raises(WeightsError, match=message):
         compare.load_segformer("segformer-b2")
+
+
+def test_names_of_classes_are_those_of_their_numbers(files, tmp_path):
+    """In whatever order a configuration has them."""
+    shutil.copytree(files / "segformer", tmp_path / "shuffled")
+    config = json.loads((tmp_path / "shuffled" / "config.json").read_text())
+    config["id2label"] = dict(reversed(config["id2label"].items()))
+    (tmp_path / "shuffled" / "config.json").write_text(json.dumps(config))
+    other = str(tmp_path / "shuffled")
+    compare.compare([photo(files)], [mask(files)], files / "small.pth", tmp_path / "a.png", other=other)
 
 
 def test_the_same_classes_in_another_order_are_not_compared(files, tmp_path):

@@ -130,7 +130,8 @@ def check_names(given: dict[str, object]) -> None:
     """The names that are looked up only when a command runs, and the values of a recipe's fields."""
     recipe = given.get("recipe")
     if recipe is not None and not recipe.endswith(".json"):
-        overridden(recipes(recipe), given)
+        fields = {name: value for name, value in given.items() if not isinstance(value, list)}  # table2 has several weights
+        overridden(recipes(recipe), fields)
     dataset = given.get("dataset", "folder")
     assert dataset in DATASETS or dataset == "NAME", f"there is no data set {dataset}"
 

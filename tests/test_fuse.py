@@ -170,3 +170,16 @@ def test_a_fused_model_keeps_its_dtype(dtype, convert):
     with pytest.raises(TypeError, match="keeps its dtype; fuse the model again"):
         convert(fused)
     assert torch.equal(fused.to("cpu")(images), expected)
+
+
+def test_images_that_are_not_normalised_are_refused():
+    with pytest.raises(TypeError, match="normalised images of a floating-point dtype, got torch.uint8"):
+        segnext.fuse(small.model())(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+def test_norms_of_other_kinds_are_refused(options):
+    model = small.model().eval()
+    model.backbone.block1[0].norm1 = torch.nn.BatchNorm2d(model.config.channels[0], **options).eval()
+    with pytest.raises(TypeError, match=r"block1\.0\.norm1: BatchNorm2d"):
+        segnext.fuse(model)

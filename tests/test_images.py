@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from segnext.images import ImageError, normalise, read_image, read_labels, write_png
+from segnext.images import ImageError, normalise, read_image, read_labels, stored_image, write_png
 from segnext.palette import generated_palette, legend, mask_image, overlay
 
 RNG = np.random.default_rng(0)
@@ -241,14 +241,26 @@ def test_masks_of_few_bits_have_the_labels_that_are_stored(tmp_path, bits):
     np.testing.assert_array_equal(read_labels(tmp_path / "mask.png").numpy(), labels)
 
 
+@pytest.mark.parametrize("format, most", [("P5", 1), ("P5", 3), ("P2", 3), ("P5", 300)])
+def test_grey_values_that_are_stretched_are_refused(tmp_path, format, most):
+    values = b"0 1\n" if format == "P2" else b"\0\1" if most < 256 else b"\0\0\0\1"
+    (tmp_path / "mask.pgm").write_bytes(f"{format}\n2 1\n{most}\n".encode() + values)
+    with pytest.raises(ImageError, match=f"a mask in PGM of values up to {most} is read as one up to 255"):
+        read_labels(tmp_path / "mask.pgm")
+    (tmp_path / "mask.pgm").write_bytes(b"P5\n2 1\n255\n\0\1")
+    assert read_labels(tmp_path / "mask.pgm").tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("ending", ["tif", "png"])
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_an_unpacked_tiff_is_turned(tmp_path, orientation):
+def test_images_and_masks_are_turned_alike(tmp_path, orientation, ending):
     values, exif = np.arange(24, dtype=np.uint8).reshape(4, 6), Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    Image.fromarray(values).save(tmp_path / "a.tif", exif=exif)
+    Image.fromarray(values).save(tmp_path / f"a.{ending}", exif=exif)
     turned = np.rot90(values, {3: 2, 6: -1, 8: 1}[orientation])
-    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[0].numpy(), turned)
-    np.testing.assert_array_equal(read_labels(tmp_path / "a.tif").numpy(), turned)
+    np.testing.assert_array_equal(read_image(tmp_path / f"a.{ending}")[0].numpy(), turned)
+    np.testing.assert_array_equal(read_labels(tmp_path / f"a.{ending}").numpy(), turned)
+    assert stored_image(tmp_path / f"a.{ending}").size == turned.shape[::-1]
 
 
 def test_masks_of_fractions_are_refused(tmp_path):

@@ -11,7 +11,8 @@ from trees import save
 
 from segnext import cli
 from segnext.data import DataError, legend, open_dataset
-from segnext.data.isaid import cut_isaid
+from segnext.data.isaid import cut_isaid, read_mask
+from segnext.images import ImageError
 
 RNG = np.random.default_rng(0)
 MASKS = ("Semantic_masks/images/images", "images")
@@ -58,6 +59,20 @@ def test_small_images_are_filled_up(tmp_path, size, corners):
         assert np.array_equal(patch_labels, whole_labels[window])
 
 
+def test_a_stride_that_leaves_gaps_is_refused(tmp_path):
+    large(tmp_path / "in/train", "P0000", (4, 6))
+    with pytest.raises(DataError, match="a stride of 5 leaves gaps between patches of 4"):
+        cut_isaid(tmp_path / "in", tmp_path / "out", size=4, stride=5)
+
+
+def test_masks_of_few_bits(tmp_path):
+    """Which PIL stretches to 8."""
+    path = tmp_path / "mask.pgm"
+    path.write_bytes(b"P5\n2 1\n3\n\0\1")
+    with pytest.raises(ImageError, match="save it as PNG"):
+        read_mask(path)
+
+
 def test_cutting_again_writes_what_is_lacking(tmp_path):
     large(tmp_path / "in/train", "P0000", (4, 6))
     large(tmp_path / "in/train", "P0001", (4, 4))
@@ -76,8 +91,9 @@ def test_cutting_again_writes_what_is_lacking(tmp_path):
 def test_command(tmp_path, capsys):
     large(tmp_path / "in/val", "P0003", (5, 5))
     arguments = ["data", "cut-isaid", str(tmp_path / "in"), str(tmp_path / "out"), "--size", "4", "--workers", "0"]
-    assert cli.main(arguments) == 0 and capsys.readouterr().out == "wrote 1 patches\n"
-    assert cli.main([*arguments, "--stride", "1"]) == 0 and capsys.readouterr().out == "wrote 3 patches\n"
+    assert cli.main(arguments) == 2 and "a stride of 512 leaves gaps between patches of 4" in capsys.readouterr().err
+    assert cli.main([*arguments, "--stride", "4"]) == 0 and capsys.readouterr().out == "wrote 4 patches\n"
+    assert cli.main([*arguments, "--stride", "1"]) == 0 and capsys.readouterr().out == "wrote 0 patches\n"
     assert cli.main(["data", "cut-isaid", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
     assert "neither train/images nor val/images" in capsys.readouterr().err
 

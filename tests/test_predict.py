@@ -87,6 +87,24 @@ def test_broken_file_is_named_and_skipped(tmp_path, weights, capsys):
     assert files(tmp_path / "out") == {"legend.png", "a_mask.png", "a_overlay.png", "c_mask.png", "c_overlay.png"}
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_too_large_a_picture_is_skipped(tmp_path, weights, capsys, monkeypatch, error):
+    for name, side in (("large", 40), ("small", 32)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+
+    def segment(model, image, short_side):
+        if image.shape[1] == 40:
+            raise error
+        return torch.zeros(image.shape[1:], dtype=torch.int64)
+
+    monkeypatch.setattr(predict_module, "segment", segment)
+    assert predict([tmp_path], weights, tmp_path / "out") == [tmp_path / "large.png"]
+    assert "too small; try a smaller --short-side for" in capsys.readouterr().err
+    assert (tmp_path / "out" / "small_mask.png").exists()
+
+
 def test_same_stems_do_not_overwrite_each_other(tmp_path, weights):
     for name, size in (("x/a.png", 32), ("x/a.bmp", 40), ("y/a.png", 48)):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -100,6 +100,14 @@ def test_learning_rate_with_a_share_and_a_power(progress, expected):
         ({"seed": -1}, "seed must be at least 0"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"ratio": (2.0, 0.5)}, "ratio must be a low and a high number"),
+        ({"crop": 512}, "crop must be two whole numbers or none, got 512"),
+        ({"crop": (64,)}, "crop must be two whole numbers"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"batch": 2.5}, "batch must be a whole number, got 2.5"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"distort": "no"}, "distort must be true or false, got 'no'"),
+        ({"val": 3}, "val must be text or none, got 3"),
     ],
 )
 def test_impossible_recipes(changes, message):

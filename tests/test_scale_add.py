@@ -214,6 +214,25 @@ def test_compile(compiler, backend):
 
 
 @image_layouts
+@compiled
+def test_long_sums_of_one_sign(layout, backend):
+    """Each addend is cut off to the sum's last place, always to the same side."""
+    y = arrange(torch.ones(2, 3, 400, 500), layout)
+    scale = torch.ones(3, requires_grad=True)
+    scale_add(torch.zeros_like(y), y, scale, backend=backend).backward(torch.full_like(y, 0.1))
+    assert (scale.grad / (400_000 * torch.tensor(0.1).double()) - 1).abs().max() < 8e-6
+
+
+@compiled
+def test_compiled_once_it_takes_other_strides(backend):
+    """Of the same sizes: Dynamo then has strides that are no numbers."""
+    x, scale = torch.randn(2, 6, 7, 9), torch.randn(6)
+    function = torch.compile(lambda x, y: scale_add(x, y, scale, backend=backend), backend="eager")
+    for given in (x, x.contiguous(memory_format=torch.channels_last), x.bfloat16(), x):
+        assert_same(function(given, 2 * x), scale_add(given, 2 * x, scale, backend=backend))
+
+
+@image_layouts
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @compiled
 def test_non_finite_value_stays_alone(bad, layout, backend):

@@ -209,7 +209,7 @@ def test_triton_on_the_cpu_is_the_interpreter(monkeypatch):
 
 
 def test_triton_as_it_is_interpreted_elsewhere(monkeypatch):
-    """Not mended as in these tests, it is wrong about products of bfloat16."""
+    """Not mended as in these tests, it is wrong about bfloat16."""
     code = """
 import torch
 from segnext_kernels import explain
@@ -217,7 +217,7 @@ x = torch.rand(1, 2, 3)
 answers = [explain("nmf", x.to(dtype))["triton"] for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 with torch.autocast("cpu", torch.bfloat16):
     assert explain("nmf", x)["triton"] == answers[-1]
-assert answers == ["serves", "serves", "Triton's interpreter multiplies matrices of bfloat16 by their bits"], answers
+assert answers == ["serves", "serves", "Triton's interpreter cuts bfloat16 off instead of rounding it"], answers
 """
     result = python(code, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr

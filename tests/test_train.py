@@ -481,13 +481,17 @@ def test_class_weights_by_hand():
     dataset = [(torch.zeros(3, 2, 4, dtype=torch.uint8), labels)]
     counts = label_counts(dataset)
     assert counts.nonzero().flatten().tolist() == [0, 1, 255] and counts[[0, 1, 255]].tolist() == [6, 1, 1]
+    assert class_weights(dataset, ["common", "rare"], 0.0, "data") is None
+    with pytest.raises(DataError, match="no two classes"):
+        class_weights([(dataset[0][0], labels.clamp(max=0))], ["common", "rare"], 0.0, "data")
     rare = class_weights(dataset, ["common", "rare"], 0.5, "data")
     assert rare[1] / rare[0] == pytest.approx(6**0.5)
     assert (rare * torch.tensor([6 / 7, 1 / 7])).sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
-    "size, crop, scale", [((90, 120), 64, (360, 90)), ((40, 30), 32, (120, 30)), ((700, 900), 512, (2048, 512))]
+    "size, crop, scale",
+    [((90, 120), 64, (360, 90)), ((40, 30), 32, (120, 30)), ((700, 900), 512, (2048, 512)), ((64, 512), 64, (512, 64))],
 )
 def test_a_folder_decides_on_its_scale(tmp_path, size, crop, scale, monkeypatch):
     begun = []

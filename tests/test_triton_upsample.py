@@ -79,6 +79,19 @@ def test_without_pixels_it_is_zero(shape, size, backend):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [(7, 8), (8, 4), (9, 10), (8, 2)])
+def test_masked_logits_leave_the_gradients_beside_them(columns, dtype, backend):
+    """Columns with fewer pixels than others compute beyond them, where the largest of numbers make nan."""
+    logits = draw_logits((1, 3, 3, columns[0]), dtype=dtype)
+    logits[:, 2, :, 1::2] = torch.finfo(dtype).min
+    target = torch.randint(2, (1, 4, columns[1]), generator=torch.Generator().manual_seed(0))
+    found, expected = (loss_and_gradient(logits, target, backend=name)[1] for name in (backend, "reference"))
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+@interpreted
 @pytest.mark.parametrize("weight", [None, torch.ones(5), torch.zeros(5)], ids=["equal", "weighted", "zero"])
 def test_where_nothing_counts_it_is_zero(weight, backend):
     target = torch.full((2, *SIZE), IGNORED) if weight is None or weight.any() else draw_target(SHAPE, SIZE)

@@ -6,16 +6,17 @@
 namespace segnext {
 namespace {
 
-// An item is a run of elements of one image that lie together in memory: whole pixels in channels_last, else one channel.
+// An item is a run of elements of one image that lie together in memory: whole pixels in channels_last, else of one channel.
+// Runs are short enough for their sums not to lose what is added to them.
 template <class A>
 struct Runs {
-  int64_t channels, pixels, per_run, per_image, items;
+  int64_t channels, pixels, per_run, cuts, per_image, items;
   bool channels_last;
 
   explicit Runs(const Image& x) : channels(x.channels), pixels(x.height * x.width), channels_last(x.channels_last) {
-    constexpr int64_t kRunPixels = 256;
-    per_run = channels_last ? kRunPixels : std::max<int64_t>(pixels, 1);
-    per_image = channels_last ? (pixels + per_run - 1) / per_run : channels;
+    per_run = channels_last ? 256 : 4096;
+    cuts = (pixels + per_run - 1) / per_run;
+    per_image = channels_last ? cuts : channels * cuts;
     items = x.images * per_image;
   }
   int64_t padded() const { return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
@@ -64,9 +65,10 @@ SEGNEXT_INLINE void for_vectors(const Runs<A>& runs, int64_t item, const F& f) {
     for (; i + L <= length; i += L) f(channel + i * step, first + i, std::integral_constant<int, L>{});
     if (i < length) f(channel + i * step, first + i, static_cast<int>(length - i));
   };
-  if (!runs.channels_last) return run((n * runs.channels + part) * runs.pixels, runs.pixels, part, 0);
-  const int64_t end = std::min(runs.pixels, (part + 1) * runs.per_run);
-  for (int64_t p = part * runs.per_run; p < end; ++p) run((n * runs.pixels + p) * runs.channels, runs.channels, 0, 1);
+  const int64_t channel = runs.channels_last ? 0 : part / runs.cuts, begin = part % runs.cuts * runs.per_run;
+  const int64_t end = std::min(runs.pixels, begin + runs.per_run);
+  if (!runs.channels_last) return run((n * runs.channels + channel) * runs.pixels + begin, end - begin, channel, 0);
+  for (int64_t p = begin; p < end; ++p) run((n * runs.pixels + p) * runs.channels, runs.channels, 0, 1);
 }
 
 template <class A, class X, class Y>
@@ -106,26 +108,30 @@ void backward(const Image& grad_out, const Image& y, const ResidualScale& f, con
   }
 }
 
-// The items' sums times keep, in order.
+// The items' sums times keep, in order, in double.
 template <class A>
 void reduce(const Image& x, const A* partial, const ResidualScale& f, void* grad_scale) {
   constexpr int L = kLanes<A>;
   const Runs<A> runs(x);
   const Factors<A> factors(x, f);
-  Buffer<A> total(runs.padded());
-  std::memset(total, 0, sizeof(A) * runs.padded());
+  Buffer<double> total(runs.padded());
+  Buffer<A> sum_of_channel(runs.padded());
+  std::memset(total, 0, sizeof(double) * runs.padded());
   for (int64_t item = 0; item < runs.items; ++item) {
-    const A keep = factors.of_item(runs, item);
+    const double keep = factors.of_item(runs, item);
     const A* sums = partial + item * runs.sums();
     if (runs.channels_last) {
-      for (int64_t c = 0; c < runs.padded(); c += L) store<A>(total + c, load<A>(total + c) + keep * load<A>(sums + c));
+      for (int64_t c = 0; c < x.channels; ++c) total[c] += keep * sums[c];
     } else {
-      A sum = 0;
+      double sum = 0;
       for (int lane = 0; lane < L; ++lane) sum += sums[lane];
-      total[item % runs.per_image] += keep * sum;
+      total[item % runs.per_image / runs.cuts] += keep * sum;
     }
   }
-  for (int64_t c = 0; c < x.channels; c += L) store_row<A>(filter_row(grad_scale, x.dtype, x.channels, 1), 0, c, 0, total + c);
+  for (int64_t c = 0; c < runs.padded(); ++c) sum_of_channel[c] = static_cast<A>(total[c]);
+  for (int64_t c = 0; c < x.channels; c += L) {
+    store_row<A>(filter_row(grad_scale, x.dtype, x.channels, 1), 0, c, 0, sum_of_channel + c);
+  }
 }
 
 // Calls f with null pointers of the accumulator's type and the storage types of x and y.

@@ -6,7 +6,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from ..images import visible_files
+from ..images import image_files
 from ..palette import IGNORED, generated_palette
 from .find import match
 from .masks import identity_table, read_by_table
@@ -61,12 +61,12 @@ def read_classes(path: Path) -> list[str]:
 
 
 def _by_stem(place: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files in a folder by their names before the ending, and a sentence for each whose name another has already."""
+    """The image files in a folder by their names before the ending, and a sentence for each whose name another has already."""
     if not place.is_dir():
         raise DataError(f"{place}: no such folder")
     files: dict[str, Path] = {}
     faults = []
-    for path in visible_files(place):
+    for path in image_files(place):
         if path.stem in files:
             faults.append(f"{path} and {files[path.stem].name}: two files of the same name before the ending")
         files.setdefault(path.stem, path)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from ..images import ImageError, image_size, read_image, stored_image, write_png
+from ..images import ImageError, image_size, read_image, read_labels, stored_image, write_png
 from ..palette import IGNORED, mask_image, photo_image
 from .find import by_name, find_root, first_of, match
 from .legend import legend
@@ -42,7 +42,7 @@ def read_mask(path: str | Path) -> Tensor:
     """The labels uint8 [H, W] of a mask in iSAID's colours, or of an index-colour or greyscale one."""
     image = stored_image(path)
     if len(image.getbands()) == 1:
-        return look_up(np.array(image).astype(np.int32), TABLE, path)
+        return look_up(read_labels(path).numpy(), TABLE, path)
     numbers = np.asarray(image.convert("RGB")).astype(np.int32) @ (65536, 256, 1)
     palette = np.array(legend("isaid")[1]) @ (65536, 256, 1)
     order = palette.argsort()
@@ -72,8 +72,11 @@ def cut_isaid(source: Path, out: Path, size: int = 896, stride: int = 512, worke
         How many patches were written.
 
     Raises:
-        DataError: no images, unpaired ones, files that are no images, unknown colours, or a process died.
+        DataError: no images, unpaired ones, files that are no images, unknown colours, a stride that leaves gaps, or a process
+            died.
     """
+    if stride > size:
+        raise DataError(f"a stride of {stride} leaves gaps between patches of {size}")
     splits = [split for split in SPLITS if (source / split / "images").is_dir()]
     if not splits:
         raise MissingError(f"{source}: there is neither train/images nor val/images in this folder")

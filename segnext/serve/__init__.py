@@ -39,7 +39,8 @@ def serve(
     """
     with _listen(port) as listener:
         app = create_app(Session(weights, rank=rank, short_side=short_side, device=device), megabytes * 10**6)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)  # of uploads
+        server = uvicorn.Server(config)
         print(f"http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
         try:
             server.run(sockets=[listener])

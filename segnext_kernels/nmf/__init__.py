@@ -53,6 +53,7 @@ def nmf(
         gradient: "exact" differentiates through all steps (what the official code does), "one_step" only through the last
             update of C (what the Hamburger paper proposes; the gradient for ``bases`` is then zero).
         projection: [D, D], in x's dtype or in float32 (float64 for float64), what y is multiplied with from the left, or None.
+            The CPU kernels multiply the bases with it; elsewhere it is y, in y's dtype, which rounds their gradients so, too.
         round_factors: whether products with bfloat16 ``x`` may take the factors rounded to bfloat16, all but the first, whose
             result is the softmax's logits. Where CPUs multiply bfloat16, high ranks then take little more than half the time;
             in Triton on NVIDIA's GPUs one product is made instead of two or three. An element of y is off by up to four

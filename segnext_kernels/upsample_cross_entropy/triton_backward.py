@@ -266,6 +266,7 @@ def gather(
                 z = top + down * slope
                 above = z - pixel_lse  # at most 0, but for rounding; nan stays, which a minimum would hide
                 share = tl.exp2(tl.where(above > 0.0, 0.0, above)) - tl.where(label == c, 1.0, 0.0)
+                share = tl.where(k < count, share, 0.0)  # beyond the lane's pixels it may be nan
                 if WEIGHTED:
                     share *= tl.load(weight + label, mask=label >= 0, other=0.0)
                 given += share
