@@ -129,10 +129,15 @@ def cast_filters(filters, dtype: torch.dtype):
     return filters if all(tensor.dtype == torch.float32 for tensor in filters) else cast_floating(filters, dtype)
 
 
+def is_batch_of_gradients(tensor: torch.Tensor) -> bool:
+    """Whether backward is mapped over several gradients at once (``is_grads_batched``)."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def like_layout(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """``tensor`` with the strides of ``model`` (same shape): itself where they agree already, else one copy."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor):
-        return tensor.contiguous()  # of a batch of gradients (``is_grads_batched``) no layout can be asked for
+    if is_batch_of_gradients(tensor):
+        return tensor.contiguous()  # no layout can be asked for
     if transformed() or tensor.stride() == model.stride():
         return tensor
     return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
