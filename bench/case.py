@@ -62,18 +62,18 @@ class Contender:
         return self.hindrance()
 
 
-@cache
-def _compiles() -> bool:
-    return has_compiler()
-
-
+_compiles = cache(has_compiler)
 FROZEN = {"freezing": True}  # torch.compile takes weights as constants: it folds norms and packs them, as the others do
 
 
-def in_both_layouts(ways: dict[str, Callable[[], Callable[..., Tensor]]]) -> tuple[Contender, ...]:
+def in_both_layouts(
+    ways: dict[str, Callable[[], Callable[..., Tensor]]], hindrance: Callable[[], str | None] = lambda: None
+) -> tuple[Contender, ...]:
     """Every way by its name, of a contiguous and of a channels_last input; those that are called fused are ours."""
     return tuple(
-        Contender(name, layout, build, ours=name.startswith("fused")) for name, build in ways.items() for layout in LAYOUTS
+        Contender(name, layout, build, ours=name.startswith("fused"), hindrance=hindrance)
+        for name, build in ways.items()
+        for layout in LAYOUTS
     )
 
 

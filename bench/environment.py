@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +39,14 @@ def _version(package: str) -> str | None:
     """Of what brought it, which may be called otherwise, such as onnxruntime-gpu."""
     if find_spec(package) is None:
         return None
-    brought = packages_distributions().get(package)
-    return version(brought[0]) if brought else "of unknown version"
+    names = _brought().get(package)
+    return version(names[0]) if names else "of unknown version"
+
+
+@cache
+def _brought() -> Mapping[str, list[str]]:
+    """What brought each package; all that is installed is gone through for it."""
+    return packages_distributions()
 
 
 def missing(cases: Iterable[Case]) -> dict[str, str]:

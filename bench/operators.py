@@ -17,7 +17,7 @@ from segnext_kernels.nmf.reference import nmf as nmf_reference
 from segnext_kernels.scale_add.reference import scale_add as scale_add_reference
 
 from . import plain
-from .case import DIRECTIONS, LAYOUTS, Case, Contender, Work, generator, image_shape, in_both_layouts
+from .case import DIRECTIONS, Case, Contender, Work, generator, image_shape, in_both_layouts
 
 BRANCHES = (7, 11, 21)
 Backends = tuple[str | None, ...]
@@ -35,19 +35,12 @@ def contenders(
         backends: of the operator, each a contender of its own; None for the one that serves.
         refusal: why one of them does not serve here.
     """
-    ours = (
-        Contender(
-            "fused" if backend is None else f"fused {backend}",
-            layout,
-            partial(_same, partial(fused, backend=backend)),
-            ours=True,
-            hindrance=partial(refusal, backend),
-        )
-        for backend in backends
-        for layout in LAYOUTS
-    )
+    found = ()
+    for backend in backends:
+        name = f"fused {backend}" if backend else "fused"
+        found += in_both_layouts({name: partial(_same, partial(fused, backend=backend))}, partial(refusal, backend))
     compiled = partial(torch.compile, plain, fullgraph=True, dynamic=False)
-    return *ours, *in_both_layouts({"PyTorch": partial(_same, plain), "torch.compile": compiled})
+    return found + in_both_layouts({"PyTorch": partial(_same, plain), "torch.compile": compiled})
 
 
 def _refusal(operator: str, dtype: torch.dtype, backend: str | None) -> str | None:

@@ -20,6 +20,7 @@ from .case import LAYOUTS, Case, Contender, Work, generator, image_shape
 from .models import complexity, network
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+COMPILED = {"torch.compile": "network", "torch.compile with the loss": "forward"}  # by the contender's name, see Step
 
 
 def training_case(
@@ -52,22 +53,21 @@ def training_case(
     def pytorch(layout: str, **options) -> Step:
         return Step(plain.network(network(config)), plain.upsample_cross_entropy, dtype, layout, **options)
 
+    def compilations(ending: str = "", **options) -> list[Contender]:
+        return [
+            Contender(name + ending, "channels_last", partial(pytorch, "channels_last", compiled=what, **options))
+            for name, what in COMPILED.items()
+        ]
+
     graphs = ()
     if on_gpu:
         graphs = (
             Contender("fused, CUDA graph", "channels_last", partial(fused, graphed=True), ours=True),
             Contender(
-                "fused torch.compile, CUDA graph", "channels_last", partial(fused, compiled=True, graphed=True), ours=True
+                "fused torch.compile, CUDA graph", "channels_last", partial(fused, compiled="network", graphed=True), ours=True
             ),
             *(Contender("PyTorch, CUDA graph", layout, partial(pytorch, layout, graphed=True)) for layout in LAYOUTS),
-            *(
-                Contender(
-                    f"torch.compile{also}, CUDA graph",
-                    "channels_last",
-                    partial(pytorch, "channels_last", compiled=True, with_loss=bool(also), graphed=True),
-                )
-                for also in ("", " with the loss")
-            ),
+            *compilations(", CUDA graph", graphed=True),
         )
 
     return Case(
@@ -78,12 +78,9 @@ def training_case(
         reference,
         (
             Contender("fused", "channels_last", fused, ours=True),
-            Contender("fused torch.compile", "channels_last", partial(fused, compiled=True), ours=True),
+            Contender("fused torch.compile", "channels_last", partial(fused, compiled="network"), ours=True),
             *(Contender("PyTorch", layout, partial(pytorch, layout)) for layout in LAYOUTS),
-            Contender("torch.compile", "channels_last", partial(pytorch, "channels_last", compiled=True)),
-            Contender(
-                "torch.compile with the loss", "channels_last", partial(pytorch, "channels_last", compiled=True, with_loss=True)
-            ),
+            *compilations(),
             *graphs,
         ),
         ("step",),
@@ -97,7 +94,8 @@ def training_case(
 class Step:
     """A model in training with its loss and optimizer, ready to be called with images, bases and target.
 
-    Compiled is the network, as in segnext train, or that with the loss; on a GPU forward and backward can be one CUDA graph.
+    Compiled can be the "network", as in segnext train, or all of "forward", the loss too; on a GPU forward and backward can be
+    one CUDA graph.
     """
 
     def __init__(
@@ -107,8 +105,7 @@ class Step:
         dtype: torch.dtype,
         layout: str,
         *,
-        compiled: bool = False,
-        with_loss: bool = False,
+        compiled: str | None = None,
         graphed: bool = False,
     ) -> None:
         self.model, self.graphed = model.train(), graphed
@@ -116,9 +113,8 @@ class Step:
             self.model.to(memory_format=torch.channels_last)
         self.loss, self.autocast = loss, dtype == torch.bfloat16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=6e-5, fused=True)
-        apart = compiled and not with_loss
-        self.network = torch.compile(self.model, dynamic=False) if apart else self.model
-        self.forward = torch.compile(self._forward, dynamic=False) if compiled and with_loss else self._forward
+        self.network = torch.compile(self.model, dynamic=False) if compiled == "network" else self.model
+        self.forward = torch.compile(self._forward, dynamic=False) if compiled == "forward" else self._forward
         self.add_gradients = Graphed(self._add_gradients, self.model) if graphed else self._add_gradients
 
     def _forward(self, images: Tensor, bases: Tensor, target: Tensor) -> Tensor:

@@ -67,34 +67,40 @@ def read_labels(path: str | Path) -> Tensor:
     Raises:
         ImageError: as :func:`read_image`, or an image of several channels, or in JPEG, which changes labels.
     """
-    image, unit = _open(path, _stored)
+    image = stored_image(path)
     if len(image.getbands()) > 1:
         raise ImageError(f"{path}: a mask must be greyscale or index-colour, one label per pixel; this one is {image.mode}")
     if image.mode == "F":
         raise ImageError(f"{path}: a mask must have whole numbers, this one has floating-point ones")
-    return torch.from_numpy(np.array(image).astype(np.int32) // unit)
+    return torch.from_numpy(np.array(image).astype(np.int32))
 
 
 def stored_image(path: str | Path) -> Image.Image:
-    """An image file, upright, in the mode and with the values in which it is stored; errors as :func:`read_image`."""
-    return _open(path, _upright)
+    """A mask, upright, in the mode and with the values in which it is stored.
+
+    Raises:
+        ImageError: as :func:`read_image`, or in a format that changes values.
+    """
+    return _open(path, _stored)
 
 
-def _stored(image: Image.Image) -> tuple[Image.Image, int]:
-    """A mask, and what PIL multiplies its labels by: grey values of 2 and 4 bits fill 8."""
+def _stored(image: Image.Image) -> Image.Image:
+    """Without what PIL multiplies values by: greys of 2 and 4 bits fill 8."""
     if image.format in ("JPEG", "MPO"):
         raise ValueError("a mask in JPEG has other labels than were stored; save it as PNG")
     given = image.tile[0][3] if image.tile else ()  # what the decoder is told of the file, read before it begins
     packing, *others = (given,) if isinstance(given, str) else given or (None,)
     if image.format == "PPM" and image.mode != "1" and others and others[0] not in (255, 65535):
         raise ValueError(f"a mask in PGM of values up to {others[0]} is read as one up to 255; save it as PNG")
-    return _upright(image), {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}.get(packing, 1)
+    unit = {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}.get(packing, 1)
+    image = _upright(image)
+    return image if unit == 1 else Image.fromarray(np.asarray(image) // unit)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))  # ImageOps.exif_transpose stumbles over other tags
-    return image.copy() if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

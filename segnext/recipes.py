@@ -264,9 +264,13 @@ def read(path: str | os.PathLike[str]) -> tuple[tuple[Recipe, ...], dict[str, An
     return stages, beside
 
 
+def require_fields(kind: type, values: Mapping[str, Any], name: str) -> None:
+    """Raises a RecipeError, in which ``kind`` is called ``name``, for values of which this dataclass has no fields."""
+    if unknown := values.keys() - {field.name for field in fields(kind)}:
+        raise RecipeError(f"{name} has no {', '.join(sorted(unknown))}")
+
+
 def from_dict(values: Mapping[str, Any]) -> Recipe:
     """A recipe from what ``dataclasses.asdict`` made of it, also after JSON, which has no tuples."""
-    unknown = values.keys() - {field.name for field in fields(Recipe)}
-    if unknown:
-        raise RecipeError(f"a recipe has no {', '.join(sorted(unknown))}")
+    require_fields(Recipe, values, "a recipe")
     return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -111,8 +111,7 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
     stages, beside = recipes.read(out / "recipe.json")
     if not {"data", "machine"} <= beside.keys():
         raise RecipeError(f"{out / 'recipe.json'} is a recipe, but not of a training that was begun")
-    if unknown := beside["machine"].keys() - {field.name for field in fields(Machine)}:
-        raise RecipeError(f"{out / 'recipe.json'}: a machine has no {', '.join(sorted(unknown))}")
+    recipes.require_fields(Machine, beside["machine"], f"{out / 'recipe.json'}: a machine")
     machine = Machine(**{**beside["machine"], **machine})
     with distributed.processes(machine.device) as device:
         return _stages(stages, [Path(root) for root in beside["data"]], out, device, machine)

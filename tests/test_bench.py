@@ -139,7 +139,7 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
 
 def test_a_version_is_found_by_what_brought_a_package(monkeypatch):
     """Of onnxruntime it may be onnxruntime-gpu."""
-    monkeypatch.setattr(environment, "packages_distributions", lambda: {"pytest": ["numpy"], "torch": []})
+    monkeypatch.setattr(environment, "_brought", lambda: {"pytest": ["numpy"], "torch": []})
     assert environment._version("pytest") == version("numpy")
     assert environment._version("torch") == "of unknown version" and environment._version("no_such_package") is None
 

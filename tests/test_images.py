@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from segnext.data.isaid import read_mask
 from segnext.images import ImageError, normalise, read_image, read_labels, stored_image, write_png
 from segnext.palette import generated_palette, legend, mask_image, overlay
 
@@ -238,7 +239,8 @@ def test_masks_of_few_bits_have_the_labels_that_are_stored(tmp_path, bits):
     chunks = (header, b"IDAT" + zlib.compress(rows), b"IEND")
     parts = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in chunks)
     (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    np.testing.assert_array_equal(read_labels(tmp_path / "mask.png").numpy(), labels)
+    for read in (read_labels, read_mask):
+        np.testing.assert_array_equal(read(tmp_path / "mask.png").numpy(), labels)
 
 
 @pytest.mark.parametrize("format, most", [("P5", 1), ("P5", 3), ("P2", 3), ("P5", 300)])

@@ -65,8 +65,7 @@ def test_a_stride_that_leaves_gaps_is_refused(tmp_path):
         cut_isaid(tmp_path / "in", tmp_path / "out", size=4, stride=5)
 
 
-def test_masks_of_few_bits(tmp_path):
-    """Which PIL stretches to 8."""
+def test_greys_that_are_stretched_are_refused(tmp_path):
     path = tmp_path / "mask.pgm"
     path.write_bytes(b"P5\n2 1\n3\n\0\1")
     with pytest.raises(ImageError, match="save it as PNG"):

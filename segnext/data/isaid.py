@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from ..images import ImageError, image_size, read_image, read_labels, stored_image, write_png
+from ..images import ImageError, image_size, read_image, stored_image, write_png
 from ..palette import IGNORED, mask_image, photo_image
 from .find import by_name, find_root, first_of, match
 from .legend import legend
@@ -42,7 +42,7 @@ def read_mask(path: str | Path) -> Tensor:
     """The labels uint8 [H, W] of a mask in iSAID's colours, or of an index-colour or greyscale one."""
     image = stored_image(path)
     if len(image.getbands()) == 1:
-        return look_up(read_labels(path).numpy(), TABLE, path)
+        return look_up(np.array(image).astype(np.int32), TABLE, path)
     numbers = np.asarray(image.convert("RGB")).astype(np.int32) @ (65536, 256, 1)
     palette = np.array(legend("isaid")[1]) @ (65536, 256, 1)
     order = palette.argsort()
