@@ -30,7 +30,10 @@ PyObject* features(PyObject*, PyObject*) {
   add("avx512bw", __builtin_cpu_supports("avx512bw"));
   add("avx512dq", __builtin_cpu_supports("avx512dq"));
   add("avx512vl", __builtin_cpu_supports("avx512vl"));
-  add("avx512bf16", __builtin_cpu_supports("avx512bf16"));
+  const bool dots = __builtin_cpu_supports("avx512bf16");
+  add("avx512bf16", dots);
+  // Intel's cores begin a dot product of bfloat16 every other cycle, and two multiply-adds of float in each: half the products.
+  add("slow-avx512bf16", dots && __builtin_cpu_is("intel"));
   const bool leaf = __get_cpuid_count(7, 0, &a, &b, &c, &d);  // of the tiles GCC 10 knows no names
   const bool tiles = leaf && (d & 1u << 24) && (d & 1u << 22) && segnext::amx::permitted();
   add("amx-tile", tiles);
@@ -42,7 +45,7 @@ PyObject* features(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"features", features, METH_NOARGS, "The processor's vector extensions, by GCC's names."},
+    {"features", features, METH_NOARGS, "The processor's vector extensions, by GCC's names, and slow- those not worth using."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};

@@ -42,7 +42,7 @@ def _load(wanted: str | None) -> str | None:
         )
     except ImportError as error:
         return f"the compiled CPU kernels did not load: {error}"
-    for isa in [wanted] if wanted else _LIBRARIES:
+    for isa in [wanted] if wanted else _worth_using(features):
         missing = [name for name in _LIBRARIES[isa] if name not in features]
         if missing:
             reason = f"this processor lacks {', '.join(missing)}"
@@ -59,6 +59,11 @@ def _load(wanted: str | None) -> str | None:
         facts.update(library.facts())
         return None
     return reason
+
+
+def _worth_using(features: list[str]) -> list[str]:
+    """The libraries, but for dot products of bfloat16 where multiply-adds of float32 make more products in the same time."""
+    return [isa for isa in _LIBRARIES if not (isa == "avx512_bf16" and "slow-avx512bf16" in features)]
 
 
 def _of_another_version(library: ModuleType, kind: str) -> str | None:

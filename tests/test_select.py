@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -349,6 +350,22 @@ import segnext_kernels
     result = python(code, **{_load.ISA_VARIABLE: isa})
     assert result.returncode != 0
     assert f"ImportError: {_load.ISA_VARIABLE}={isa}: {reason}" in result.stderr
+
+
+@pytest.mark.parametrize(("without", "chosen"), [("", "amx_bf16"), ("amx", "avx512"), ("slow amx", "avx512_bf16")])
+def test_dot_products_that_are_slow_are_left(monkeypatch, without, chosen):
+    """The best library is one with tiles, then one with dot products, unless these make less than multiply-adds do."""
+    features = ["slow-avx512bf16", *_load._LIBRARIES["amx_bf16"]]
+    have = [name for name in features if not name.startswith(tuple(without.split()))]
+    loaded = {}
+    monkeypatch.setattr(_load, "facts", loaded)
+    monkeypatch.setitem(sys.modules, "segnext_kernels._cpu", SimpleNamespace(features=lambda: have))
+    for isa in _load._LIBRARIES:
+        facts = {"interface": _load.INTERFACE, "isa": isa}
+        monkeypatch.setitem(sys.modules, f"segnext_kernels._C_{isa}", SimpleNamespace(facts=lambda facts=facts: facts))
+    assert _load._load(None) is None and loaded["isa"] == chosen
+    if chosen != "amx_bf16":
+        assert _load._load("avx512_bf16") is None and loaded["isa"] == "avx512_bf16"  # who asks for it has it
 
 
 def test_reference_alone():

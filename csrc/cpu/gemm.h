@@ -1,38 +1,74 @@
 // Small matrix products whose right side and result are rows of vectors, as the factors of the NMF are.
 #pragma once
+#include <algorithm>
+
 #include "cpu/image.h"
 
 namespace segnext {
 
-// Element (m, k) lies at data[m * row + k * column].
+// The left side of a product. Element (m, k) lies at data[m * row + k * column]; one of the two is 1.
 template <class A>
 struct Strided {
   const A* data;
   int64_t row, column;
 };
 
-// out [M][NV vectors] (+)= left [M][K] * right [K][NV vectors], summed over k in order.
-template <class A, int M, int NV>
-SEGNEXT_INLINE void gemm_tile(Strided<A> left, int64_t depth, const A* right, int64_t right_row, A* out, int64_t out_row,
-                              bool add) {
+enum class Along { kRows, kDepth };  // what lies side by side in the left side's memory
+
+// Keeps the compiler from computing addresses beforehand, in more registers than there are.
+template <class A>
+SEGNEXT_INLINE void step_by(const A*& place, int64_t elements) {
+  place += elements;
+  __asm__("" : "+r"(place));
+}
+
+// out [M][NV vectors] (+)= left [M][depth] * right [depth][NV vectors], summed over the depth in order. `stride` is what lies
+// between the left side's rows, or between their elements where the rows lie side by side.
+template <Along kAlong, class A, int M, int NV>
+SEGNEXT_INLINE void gemm_tile(const A* left, int64_t stride, int64_t depth, const A* right, int64_t right_row, A* out,
+                              int64_t out_row, bool add) {
   constexpr int L = kLanes<A>;
+  constexpr bool kFetch = NV == 1 && M * sizeof(A) >= 64;  // where every multiply-add reads another element of the left side
+  constexpr int kTogether = kAlong == Along::kRows ? 1 : std::max(1, (kRegisters == 32 ? 4 : 2) / NV);  // elements of a row
   Vector<A> acc[M][NV];
   SEGNEXT_UNROLL
   for (int m = 0; m < M; ++m) {
     SEGNEXT_UNROLL
     for (int v = 0; v < NV; ++v) acc[m][v] = add ? load<A>(out + m * out_row + v * L) : Vector<A>{};
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector<A> r[NV];
+  const A* after = left + M * stride;  // the next rows, as many elements of them at a time as are read of these
+  auto next = [&](auto elements) {
+    constexpr int count = elements;
+    Vector<A> r[count][NV];
     SEGNEXT_UNROLL
-    for (int v = 0; v < NV; ++v) r[v] = load<A>(right + k * right_row + v * L);
-    const A* l = left.data + k * left.column;
+    for (int i = 0; i < count; ++i) {
+      SEGNEXT_UNROLL
+      for (int v = 0; v < NV; ++v) r[i][v] = load<A>(right + i * right_row + v * L);
+    }
+    const A* l = left;
+    if constexpr (kAlong == Along::kRows && kFetch) __builtin_prefetch(left + 8 * stride);
+    if constexpr (kAlong == Along::kDepth && kFetch) {
+      SEGNEXT_UNROLL
+      for (int i = 0; i < M * count; i += L) __builtin_prefetch(after + i);
+      after += M * count;
+    }
     SEGNEXT_UNROLL
     for (int m = 0; m < M; ++m) {
-      const A value = l[m * left.row];
       SEGNEXT_UNROLL
-      for (int v = 0; v < NV; ++v) acc[m][v] += value * r[v];
+      for (int i = 0; i < count; ++i) {
+        const A value = l[kAlong == Along::kRows ? m : i];
+        SEGNEXT_UNROLL
+        for (int v = 0; v < NV; ++v) acc[m][v] += value * r[i][v];
+      }
+      if constexpr (kAlong == Along::kDepth) step_by(l, stride);
     }
+    left += kAlong == Along::kRows ? stride : count;
+    right += count * right_row;
+  };
+  int64_t k = 0;
+  for (; k + kTogether <= depth; k += kTogether) next(std::integral_constant<int, kTogether>{});
+  if constexpr (kTogether > 1) {
+    for (; k < depth; ++k) next(std::integral_constant<int, 1>{});
   }
   SEGNEXT_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -41,14 +77,15 @@ SEGNEXT_INLINE void gemm_tile(Strided<A> left, int64_t depth, const A* right, in
   }
 }
 
-template <class A, int NV>
-void gemm_columns(Strided<A> left, int64_t rows, int64_t depth, const A* right, int64_t right_row, A* out, int64_t out_row,
-                  bool add) {
-  constexpr int kFull = (kRegisters == 32 ? 24 : 12) / NV;  // what the registers hold beside the operands
+template <Along kAlong, class A, int NV>
+void gemm_columns(const A* left, int64_t stride, int64_t rows, int64_t depth, const A* right, int64_t right_row, A* out,
+                  int64_t out_row, bool add) {
+  // What the registers hold beside the operands, but no more than divides the usual sizes where that is no slower.
+  constexpr int kFull = kRegisters == 16 ? 12 / NV : NV == 1 ? 16 : 24 / NV;
   auto next = [&](auto size) {
     constexpr int count = size;
-    gemm_tile<A, count, NV>(left, depth, right, right_row, out, out_row, add);
-    left.data += count * left.row;
+    gemm_tile<kAlong, A, count, NV>(left, stride, depth, right, right_row, out, out_row, add);
+    left += count * (kAlong == Along::kRows ? 1 : stride);
     out += count * out_row;
     rows -= count;
   };
@@ -65,7 +102,11 @@ void gemm(Strided<A> left, int64_t rows, int64_t depth, const A* right, int64_t 
           int64_t out_row, bool add) {
   auto next = [&](auto size) {
     constexpr int count = size;
-    gemm_columns<A, count>(left, rows, depth, right, right_row, out, out_row, add);
+    if (left.column == 1) {
+      gemm_columns<Along::kDepth, A, count>(left.data, left.row, rows, depth, right, right_row, out, out_row, add);
+    } else {
+      gemm_columns<Along::kRows, A, count>(left.data, left.column, rows, depth, right, right_row, out, out_row, add);
+    }
     right += count * kLanes<A>;
     out += count * kLanes<A>;
     vectors -= count;

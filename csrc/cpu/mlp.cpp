@@ -5,9 +5,10 @@
 //
 //   x (rows + 2) --W1--> wide (chunk) --depthwise, GELU--> narrow (chunk) --W2--> sum (rows), added up over the chunks
 //
-// The last two widened rows of every chunk are carried over to the next step; where a thread begins anew it computes two more.
+// The last two widened rows of every chunk stay for the next step; where a thread begins anew it computes two more.
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -38,20 +39,25 @@ class Walk {
         sum_row_(whole_panels(C_)),
         step_(step),
         row_((W_ + 2) * L),
-        group_((step_ + 2) * row_),
-        wide_(kGroups * group_),
-        carried_(chunks_ * kGroups * 2 * row_),
+        slots_(step_ + 2 * (chunks_ + 1)),
+        wide_(kGroups * slots_ * row_),
         narrow_(step_ * W_, kChunk),
         sum_((step_ * W_ + 15) * sum_row_),
         taps_(chunks_ * kGroups * kTaps * L),
         bias1_(chunks_ * kChunk),
+        kept_(chunks_),
+        free_(step_ + 2 * chunks_),
+        slot_(step_ + 2),
         place_((step_ + 2) * W_),
         fc1_(static_cast<const T*>(w.fc1.data), C_, w.hidden),
         fc2_(static_cast<const T*>(w.fc2.data), w.hidden, C_),
         keep_(keep),
         weights_(chunks_) {
-    std::memset(wide_, 0, sizeof(float) * kGroups * group_);  // the pixels beside the rows stay zero
-    for (int64_t m = 0; m < (step_ + 2) * W_; ++m) place_[m] = m / W_ * row_ + (m % W_ + 1) * L;
+    for (int64_t i = 0; i < kGroups * slots_; ++i) {  // the pixels beside the rows stay zero
+      std::memset(wide_ + i * row_, 0, sizeof(float) * L);
+      std::memset(wide_ + (i + 1) * row_ - L, 0, sizeof(float) * L);
+    }
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) kept_[chunk] = step_ + 2 * chunk;
     std::memset(bias1_, 0, sizeof(float) * chunks_ * kChunk);
     std::memcpy(bias1_, w.fc1.bias, sizeof(float) * w.hidden);
     const int64_t groups = (w.hidden + L - 1) / L;
@@ -73,6 +79,7 @@ class Walk {
       if (!weights_[chunk]) weights_[chunk].emplace(fc1_, fc2_, chunk);
       widen(in, row, rows, begin, chunk, begins);
       depthwise_gelu(rows, chunk);
+      std::swap(kept_[chunk], free_);
       const ChunkWeights& w = *weights_[chunk];
       matmul_sum<T>(narrow_.first(rows * W_, w.last - w.first), w.fc2, sum_, sum_row_, chunk > 0);
       if (!keep_) weights_[chunk].reset();
@@ -92,20 +99,20 @@ class Walk {
           fc2(fc2.rows(first, last)) {}
   };
 
-  float* wide(int64_t group, int64_t row) const { return wide_ + group * group_ + row * row_; }
+  // The row-th of the rows that a step widens, row - 1 to row + rows of the image.
+  float* wide(int64_t group, int64_t row) const { return wide_ + (group * slots_ + slot_[row]) * row_; }
 
   // wide <- rows row - 1 to row + rows of a chunk: those of `in`, which begin at one of them, and the two that are there
-  // already where the rows follow those of the step before.
+  // already where the rows follow those of the step before. The last two go where the next step will find them.
   void widen(const Left<T>& in, int64_t row, int64_t rows, int64_t begin, int64_t chunk, bool begins) {
-    float* carried = carried_ + chunk * kGroups * 2 * row_;
+    for (int64_t r = 0; r < rows + 2; ++r) slot_[r] = !begins && r < 2 ? kept_[chunk] + r : r < rows ? r : free_ + r - rows;
     for (int64_t g = 0; g < kGroups; ++g) {
       if (begins && row == 0) std::memset(wide(g, 0), 0, sizeof(float) * row_);
-      if (!begins) std::memcpy(wide(g, 0), carried + g * 2 * row_, sizeof(float) * 2 * row_);
+      if (!begins && rows == 1) std::memcpy(wide_ + (g * slots_ + free_) * row_, wide(g, 1), sizeof(float) * row_);
       if (row + rows == x_.height) std::memset(wide(g, rows + 1), 0, sizeof(float) * row_);
     }
-    const float* bias = bias1_ + chunk * kChunk;
-    matmul_place<T>(in, weights_[chunk]->fc1, bias, place_, W_, group_, wide_ + (begin - row + 1) * row_);
-    for (int64_t g = 0; g < kGroups; ++g) std::memcpy(carried + g * 2 * row_, wide(g, rows), sizeof(float) * 2 * row_);
+    for (int64_t m = 0; m < in.count; ++m) place_[m] = slot_[begin - row + 1 + m / W_] * row_ + (m % W_ + 1) * L;
+    matmul_place<T>(in, weights_[chunk]->fc1, bias1_ + chunk * kChunk, place_, W_, slots_ * row_, wide_);
   }
 
   void depthwise_gelu(int64_t rows, int64_t chunk) {
@@ -145,11 +152,13 @@ class Walk {
   const Image& x_;
   const MlpWeights& w_;
   const Image& y_;
-  const int64_t C_, W_, chunks_, sum_row_, step_, row_, group_;
-  Buffer<float> wide_, carried_;
+  const int64_t C_, W_, chunks_, sum_row_, step_, row_, slots_;
+  Buffer<float> wide_;  // [kGroups][slots][W + 2][L]: a step's rows, two rows for every chunk, and two more
   Stored<T> narrow_;
   Buffer<float> sum_, taps_, bias1_;
-  Buffer<int64_t> place_;  // of a pixel in a group of wide
+  std::vector<int64_t> kept_;  // the slots of the last two rows of a chunk, and the two that are free
+  int64_t free_;
+  Buffer<int64_t> slot_, place_;  // of a step's row in wide, and of a pixel in its group
   const Packed<T> fc1_, fc2_;
   const bool keep_;
   int64_t next_ = 0;  // the row after those that were computed last, counted through all images
