@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -120,9 +120,7 @@ class Case:
 
         They are drawn on the CPU and lie on the default device.
         """
-        given, where = self.input_dtype or self.dtype, device()
-        with torch.device("cpu"):
-            drawn = [tensor.to(where) for tensor in self.setup()]
+        given, drawn = self.input_dtype or self.dtype, _drawn(self.setup, device())
         inputs = [tensor.to(given).to(dtype or given) if tensor.is_floating_point() else tensor for tensor in drawn]
         shape = inputs[0].shape
         inputs = [lay_out(tensor, layout or "contiguous") if tensor.shape == shape else tensor for tensor in inputs]
@@ -130,8 +128,7 @@ class Case:
 
     def grad_out(self, y: Tensor) -> Tensor:
         """The gradient that backward starts from, in y's dtype and layout."""
-        drawn = torch.randn(y.shape, generator=generator(), dtype=torch.float64, device="cpu")
-        return torch.empty_like(y).copy_(drawn.to(self.dtype))
+        return torch.empty_like(y).copy_(_normal(y.shape, y.device).to(self.dtype))
 
     def present(self) -> tuple[Contender, ...]:
         """The contenders that can run here."""
@@ -143,6 +140,17 @@ class Case:
         if label not in found:
             raise ValueError(f"{self.name} has no contender {label!r}; there are {', '.join(found)}")
         return found[label]
+
+
+@lru_cache(maxsize=1)  # all contenders of a case have the same, and drawing takes longer than they do on a GPU
+def _drawn(setup: Callable[[], list[Tensor]], where: torch.device) -> list[Tensor]:
+    with torch.device("cpu"):
+        return [tensor.to(where) for tensor in setup()]
+
+
+@lru_cache(maxsize=1)
+def _normal(shape: torch.Size, where: torch.device) -> Tensor:
+    return torch.randn(shape, generator=generator(), dtype=torch.float64, device="cpu").to(where)
 
 
 def device() -> torch.device:

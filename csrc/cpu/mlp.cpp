@@ -111,7 +111,10 @@ class Walk {
       if (!begins && rows == 1) std::memcpy(wide_ + (g * slots_ + free_) * row_, wide(g, 1), sizeof(float) * row_);
       if (row + rows == x_.height) std::memset(wide(g, rows + 1), 0, sizeof(float) * row_);
     }
-    for (int64_t m = 0; m < in.count; ++m) place_[m] = slot_[begin - row + 1 + m / W_] * row_ + (m % W_ + 1) * L;
+    int64_t* place = place_;
+    for (int64_t r = begin - row + 1, end = r + in.count / W_; r < end; ++r) {
+      for (int64_t w = 0; w < W_; ++w) *place++ = slot_[r] * row_ + (w + 1) * L;
+    }
     matmul_place<T>(in, weights_[chunk]->fc1, bias1_ + chunk * kChunk, place_, W_, slots_ * row_, wide_);
   }
 

@@ -10,19 +10,19 @@ namespace {
 
 constexpr int kTaps = 10;       // of a channel: the filter and the bias
 constexpr int kTapStride = 12;  // in shared memory
-constexpr int kPad = 4;         // columns beside a tile's in shared memory; one of them is read
+constexpr int kPad = 4;         // columns beside a tile's in shared memory, of which one counts forward and two backward
+constexpr int kPast = 4;        // floats after the ring of x, which are read and do not count
 constexpr int kMostThreads = 256;
 
 // In shared memory, for forward: the taps, the ring of x, kRows rows of y in channels_last, what is on its way from memory.
 // Backward has the ring of dz too, and rows of the output's gradient.
 struct Arrays {
   Layout layout;
-  int x_pad, taps, x, dz, rows, patch, staging, grad_staging;
+  int taps, x, dz, rows, patch, staging, grad_staging;
   __host__ __device__ Arrays(const Tiling& t, bool backward, int patch_floats, int staging_bytes, float* memory)
       : layout(memory),
-        x_pad(backward ? 2 * kPad : kPad),
         taps(layout.take(t.tile_channels * kTapStride)),
-        x(layout.take(t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * x_pad))),
+        x(layout.take(t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) + kPast)),
         dz(layout.take(backward ? t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) : 0)),
         rows(layout.take(backward || t.channels_last ? t.tile_channels * plane_stride(kRows, t.tile_columns + 2 * kPad) : 0)),
         patch(layout.take(patch_floats)),
@@ -106,10 +106,11 @@ __global__ void __launch_bounds__(kLast ? kMostThreads : 128, kLast ? 2 : 3)
   float* shared = reinterpret_cast<float*>(memory);
   const Arrays at = arrays<T, kLast>(t, true, shared);
   const Tile tile(t);
-  const int end = tile.column + t.tile_columns, x_pitch = t.tile_columns + 2 * at.x_pad, pitch = t.tile_columns + 2 * kPad;
+  const int end = tile.column + t.tile_columns, pitch = t.tile_columns + 2 * kPad;
   const RowMover<T, kLast> rows(t, tile, tile.column - 2, end + 2, shared + at.staging);
   const RowMover<T, kLast> grads(t, tile, tile.column - 1, end + 1, shared + at.grad_staging);
-  const Planes xs = {shared + at.x, x_pitch, plane_stride(kRing, x_pitch), tile.column - at.x_pad};
+  // The gradient of z at the outermost of its columns beside the tile, which nobody reads, meets what lies beside a row of x.
+  const Planes xs = {shared + at.x, pitch, plane_stride(kRing, pitch), tile.column - kPad};
   const Planes dzs = {shared + at.dz, pitch, plane_stride(kRing, pitch), tile.column - kPad};
   const Planes gs = {shared + at.rows, pitch, plane_stride(kRows, pitch), tile.column - kPad};
   clear(xs, t.tile_channels);
