@@ -153,6 +153,12 @@ def _normal(shape: torch.Size, where: torch.device) -> Tensor:
     return torch.randn(shape, generator=generator(), dtype=torch.float64, device="cpu").to(where)
 
 
+def forget_inputs() -> None:
+    """Frees what the last inputs and gradients were rounded from, which is kept for the next contender."""
+    _drawn.cache_clear()
+    _normal.cache_clear()
+
+
 def device() -> torch.device:
     """Where contenders run: ``torch.set_default_device`` chooses."""
     return torch.get_default_device()

@@ -14,7 +14,7 @@ from segnext import speed
 from segnext.model import SIZES, Config
 
 from . import output
-from .case import Case
+from .case import Case, forget_inputs
 from .environment import environment, heading, missing
 from .measure import Runner
 from .models import complexity, labels_case
@@ -99,6 +99,7 @@ def peak(problem: Problem, label: str) -> int:
     runner = Runner(case, contender)
     if direction != "forward" and case.gradients:
         runner.grad_out = case.grad_out(runner.inputs[0] if y.dim() else y)  # an image becomes an image, or one number
+    forget_inputs()
     held = sum(tensor.nbytes for tensor in (*runner.inputs, runner.grad_out) if tensor is not None) + weights
     speed.reset_peak()
     results = runner.prepare(direction)()

@@ -22,7 +22,7 @@ struct Arrays {
   __host__ __device__ Arrays(const Tiling& t, bool backward, int patch_floats, int staging_bytes, float* memory)
       : layout(memory),
         taps(layout.take(t.tile_channels * kTapStride)),
-        x(layout.take(t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) + kPast)),
+        x(layout.take(t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) + (backward ? kPast : 0))),
         dz(layout.take(backward ? t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) : 0)),
         rows(layout.take(backward || t.channels_last ? t.tile_channels * plane_stride(kRows, t.tile_columns + 2 * kPad) : 0)),
         patch(layout.take(patch_floats)),

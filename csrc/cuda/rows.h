@@ -43,7 +43,7 @@ class RowMover {
         step_(blockDim.x, line_) {}
 
   __host__ __device__ static int staging_bytes(const Tiling& t, int columns) {
-    return round_up(columns + kUnit, kUnit) * kRows * t.tile_channels * static_cast<int>(sizeof(T));
+    return (kLast ? columns : round_up(columns + kUnit, kUnit)) * kRows * t.tile_channels * static_cast<int>(sizeof(T));
   }
 
   // Starts to copy the image's rows from `row` on.
