@@ -80,7 +80,7 @@ class Recipe:
     balance: float = _about("classes weigh in the loss as their share of the pixels to the power of minus this", 0.0)
     sync_norm: bool = _about("batch norms see the batch of all processes", True)
     precision: str = _about(
-        "float32, or autocast to bfloat16 or float16; auto: bfloat16 where the processor multiplies it", "float32"
+        "float32, or autocast to bfloat16 or float16; auto: bfloat16 where it is multiplied faster", "float32"
     )
     compile: bool = _about("train through torch.compile", False)
     deterministic: bool = _about("the same bits at every run on GPUs too, which is slower there", False)

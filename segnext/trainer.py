@@ -234,7 +234,7 @@ def pixel_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = No
 
 
 def precision(name: str, device: torch.device) -> str:
-    """float32, bfloat16 or float16; "auto" is bfloat16 where the device multiplies it, else float32."""
+    """float32, bfloat16 or float16; "auto" is bfloat16 where the device multiplies it faster, else float32."""
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -77,11 +77,16 @@ SEGNEXT_INLINE void gemm_tile(const A* left, int64_t stride, int64_t depth, cons
   }
 }
 
+// Rows whose sums, of so many vectors each, the registers hold beside the operands, but no more than divides the usual sizes
+// where that is no slower.
+constexpr int rows_together(int64_t vectors) {
+  return static_cast<int>(kRegisters == 16 ? 12 / vectors : vectors == 1 ? 16 : 24 / vectors);
+}
+
 template <Along kAlong, class A, int NV>
 void gemm_columns(const A* left, int64_t stride, int64_t rows, int64_t depth, const A* right, int64_t right_row, A* out,
                   int64_t out_row, bool add) {
-  // What the registers hold beside the operands, but no more than divides the usual sizes where that is no slower.
-  constexpr int kFull = kRegisters == 16 ? 12 / NV : NV == 1 ? 16 : 24 / NV;
+  constexpr int kFull = rows_together(NV);
   auto next = [&](auto size) {
     constexpr int count = size;
     gemm_tile<kAlong, A, count, NV>(left, stride, depth, right, right_row, out, out_row, add);

@@ -33,7 +33,7 @@ struct NmfShape {
   // Whether the columns that a product reads side by side would drive each other out of the first cache, `row` elements apart.
   bool conflicts(int64_t row) const {
     constexpr int64_t kPeriod = 4096, kWays = 6;  // bytes between addresses that share a set, lines in a set and some to spare
-    const int64_t together = (kRegisters == 32 ? 24 : 12) / (vectors >= 4 ? 4 : vectors);
+    const int64_t together = rows_together(vectors >= 4 ? 4 : vectors >= 2 ? 2 : 1);
     return together > kWays * kPeriod / std::gcd(kPeriod, row * static_cast<int64_t>(sizeof(A)));
   }
 };

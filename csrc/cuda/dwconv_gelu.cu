@@ -11,8 +11,10 @@ namespace {
 constexpr int kTaps = 10;       // of a channel: the filter and the bias
 constexpr int kTapStride = 12;  // in shared memory
 constexpr int kPad = 4;         // columns beside a tile's in shared memory, of which one counts forward and two backward
-constexpr int kPast = 4;        // floats after the ring of x, which are read and do not count
 constexpr int kMostThreads = 256;
+
+// Floats before the ring of x, which backward reads and which do not count.
+__host__ __device__ constexpr int before(bool backward) { return backward ? 4 : 0; }
 
 // In shared memory, for forward: the taps, the ring of x, kRows rows of y in channels_last, what is on its way from memory.
 // Backward has the ring of dz too, and rows of the output's gradient.
@@ -22,7 +24,7 @@ struct Arrays {
   __host__ __device__ Arrays(const Tiling& t, bool backward, int patch_floats, int staging_bytes, float* memory)
       : layout(memory),
         taps(layout.take(t.tile_channels * kTapStride)),
-        x(layout.take(t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) + (backward ? kPast : 0))),
+        x(layout.take(t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) + before(backward)) + before(backward)),
         dz(layout.take(backward ? t.tile_channels * plane_stride(kRing, t.tile_columns + 2 * kPad) : 0)),
         rows(layout.take(backward || t.channels_last ? t.tile_channels * plane_stride(kRows, t.tile_columns + 2 * kPad) : 0)),
         patch(layout.take(patch_floats)),
