@@ -52,8 +52,8 @@ def backward(grad_out: Tensor, logits: Tensor, target: Tensor, weight: Tensor | 
     )
     lanes = min((64, 32), key=lambda lanes: lanes * blocks(columns, lanes)) if columns > 32 else power_of_2(columns, 4)
     wide = min(LANES // lanes, power_of_2(classes))
-    fastest = {64: 2, 32: 8}.get(lanes, 4)  # warps, as an H100 told; with 64 lanes and 16 classes they would spill
-    configs = [config(fastest, CLASSES=wide), config(4 if fastest != 4 else 2, CLASSES=wide)]
+    warps = {64: (2, 4), 32: (8, 4)}.get(lanes, (4, 2))  # as an H100 told; 2 with 64 lanes and 16 classes would spill
+    configs = [config(count, CLASSES=wide) for count in warps]
     for strip in range(int(ceil_div(images * plan.segments, plan.together))):  # what is traced holds for as many
         first = strip * plan.together
         last = min(first + plan.together, images * plan.segments) - 1
