@@ -13,6 +13,7 @@ using segnext::HamburgerWeights;
 using segnext::Image;
 using segnext::kMostSteps;
 using segnext::kStripTensors;
+using segnext::LayerNorm;
 using segnext::MlpWeights;
 using segnext::PackedWeights;
 
@@ -85,13 +86,23 @@ Tensor spatial_attention(const Tensor& x, const std::vector<Tensor>& weights) {
 }
 
 Tensor mlp(const Tensor& x, const Tensor& fc1, const Tensor& bias1, const Tensor& depthwise, const Tensor& depthwise_bias,
-           const Tensor& fc2, const Tensor& bias2) {
+           const Tensor& fc2, const Tensor& bias2, const std::optional<Tensor>& norm_weight,
+           const std::optional<Tensor>& norm_bias, double eps) {
   const Image in = pixels(x, "x");
   const int64_t hidden = bias1.numel();
   STD_TORCH_CHECK(hidden > 0, "segnext_kernels: fc1 must have at least one output");
-  const MlpWeights w{packed(fc1, bias1, in.channels, hidden, in, "fc1"), floats(depthwise, {hidden, 1, 3, 3}, "depthwise"),
-                     floats(depthwise_bias, {hidden}, "depthwise_bias"), packed(fc2, bias2, hidden, in.channels, in, "fc2"),
-                     hidden};
+  STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "segnext_kernels: a norm has a weight and a bias");
+  LayerNorm norm{};
+  if (norm_weight) {
+    norm = {floats(*norm_weight, {in.channels}, "norm_weight"), floats(*norm_bias, {in.channels}, "norm_bias"),
+            static_cast<float>(eps)};
+  }
+  const MlpWeights w{packed(fc1, bias1, in.channels, hidden, in, "fc1"),
+                     floats(depthwise, {hidden, 1, 3, 3}, "depthwise"),
+                     floats(depthwise_bias, {hidden}, "depthwise_bias"),
+                     packed(fc2, bias2, hidden, in.channels, in, "fc2"),
+                     hidden,
+                     norm};
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() > 0) segnext::mlp_forward(in, w, pixels(y, "y"), parallel());
   return y;

@@ -16,7 +16,7 @@ from segnext_kernels.nn import NMF2D, PointwiseConv2d
 from .distributed import SyncBatchNorm2d
 from .heads import Hamburger, HamHead, Head
 from .model import SegNeXt
-from .mscan import MLP, MSCAN, Block, DropPath, SpatialAttention
+from .mscan import MLP, MSCAN, Block, DropPath, LayerNorm2d, SpatialAttention
 
 DTYPES = (torch.float32, torch.bfloat16)
 ALIKE = ((nn.Conv2d, PointwiseConv2d), (nn.BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm))  # in evaluation
@@ -69,6 +69,8 @@ def options(module: nn.Module) -> tuple:
         return module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode, depthwise
     if isinstance(module, ALIKE[1]):
         return module.affine, module.track_running_stats
+    if isinstance(module, nn.LayerNorm):
+        return module.weight is not None, module.bias is not None
     return (module.approximate,) if isinstance(module, nn.GELU) else ()
 
 
@@ -143,19 +145,23 @@ class FusedAttention(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """x + layer_scale * mlp(norm(x))."""
+    """x + layer_scale * mlp(norm(x)), and the norm that ends a stage in its last block."""
 
-    def __init__(self, mlp: MLP, dtype: torch.dtype, norm: nn.BatchNorm2d, layer_scale: Tensor) -> None:
+    def __init__(
+        self, mlp: MLP, dtype: torch.dtype, norm: nn.BatchNorm2d, layer_scale: Tensor, last_norm: LayerNorm2d | None
+    ) -> None:
         super().__init__()
         weight_1, bias_1 = norm_first(norm, mlp.fc1)
         weight_2, bias_2 = matrix(mlp.fc2)
         scale, depthwise = layer_scale.double(), mlp.dwconv.dwconv
         tensors = [kernels.pack(weight_1, dtype), bias_1.float(), depthwise.weight.float(), depthwise.bias.float()]
         tensors += [kernels.pack(weight_2 * scale[:, None, None, None], dtype), (bias_2 * scale).float()]
+        tensors += [] if last_norm is None else [last_norm.weight.float(), last_norm.bias.float()]
         self.weights = nn.ParameterList(map(frozen, tensors))
+        self.options = {} if last_norm is None else {"eps": last_norm.eps}
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.mlp(x, *values(self.weights))
+        return kernels.mlp(x, *values(self.weights), **self.options)
 
 
 class GroupNormReLU(nn.Module):
@@ -180,19 +186,22 @@ class FusedHamburger(nn.Module):
         weight, bias = matrix(hamburger.ham_in.conv)
         self.ham_in, self.bias = frozen(kernels.pack(weight, dtype)), frozen(bias.float())
         self.ham, norm = copy.deepcopy(hamburger.ham), hamburger.ham_out.gn
+        fixed = None if self.ham.bases == "random" else frozen(self.ham.fixed_bases(len(bias)))
+        self.register_parameter("bases", fixed)
         self.ham_out = frozen(hamburger.ham_out.conv.weight.flatten(1).float())
         self.norm_weight, self.norm_bias = frozen(norm.weight.float()), frozen(norm.bias.float())
         self.options = norm.num_groups, norm.eps, dtype == torch.bfloat16
 
     def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
-        bases = self.ham.initial_bases(x) if bases is None else bases
+        if bases is None:
+            bases = self.ham.initial_bases(x) if self.bases is None else self.bases.expand(len(x), -1, -1).contiguous()
         norm = self.norm_weight, self.norm_bias, *self.options
         return kernels.hamburger(x, self.ham_in, self.bias, bases, self.ham.eval_steps, self.ham_out, *norm)
 
 
-def fused_block(block: Block, dtype: torch.dtype) -> nn.Sequential:
+def fused_block(block: Block, dtype: torch.dtype, last_norm: LayerNorm2d | None) -> nn.Sequential:
     attention = FusedAttention(block.attn, dtype, block.norm1, block.layer_scale_1)
-    return nn.Sequential(attention, FusedMLP(block.mlp, dtype, block.norm2, block.layer_scale_2))
+    return nn.Sequential(attention, FusedMLP(block.mlp, dtype, block.norm2, block.layer_scale_2, last_norm))
 
 
 class FusedMSCAN(nn.Module):
@@ -200,7 +209,7 @@ class FusedMSCAN(nn.Module):
 
     def __init__(self, encoder: MSCAN, dtype: torch.dtype) -> None:
         super().__init__()
-        self.stages, self.norms = nn.ModuleList(), nn.ModuleList()
+        self.stages = nn.ModuleList()
         for i in range(1, len(encoder.channels) + 1):
             embed, norm = getattr(encoder, f"patch_embed{i}"), getattr(encoder, f"norm{i}")
             if i == 1:
@@ -208,15 +217,14 @@ class FusedMSCAN(nn.Module):
                 layers = [ConvAct(conv_1, dtype, "gelu", norm_1), ConvAct(conv_2, dtype, norm=norm_2)]
             else:
                 layers = [ConvAct(embed.proj, dtype, norm=embed.norm)]
-            layers += [fused_block(block, dtype) for block in getattr(encoder, f"block{i}")]
+            *blocks, last = getattr(encoder, f"block{i}")
+            layers += [*(fused_block(block, dtype, None) for block in blocks), fused_block(last, dtype, norm)]
             self.stages.append(nn.Sequential(*layers))
-            self.norms.append(copy.deepcopy(norm).to(dtype))
-        self.norms.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
-        for stage, norm in zip(self.stages, self.norms, strict=True):
-            x = norm(stage(x))
+        for stage in self.stages:
+            x = stage(x)
             features.append(x)
         return features
 

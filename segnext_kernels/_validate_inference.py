@@ -56,7 +56,18 @@ def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> tuple:
     return x, weights
 
 
-def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias: Tensor, fc2: Tensor, bias2: Tensor) -> tuple:
+def mlp(
+    x: Tensor,
+    fc1: Tensor,
+    bias1: Tensor,
+    depthwise: Tensor,
+    depthwise_bias: Tensor,
+    fc2: Tensor,
+    bias2: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple:
     """Checks the arguments of mlp and returns them, x in channels_last."""
     x = channels_last("mlp", "x", x)
     fc1, bias1 = packed("mlp", "fc1", fc1, bias1, x.shape[1], x)
@@ -66,7 +77,13 @@ def mlp(x: Tensor, fc1: Tensor, bias1: Tensor, depthwise: Tensor, depthwise_bias
     check_shape("mlp", "bias2", bias2, (x.shape[1],))
     depthwise_bias = floats("mlp", "depthwise_bias", depthwise_bias, (bias1.shape[0],), x)
     depthwise = floats("mlp", "depthwise", depthwise, (bias1.shape[0], 1, 3, 3), x)
-    return x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2
+    number("mlp", "eps", eps)
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("mlp: norm_weight and norm_bias must be given together")
+    if norm_weight is not None:
+        norm_weight = floats("mlp", "norm_weight", norm_weight, (x.shape[1],), x)
+        norm_bias = floats("mlp", "norm_bias", norm_bias, (x.shape[1],), x)
+    return x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2, norm_weight, norm_bias, eps
 
 
 def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, residual: Tensor | None) -> tuple:
@@ -111,11 +128,15 @@ def group_norm(op: str, factors: dict[str, Tensor], groups: int, eps: float, x: 
     """Checks a group norm of x, its weight and bias by the names of the arguments, and returns them contiguous."""
     factors = tuple(floats(op, name, factor, (x.shape[1],), x) for name, factor in factors.items())
     whole(op, "groups", groups)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    number(op, "eps", eps)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"{op}: groups must divide the {x.shape[1]} channels, got {groups}")
     return factors
+
+
+def number(op: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
 def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> tuple:

@@ -158,11 +158,13 @@ class NMF2D(nn.Module):
         images, channels = x.shape[:2]
         dtype = accumulator(x.dtype)
         if self.training or self.bases == "random":
-            bases = torch.rand(images, channels, self.rank, device=x.device, dtype=dtype)
-        else:
-            bases = fixed_uniform(channels * self.rank, self.seed, x.device).to(dtype)
-            bases = bases.view(1, channels, self.rank).expand(images, -1, -1)
-        return F.normalize(bases, dim=1)
+            return F.normalize(torch.rand(images, channels, self.rank, device=x.device, dtype=dtype), dim=1)
+        return self.fixed_bases(channels, x.device, dtype).repeat(images, 1, 1)
+
+    def fixed_bases(self, channels: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Those of one image that depend on the seed alone: [1, channels, rank]."""
+        uniform = fixed_uniform(channels * self.rank, self.seed, device).to(dtype)
+        return F.normalize(uniform.view(1, channels, self.rank), dim=1)
 
     def extra_repr(self) -> str:
         return (
@@ -171,7 +173,7 @@ class NMF2D(nn.Module):
         )
 
 
-def fixed_uniform(count: int, seed: int, device: torch.device) -> Tensor:
+def fixed_uniform(count: int, seed: int, device: torch.device | None) -> Tensor:
     """Numbers in [0, 1) that depend on nothing but their index and the seed: the same on every device and under torch.compile.
 
     Every product stays below 2^63, because compilers do not let int64 wrap.

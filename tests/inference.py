@@ -65,7 +65,7 @@ def spatial_attention(shape, dtype):
     return x.to(dtype), (weights,), truth
 
 
-def mlp(shape, dtype):
+def mlp(shape, dtype, norm=False):
     *image, hidden = shape
     draw, channels = Draw(dtype), shape[1]
     x, fc1, fc2 = draw(*image), draw.matrix(hidden, channels), draw.matrix(channels, hidden)
@@ -73,7 +73,14 @@ def mlp(shape, dtype):
     wide = F.conv2d(product(x, fc1, bias1), depthwise, depthwise_bias, padding=1, groups=hidden)
     truth = x + product(F.gelu(wide), fc2, bias2)
     floats = [t.float() for t in (bias1, depthwise, depthwise_bias, bias2)]
-    return x.to(dtype), (kernels.pack(fc1, dtype), *floats[:3], kernels.pack(fc2, dtype), floats[3]), truth
+    rest = (kernels.pack(fc1, dtype), *floats[:3], kernels.pack(fc2, dtype), floats[3])
+    if norm:
+        weight, bias = draw.floats(channels), draw.floats(channels)
+        deviations = truth - truth.mean(1, keepdim=True)
+        truth = deviations / torch.sqrt(deviations.square().mean(1, keepdim=True) + 0.1)
+        truth = truth * weight[:, None, None] + bias[:, None, None]
+        rest += (weight.float(), bias.float(), 0.1)
+    return x.to(dtype), rest, truth
 
 
 def group_norm_relu(shape, dtype, residual=True):

@@ -152,11 +152,12 @@ PYBIND11_MODULE(raw_kernels, m) {
     spatial_attention_forward(image(x, true), {weights, filters(strips), weights, weights, floats(bias)}, image(y, true),
                               kThreads);
   });
-  m.def("mlp",
-        [](py::array x, py::array fc1, py::array bias1, py::array depthwise, py::array fc2, py::array bias2, py::array y) {
-          const MlpWeights weights{packed(fc1, bias1), floats(depthwise), floats(bias1), packed(fc2, bias2), bias1.size()};
-          mlp_forward(image(x, true), weights, image(y, true), kThreads);
-        });
+  m.def("mlp", [](py::array x, py::array fc1, py::array bias1, py::array depthwise, py::array fc2, py::array bias2, bool norm,
+                  py::array y) {
+    const LayerNorm of_sum{norm ? floats(bias2) : nullptr, floats(bias2), 1e-6f};
+    const MlpWeights weights{packed(fc1, bias1), floats(depthwise), floats(bias1), packed(fc2, bias2), bias1.size(), of_sum};
+    mlp_forward(image(x, true), weights, image(y, true), kThreads);
+  });
   m.def("group_norm_relu", [](py::array x, py::array weight, int64_t groups, py::array residual, py::array y) {
     group_norm_relu_forward(image(x, true), {floats(weight), floats(weight), groups, 1e-5f}, image(residual, true),
                             image(y, true), kThreads);

@@ -119,9 +119,10 @@ def inference(dtype, size, channels_last):
     y = poisoned(x, dtype)
     raw_kernels.spatial_attention(x, packed(c, c, dtype), bias, [normal((c, taps), dtype) for taps in STRIPS], y)
     yield y
-    y, depthwise = poisoned(x, dtype), normal((columns, 9), "float32")
-    raw_kernels.mlp(x, packed(columns, c, dtype), wide, depthwise, packed(c, columns, dtype), bias, y)
-    yield y
+    for norm in (False, True):
+        y, depthwise = poisoned(x, dtype), normal((columns, 9), "float32")
+        raw_kernels.mlp(x, packed(columns, c, dtype), wide, depthwise, packed(c, columns, dtype), bias, norm, y)
+        yield y
     y = poisoned(x, dtype)
     raw_kernels.group_norm_relu(x, bias, groups, normal(x.shape, dtype), y)
     yield y
@@ -155,7 +156,7 @@ def main():
         x = normal((1, 16, 9, 13), "float32")
         return raw_kernels.dwconv_gelu(x, normal((16, 9), "float32"), normal((16,), "float32"), x[:, :, :-1].copy(), False)
     runs = [(images, SIZES, DTYPES), (matrices, MATRICES, DTYPES), (upsampled, SIZES, DTYPES)]
-    for run, sizes, dtypes in (*runs, (inference, SIZES, PACKED_DTYPES)):
+    for run, sizes, dtypes in (*runs, (inference, [*SIZES, (1, 3, 2, 300)], PACKED_DTYPES)):
         for dtype, size, layout in itertools.product(dtypes, sizes, (False, True)):
             for array in run(dtype, size, layout):
                 assert finite(array), (run.__name__, dtype, size, layout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import poisoned
-from inference import MAKE, PACKED_DTYPES, SHAPES, Draw, call, channels_last, check, conv_act, group_norm_relu, product
+from inference import MAKE, PACKED_DTYPES, SHAPES, Draw, call, channels_last, check, conv_act, group_norm_relu, mlp, product
 from operators import IMAGE_LAYOUTS, arrange, assert_same, compiled
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -39,6 +39,12 @@ def test_conv_act_options(dtype, layout, options, shape, backend):
 @shapes
 def test_group_norm_relu_without_residual(dtype, shape, backend):
     check("group_norm_relu", group_norm_relu(shape, dtype, residual=False), dtype, "channels_last", backend)
+
+
+@packed_dtypes
+@shapes
+def test_mlp_with_the_norm_that_ends_a_stage(dtype, shape, backend):
+    check("mlp", mlp(shape, dtype, norm=True), dtype, "channels_last", backend)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -195,6 +201,10 @@ BAD = [
     ("mlp", lambda x, *w: (x, *w[:2], w[2][..., 1:], *w[3:]), ValueError, "depthwise must be"),
     ("mlp", lambda x, *w: (x, *w[:4], w[0], w[5]), ValueError, "fc2, packed, must be"),
     ("mlp", lambda x, *w: (x, w[0][:0], w[1][:0], w[2][:0], w[3][:0], *w[4:]), ValueError, "fc1 must have at least one output"),
+    ("mlp", lambda x, *w: (x, *w, w[5]), ValueError, "norm_weight and norm_bias must be given together"),
+    ("mlp", lambda x, *w: (x, *w, w[5], w[5][1:]), ValueError, "norm_bias must be"),
+    ("mlp", lambda x, *w: (x, *w, w[5].double(), w[5]), TypeError, "norm_weight must be a float32 tensor"),
+    ("mlp", lambda x, *w: (x, *w, w[5], w[5], "1e-6"), TypeError, "eps must be a number, got str"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, "8", e, r), TypeError, "groups must be an int, got str"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, g, None, r), TypeError, "eps must be a number, got NoneType"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, 4, e, r), ValueError, "groups must divide the 17 channels"),

@@ -1,5 +1,6 @@
 // conv_act: a 1x1 or larger convolution as matrix products with packed weights, with bias and activation on the way out.
 #include <algorithm>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/matmul.h"
@@ -7,11 +8,10 @@
 namespace segnext {
 namespace {
 
-// y pixels <- activation(a * weights + bias)
+// Stores pixels of y <- activation(sums + bias), as products hand them over.
 template <class T, Activation act>
-void multiply(const Left<T>& a, const Weights<T>& weights, const float* bias, T* y) {
-  const int64_t C = weights.columns;
-  matmul<T>(a, weights, [&](int64_t m, auto rows, int64_t c, int lanes, auto& z) {
+auto finish(const float* bias, int64_t C, T* y) {
+  return [=](int64_t m, auto rows, int64_t c, int lanes, auto& z) {
     constexpr int count = rows;
     const Vector<float> b = load_lanes(bias + c, lanes);
     SEGNEXT_UNROLL
@@ -19,49 +19,69 @@ void multiply(const Left<T>& a, const Weights<T>& weights, const float* bias, T*
     activate<act, T>(z);
     SEGNEXT_UNROLL
     for (int i = 0; i < count; ++i) store_lanes(y + (m + i) * C + c, z[i], lanes);
-  });
+  };
 }
 
-// The input rows under one output row, [kernel][pad + width + pad][channels] with zeros outside the image.
+// The input rows under one output row with zeros outside the image: in channels_last [kernel][pad + width + pad][channels], of
+// planes, if they may stay that, [kernel][channels][pad + width + pad].
 template <class T>
 class InputRows {
  public:
-  InputRows(const Image& x, const Convolution& conv)
+  InputRows(const Image& x, const Convolution& conv, bool planes)
       : x_(x),
         conv_(conv),
-        pad_(conv.kernel / 2 * x.channels),
-        row_(x.width * x.channels + 2 * pad_),
-        rows_(conv.kernel * row_) {}
+        lines_(planes ? x.channels : 1),
+        pixel_(planes ? 1 : x.channels),
+        pad_(conv.kernel / 2 * pixel_),
+        line_(x.width * pixel_ + 2 * pad_),
+        rows_(conv.kernel * lines_ * line_) {}
 
   void load(int64_t n, int64_t row) {
     for (int64_t s = 0; s < conv_.kernel; ++s) {
       const int64_t h = row * conv_.stride + s - conv_.kernel / 2;
-      T* out = rows_ + s * row_;
-      if (h < 0 || h >= x_.height) {
-        std::memset(out, 0, sizeof(T) * row_);
-        continue;
+      for (int64_t i = 0; i < lines_; ++i) {
+        T* out = rows_ + (s * lines_ + i) * line_;
+        if (h < 0 || h >= x_.height) {
+          std::memset(out, 0, sizeof(T) * line_);
+          continue;
+        }
+        std::memset(out, 0, sizeof(T) * pad_);
+        std::memset(out + line_ - pad_, 0, sizeof(T) * pad_);
+        copy_row(n, h, i, out + pad_);
       }
-      std::memset(out, 0, sizeof(T) * pad_);
-      std::memset(out + row_ - pad_, 0, sizeof(T) * pad_);
-      copy_row(n, h, out + pad_);
     }
   }
 
-  // out [pixels][out_row] <- kernel * kernel * channels elements each, pixels [first, last) of the output row
+  // out [pixels][out_row] <- kernel * kernel * channels elements each, pixels [first, last) of the output row; not of planes
   void gather(int64_t first, int64_t last, T* out, int64_t out_row) const {
     const int64_t run = conv_.kernel * x_.channels;
     if (run == kPhotoRun) return gather_runs(first, last, std::integral_constant<int64_t, kPhotoRun>{}, out, out_row);
     gather_runs(first, last, run, out, out_row);
   }
 
+  // Where these elements lie, without gathering them.
+  std::vector<int64_t> offsets() const {
+    std::vector<int64_t> offsets;
+    for (int64_t s = 0; s < conv_.kernel; ++s) {
+      for (int64_t t = 0; t < conv_.kernel; ++t) {
+        for (int64_t c = 0; c < x_.channels; ++c) {
+          offsets.push_back(lines_ > 1 ? (s * lines_ + c) * line_ + t : s * line_ + t * pixel_ + c);
+        }
+      }
+    }
+    return offsets;
+  }
+  const T* data() const { return rows_; }
+  int64_t step() const { return conv_.stride * pixel_; }  // from one output pixel to the next
+
  private:
   static constexpr int64_t kPhotoRun = 9;  // three pixels of a photograph
 
-  void copy_row(int64_t n, int64_t h, T* out) const {
+  void copy_row(int64_t n, int64_t h, int64_t line, T* out) const {
     const int64_t C = x_.channels, plane = x_.height * x_.width;
     const T* image = static_cast<const T*>(x_.data) + n * C * plane;
-    if (x_.channels_last) {
-      std::memcpy(out, image + h * x_.width * C, sizeof(T) * x_.width * C);
+    if (x_.channels_last || pixel_ == 1) {
+      std::memcpy(out, image + line * plane + h * x_.width * pixel_, sizeof(T) * x_.width * pixel_);
       return;
     }
     for (int64_t c = 0; c < C; ++c) {
@@ -74,15 +94,31 @@ class InputRows {
   void gather_runs(int64_t first, int64_t last, Run run, T* out, int64_t out_row) const {
     for (int64_t w = first; w < last; ++w, out += out_row) {
       const T* in = rows_ + w * conv_.stride * x_.channels;
-      for (int64_t s = 0; s < conv_.kernel; ++s) std::memcpy(out + s * run, in + s * row_, sizeof(T) * run);
+      for (int64_t s = 0; s < conv_.kernel; ++s) std::memcpy(out + s * run, in + s * line_, sizeof(T) * run);
     }
   }
 
   const Image& x_;
   const Convolution& conv_;
-  const int64_t pad_, row_;
+  const int64_t lines_, pixel_, pad_, line_;
   Buffer<T> rows_;
 };
+
+// Whether products can read their left side where it lies: matrix tiles want it gathered, and what is widened is copied anyway.
+template <class T>
+inline constexpr bool kInPlace = std::is_same_v<T, float> && std::is_same_v<Left<T>, Pixels<T>>;
+
+template <class F>
+void convolve_in_place(const Image& x, const Convolution& conv, const Image& y, const F& finish, Share& items) {
+  InputRows<float> rows(x, conv, !x.channels_last);
+  const std::vector<int64_t> offsets = rows.offsets();
+  const int64_t depth = static_cast<int64_t>(offsets.size());
+  const Packed<float> weights(static_cast<const float*>(conv.weights.data), depth, y.channels);
+  for (const int64_t row : items) {
+    rows.load(row / y.height, row % y.height);
+    matmul_scattered({rows.data(), rows.step(), offsets.data()}, y.width, depth, weights, finish(row * y.width));
+  }
+}
 
 }  // namespace
 
@@ -92,9 +128,11 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
     const Packed<T> packed(static_cast<const T*>(conv.weights.data), conv.kernel * conv.kernel * x.channels, y.channels);
     T* out = static_cast<T*>(y.data);
     with_activation(conv.activation, [&](auto act) {
+      const auto finish_at = [&](int64_t first) {
+        return finish<T, act>(conv.weights.bias, y.channels, out + first * y.channels);
+      };
       auto product = [&](const Weights<T>& weights, const T* a, int64_t row, int64_t first, int64_t count) {
-        multiply<T, act>({a, row, count, packed.depth, row > packed.depth}, weights, conv.weights.bias,
-                         out + first * y.channels);
+        matmul<T>({a, row, count, packed.depth, row > packed.depth}, weights, finish_at(first));
       };
       if (conv.kernel == 1 && conv.stride == 1 && x.channels_last) {
         const int64_t pixels = x.images * x.height * x.width;
@@ -108,10 +146,15 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
           }
         });
       }
+      if constexpr (kInPlace<T>) {
+        if (y.width >= kPixels) {  // else too few pixels would share a panel
+          return parallel(y.images * y.height, [&](Share& items) { convolve_in_place(x, conv, y, finish_at, items); });
+        }
+      }
       // Where rows are short, several are gathered for one product.
       const int64_t most = std::max<int64_t>(kPixels / std::max<int64_t>(y.width, 1), 2);
       parallel(y.images * y.height, [&](Share& items) {
-        InputRows<T> rows(x, conv);
+        InputRows<T> rows(x, conv, false);
         const bool once = most * parallel.threads >= y.images * y.height && most * y.width <= kPixels;
         const Weights<T> weights = prepared(packed, once);
         const int64_t depth = filled<T>(packed.depth), size = most * y.width * depth;

@@ -98,11 +98,17 @@ struct AttentionWeights {
 };
 void spatial_attention_forward(const Image& x, const AttentionWeights& w, const Image& y, const Parallel& parallel);
 
+// Of every pixel's channels; weight may be null, and then there is none.
+struct LayerNorm {
+  const float *weight, *bias;
+  float epsilon;
+};
 struct MlpWeights {
   PackedWeights fc1;
   const float *depthwise, *depthwise_bias;  // [hidden][9], [hidden]
   PackedWeights fc2;
   int64_t hidden;
+  LayerNorm norm;
 };
 void mlp_forward(const Image& x, const MlpWeights& w, const Image& y, const Parallel& parallel);
 

@@ -66,17 +66,31 @@ SEGNEXT_INLINE void for_products(const Left<T>& a, const Weights<T>& w, const F&
 #endif
 }
 
-// Calls done(first row, number of rows as an integral constant, column, lanes that exist, their sums [rows]) for a * w.
-template <class T, class F>
-void matmul(const Left<T>& a, const Weights<T>& w, const F& done) {
-  constexpr int L = kLanes<float>;
-  for_products<T>(a, w, [&](int64_t m, auto rows, int64_t column, auto& acc) {
+// f(first row, number of rows as an integral constant, first column, sums [kTileVectors][rows]) that calls done(first row,
+// number of rows, column, lanes that exist, their sums [rows]) for each vector of columns.
+template <class F>
+auto each_vector(int64_t columns, const F& done) {
+  return [columns, &done](int64_t m, auto rows, int64_t column, auto& acc) {
+    constexpr int L = kLanes<float>;
     SEGNEXT_UNROLL
     for (int v = 0; v < kTileVectors; ++v) {
       const int64_t c = column + v * L;
-      if (c < w.columns) done(m, rows, c, w.columns - c < L ? static_cast<int>(w.columns - c) : L, acc[v]);
+      if (c < columns) done(m, rows, c, columns - c < L ? static_cast<int>(columns - c) : L, acc[v]);
     }
-  });
+  };
+}
+
+// Calls done(first row, number of rows as an integral constant, column, lanes that exist, their sums [rows]) for a * w.
+template <class T, class F>
+void matmul(const Left<T>& a, const Weights<T>& w, const F& done) {
+  for_products<T>(a, w, each_vector(w.columns, done));
+}
+
+// The same for float whose rows need not be gathered; never on matrix tiles.
+template <class F>
+void matmul_scattered(const ScatteredRows& left, int64_t count, int64_t depth, const Packed<float>& w, const F& done) {
+  for_panel_tiles<float>(
+      left, count, depth, w, [&](int64_t p) { return w.data + p * w.panel_size; }, each_vector(w.columns, done));
 }
 
 // sum [rows, with room for a multiple of 16][columns rounded up to panels] (+)= a * w

@@ -86,10 +86,25 @@ SEGNEXT_INLINE void multiply_add(Vector<float>& sum, __m512i left, const BFloat1
 }
 #endif
 
+// The left side of a tile: rows `row` elements apart, whose elements follow each other or lie at `offsets`.
+template <class O>
+struct DenseRows {
+  const O* data;
+  int64_t row;
+  const O* element(int64_t m, int64_t k) const { return data + m * row + k; }
+  DenseRows from(int64_t m) const { return {data + m * row, row}; }
+};
+struct ScatteredRows {
+  const float* data;
+  int64_t row;
+  const int64_t* offsets;
+  const float* element(int64_t m, int64_t k) const { return data + m * row + offsets[k]; }
+  ScatteredRows from(int64_t m) const { return {data + m * row, row, offsets}; }
+};
+
 // acc[v][m] += row m of left [M][depth] * vector v of a panel
-template <int M, class O>
-SEGNEXT_INLINE void multiply_tile(const O* left, int64_t left_row, const O* right, int64_t depth,
-                                  Vector<float> (&acc)[kTileVectors][M]) {
+template <int M, class R, class O>
+SEGNEXT_INLINE void multiply_tile(const R left, const O* right, int64_t depth, Vector<float> (&acc)[kTileVectors][M]) {
   constexpr int step = Packed<O>::step();
   for (int64_t k = 0; k < depth; k += step, right += step * kPanel) {
     auto add = [&](int v, int m, auto repeated) { multiply_add(acc[v][m], repeated, right + v * kLanes<float> * step); };
@@ -97,12 +112,12 @@ SEGNEXT_INLINE void multiply_tile(const O* left, int64_t left_row, const O* righ
       SEGNEXT_UNROLL
       for (int m = 0; m < M; ++m) {
         SEGNEXT_UNROLL
-        for (int v = 0; v < kTileVectors; ++v) add(v, m, repeat(left + m * left_row + k));
+        for (int v = 0; v < kTileVectors; ++v) add(v, m, repeat(left.element(m, k)));
       }
     } else {
-      decltype(repeat(left)) repeated[M];
+      decltype(repeat(right)) repeated[M];
       SEGNEXT_UNROLL
-      for (int m = 0; m < M; ++m) repeated[m] = repeat(left + m * left_row + k);
+      for (int m = 0; m < M; ++m) repeated[m] = repeat(left.element(m, k));
       SEGNEXT_UNROLL
       for (int v = 0; v < kTileVectors; ++v) {
         SEGNEXT_UNROLL
@@ -113,11 +128,10 @@ SEGNEXT_INLINE void multiply_tile(const O* left, int64_t left_row, const O* righ
 }
 
 // As a function of its own: its callers are so long that GCC does not spare 16 registers for the sums.
-template <int M, class O>
-SEGNEXT_ALONE void multiply_tile_alone(const O* left, int64_t left_row, const O* right, int64_t depth,
-                                       Vector<float> (&sums)[kTileVectors][M]) {
+template <int M, class R, class O>
+SEGNEXT_ALONE void multiply_tile_alone(const R& left, const O* right, int64_t depth, Vector<float> (&sums)[kTileVectors][M]) {
   Vector<float> acc[kTileVectors][M] = {};
-  multiply_tile<M>(left, left_row, right, depth, acc);
+  multiply_tile<M>(left, right, depth, acc);
   SEGNEXT_UNROLL
   for (int v = 0; v < kTileVectors; ++v) {
     SEGNEXT_UNROLL
@@ -126,18 +140,17 @@ SEGNEXT_ALONE void multiply_tile_alone(const O* left, int64_t left_row, const O*
 }
 
 // sums <- a tile
-template <int M, class O>
-SEGNEXT_INLINE void sum_tile(const O* left, int64_t left_row, const O* right, int64_t depth,
-                             Vector<float> (&sums)[kTileVectors][M]) {
+template <int M, class R, class O>
+SEGNEXT_INLINE void sum_tile(const R& left, const O* right, int64_t depth, Vector<float> (&sums)[kTileVectors][M]) {
   if constexpr (kRegisters == 32) {
     SEGNEXT_UNROLL
     for (int v = 0; v < kTileVectors; ++v) {
       SEGNEXT_UNROLL
       for (int m = 0; m < M; ++m) sums[v][m] = Vector<float>{};
     }
-    multiply_tile<M>(left, left_row, right, depth, sums);
+    multiply_tile<M>(left, right, depth, sums);
   } else {
-    multiply_tile_alone<M>(left, left_row, right, depth, sums);
+    multiply_tile_alone<M>(left, right, depth, sums);
   }
 }
 
@@ -216,21 +229,49 @@ SEGNEXT_INLINE void for_row_tiles(int64_t rows, const F& f) {
   for (; m < rows; ++m) f(m, std::integral_constant<int, 1>{});
 }
 
-// Calls f(first row, number of rows as an integral constant, first column, sums [kTileVectors][rows]) for every tile of a * w.
-template <class T, class F>
-SEGNEXT_INLINE void for_product_tiles(const Pixels<T>& a, const Packed<T>& w, const F& f) {
-  const Operands<T> operands(a, w);
+// Asks for memory that will soon be read, a share at a time.
+class Ahead {
+ public:
+  Ahead(const void* data, int64_t bytes, int64_t shares)
+      : at_(static_cast<const char*>(data)),
+        end_(at_ + bytes),
+        share_((bytes / std::max<int64_t>(shares, 1) / kLine + 1) * kLine) {}
+  SEGNEXT_INLINE void fetch() {
+    const char* stop = std::min(at_ + share_, end_);
+    for (; at_ < stop; at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *at_, *end_;
+  const int64_t share_;
+};
+
+// Calls f(first row, number of rows as an integral constant, first column, sums [kTileVectors][rows]) for every tile of
+// `count` rows times w, whose panels panel(p) gives. Meanwhile the caches fetch the next one, which many products find in none.
+template <class T, class R, class P, class F>
+SEGNEXT_INLINE void for_panel_tiles(const R& left, int64_t count, int64_t depth, const Packed<T>& w, const P& panel,
+                                    const F& f) {
   for (int64_t first = 0; first < w.columns; first += kPanel) {
-    const auto* panel = operands.panel(first / kPanel);
-    for_row_tiles(a.count, [&](int64_t m, auto rows) {
+    const auto* right = panel(first / kPanel);
+    const bool last = first + kPanel >= w.columns;
+    Ahead next(w.data + (first / kPanel + 1) * w.panel_size, last ? 0 : w.depth * kPanel * sizeof(T), count / kTileRows);
+    for_row_tiles(count, [&](int64_t m, auto rows) {
+      next.fetch();
       for (int column = 0; column < kPanel; column += kTileVectors * kLanes<float>) {
         Vector<float> acc[kTileVectors][rows];
-        sum_tile<rows>(operands.left() + m * operands.row(), operands.row(), panel + column * Packed<Operand<T>>::step(),
-                       operands.depth(), acc);
+        sum_tile<rows>(left.from(m), right + column * Packed<Operand<T>>::step(), depth, acc);
         f(m, rows, first + column, acc);
       }
     });
   }
+}
+
+template <class T, class F>
+SEGNEXT_INLINE void for_product_tiles(const Pixels<T>& a, const Packed<T>& w, const F& f) {
+  const Operands<T> operands(a, w);
+  const DenseRows<Operand<T>> left{operands.left(), operands.row()};
+  for_panel_tiles(left, a.count, operands.depth(), w, [&](int64_t p) { return operands.panel(p); }, f);
 }
 
 }  // namespace segnext

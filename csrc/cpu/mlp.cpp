@@ -7,6 +7,7 @@
 //
 // The last two widened rows of every chunk stay for the next step; where a thread begins anew it computes two more.
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -22,6 +23,36 @@ constexpr int kK = 3;
 constexpr int kTaps = kK * kK + 1;  // the bias comes last
 constexpr int64_t kChunk = 128;
 constexpr int64_t kCache = 768 * 1024;  // bytes of one step
+
+// Calls f(first channel, number of channels) for every vector of channels.
+template <class F>
+SEGNEXT_INLINE void for_lanes(int64_t channels, const F& f) {
+  constexpr int L = kLanes<float>;
+  for (int64_t c = 0; c < channels; c += L) f(c, channels - c < L ? static_cast<int>(channels - c) : L);
+}
+
+// out <- the layer norm of a pixel z, whose lanes past the last channel are zero
+template <class T>
+void normalise(const LayerNorm& norm, float* z, int64_t channels, T* out) {
+  constexpr int L = kLanes<float>;
+  const auto mean_of = [&](Vector<float> sum) {
+    float total = 0;
+    for (int i = 0; i < L; ++i) total += sum[i];
+    return total / static_cast<float>(channels);
+  };
+  Vector<float> sum = {}, squares = {};
+  for_lanes(channels, [&](int64_t c, int) { sum += load<float>(z + c); });
+  const float mean = mean_of(sum);
+  for_lanes(channels, [&](int64_t c, int lanes) {
+    store_lanes(z + c, load<float>(z + c) - mean, lanes);
+    squares += load<float>(z + c) * load<float>(z + c);
+  });
+  const float scale = 1 / std::sqrt(mean_of(squares) + norm.epsilon);
+  for_lanes(channels, [&](int64_t c, int lanes) {
+    const Vector<float> factor = scale * load_lanes(norm.weight + c, lanes);
+    store_lanes(out + c, load<float>(z + c) * factor + load_lanes(norm.bias + c, lanes), lanes);
+  });
+}
 
 template <class T>
 class Walk {
@@ -139,16 +170,17 @@ class Walk {
     }
   }
 
-  // y <- sum + bias + x
+  // y <- sum + bias + x, normalised if it shall be
   void finish(int64_t pixel, int64_t count) {
     const T* in = static_cast<const T*>(x_.data) + pixel * C_;
     T* out = static_cast<T*>(y_.data) + pixel * C_;
-    for (int64_t m = 0; m < count; ++m) {
-      for (int64_t c = 0; c < C_; c += L) {
-        const int lanes = C_ - c < L ? static_cast<int>(C_ - c) : L;
-        const Vector<float> z = load<float>(sum_ + m * sum_row_ + c) + load_lanes(w_.fc2.bias + c, lanes);
-        store_lanes(out + m * C_ + c, z + load_lanes(in + m * C_ + c, lanes), lanes);
-      }
+    for (int64_t m = 0; m < count; ++m, in += C_, out += C_) {
+      float* sum = sum_ + m * sum_row_;
+      for_lanes(C_, [&](int64_t c, int lanes) {
+        const Vector<float> z = load<float>(sum + c) + load_lanes(w_.fc2.bias + c, lanes) + load_lanes(in + c, lanes);
+        w_.norm.weight == nullptr ? store_lanes(out + c, z, lanes) : store<float>(sum + c, z);
+      });
+      if (w_.norm.weight != nullptr) normalise(w_.norm, sum, C_, out);
     }
   }
 

@@ -48,6 +48,11 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, Share&
   StemRows<A> stem(x, taps, false);
   std::optional<RowStarts<A>> starts;
   const Groups<A> groups(x);
+  // A row of x, past the end of a group one of the next group.
+  const auto row_ahead = [&](int64_t group, int64_t row) {
+    if (row >= x.height && group + 1 < groups.items) ++group, row -= x.height;
+    return RowAhead<A>(x, groups.image(group), groups.channel(group), row);
+  };
   int64_t n = 0, c = 0, next_item = -1;
   for (const int64_t item : items) {
     const int64_t group = item / items_per_group(x), row = item % items_per_group(x) * kStripRows;
@@ -62,7 +67,7 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, Share&
     stem.advance(row + kStripRows - 1 + kReach);
     column_pass<A>(Window<A>(stem.a(), row, x.height), taps, x.width, strips);
     for (int64_t r = row; r < std::min(row + kStripRows, x.height); ++r) {
-      const RowAhead<A> next(x, n, c, r + kStripRows + kReach + 2);  // what stem will load in its next step
+      const RowAhead<A> next = row_ahead(group, r + kStripRows + kReach + 2);  // what stem will load in its next step
       with_storage<A>(y.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const RowAccess<T> at(y, n, c, r);

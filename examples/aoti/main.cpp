@@ -19,7 +19,9 @@ TORCH_LIBRARY(segnext_kernels, m) {
   m.def(
       "hamburger(Tensor x, Tensor ham_in, Tensor bias, Tensor bases, int steps, Tensor ham_out, Tensor norm_weight,"
       " Tensor norm_bias, int groups, float eps, bool round_factors) -> Tensor");
-  m.def("mlp(Tensor x, Tensor fc1, Tensor bias1, Tensor depthwise, Tensor depthwise_bias, Tensor fc2, Tensor bias2) -> Tensor");
+  m.def(
+      "mlp(Tensor x, Tensor fc1, Tensor bias1, Tensor depthwise, Tensor depthwise_bias, Tensor fc2, Tensor bias2, "
+      "Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor");
   m.def("nmf(Tensor x, Tensor bases, int steps, str gradient, bool round_factors=False) -> Tensor");
   m.def("resize_concat_conv(Tensor[] maps, Tensor[] weights, Tensor bias) -> Tensor");
   m.def("spatial_attention(Tensor x, Tensor[] weights) -> Tensor");

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import segnext_kernels
-from segnext_kernels.nn import NMF2D
 
 from ..fuse import fuse
 from ..model import MEAN, STD, SegNeXt
@@ -45,8 +44,7 @@ def fixed_bases(model: SegNeXt) -> Tensor | None:
     """What the decomposition of one image starts from [1, decoder_channels, rank]; None for the MSCA head."""
     if model.config.head != "ham":
         return None
-    ham = model.decode_head.hamburger.ham
-    return NMF2D(ham.rank, seed=ham.seed).eval().initial_bases(torch.empty(1, model.config.decoder_channels, 1, 1))
+    return model.decode_head.hamburger.ham.fixed_bases(model.config.decoder_channels)
 
 
 def trace(model: SegNeXt, shape: tuple[int, ...], *, dynamic: bool = False, labels: bool = False) -> ExportedProgram:

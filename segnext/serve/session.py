@@ -139,7 +139,7 @@ def shrunk(image: Tensor, side: int) -> Tensor:
 def timed(model: nn.Module, images: Tensor, laps: Laps) -> Tensor:
     """The model's logits, with the time of each stage of the encoder and of the head."""
     encoder = model.backbone
-    ends = encoder.norms if isinstance(model, FusedSegNeXt) else [getattr(encoder, f"norm{i}") for i in range(1, 5)]
+    ends = encoder.stages if isinstance(model, FusedSegNeXt) else [getattr(encoder, f"norm{i}") for i in range(1, 5)]
     hooks = [end.register_forward_hook(lambda *_, name=f"encoder, stage {i}": laps.lap(name)) for i, end in enumerate(ends, 1)]
     try:
         logits = model(images)

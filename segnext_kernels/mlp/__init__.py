@@ -1,4 +1,4 @@
-"""mlp: the MLP half of a SegNeXt block, folded for inference, as one operator."""
+"""mlp: the MLP half of a SegNeXt block and the norm that ends a stage, folded for inference, as one operator."""
 
 from __future__ import annotations
 
@@ -17,22 +17,30 @@ def mlp(
     depthwise_bias: Tensor,
     fc2: Tensor,
     bias2: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Widens, convolves depthwise, applies GELU, narrows and adds the input; for inference.
+    """Widens, convolves depthwise, applies GELU, narrows, adds the input and may normalise the sum; for inference.
 
-    ``y = x + W2 GELU(D * (W1 x + b1) + bd) + b2``. The widened activations pass through the cache and are never held.
+    ``y = norm(x + W2 GELU(D * (W1 x + b1) + bd) + b2)``, norm the layer norm over the channels of each pixel, or none. The
+    widened activations pass through the cache and are never held.
 
     Equivalent to::
 
         y = x + F.conv2d(dwconv_gelu(F.conv2d(x, W1, bias1), depthwise, depthwise_bias), W2, bias2)
+        if norm_weight is not None:
+            y = F.layer_norm(y.permute(0, 2, 3, 1), (C,), norm_weight, norm_bias, eps).permute(0, 3, 1, 2)
 
     Args:
         x: [N, C, H, W], float32 or bfloat16; copied to channels_last where it isn't.
         fc1, fc2: :func:`segnext_kernels.pack` of W1 [hidden, C] and W2 [C, hidden], in x's dtype.
         bias1, bias2: float32 [hidden] and [C].
         depthwise, depthwise_bias: float32 [hidden, 1, 3, 3] and [hidden].
+        norm_weight, norm_bias: of the layer norm, float32 [C] both, or None both.
+        eps: is added to the norm's variances.
         backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
 
     Returns:
@@ -44,7 +52,7 @@ def mlp(
         NotImplementedError: an argument needs a gradient, which plain PyTorch gives (``backend="reference"``) and no kernel.
 
     Source:
-        SegNeXt (NeurIPS 2022), section 3.1; ``Mlp`` of the official code.
+        SegNeXt (NeurIPS 2022), section 3.1; ``Mlp`` and the norms of ``MSCAN`` of the official code.
     """
-    args = (x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2)
+    args = (x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2, norm_weight, norm_bias, eps)
     return _inference.call("mlp", backend, _validate_inference.mlp, _reference.mlp, *args)

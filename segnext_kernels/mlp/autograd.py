@@ -12,6 +12,7 @@ def _fake(x, *args):
 
 
 register_inference(
-    "mlp(Tensor x, Tensor fc1, Tensor bias1, Tensor depthwise, Tensor depthwise_bias, Tensor fc2, Tensor bias2) -> Tensor",
+    "mlp(Tensor x, Tensor fc1, Tensor bias1, Tensor depthwise, Tensor depthwise_bias, Tensor fc2, Tensor bias2, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor",
     _fake,
 )
