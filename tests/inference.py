@@ -74,13 +74,14 @@ def mlp(shape, dtype, norm=False):
     truth = x + product(F.gelu(wide), fc2, bias2)
     floats = [t.float() for t in (bias1, depthwise, depthwise_bias, bias2)]
     rest = (kernels.pack(fc1, dtype), *floats[:3], kernels.pack(fc2, dtype), floats[3])
+    factors = (None, None)
     if norm:
         weight, bias = draw.floats(channels), draw.floats(channels)
         deviations = truth - truth.mean(1, keepdim=True)
         truth = deviations / torch.sqrt(deviations.square().mean(1, keepdim=True) + 0.1)
         truth = truth * weight[:, None, None] + bias[:, None, None]
-        rest += (weight.float(), bias.float(), 0.1)
-    return x.to(dtype), rest, truth
+        factors = (weight.float(), bias.float())
+    return x.to(dtype), (*rest, *factors, 0.1), truth
 
 
 def group_norm_relu(shape, dtype, residual=True):
