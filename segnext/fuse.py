@@ -26,6 +26,8 @@ UNUSED = (nn.Dropout2d, DropPath)  # there
 def fuse(model: SegNeXt, dtype: torch.dtype = torch.float32) -> FusedSegNeXt:
     """An inference model with the same outputs: batch norms and layer scales folded, weights packed once, channels_last.
 
+    A stage's layer norm is done by its last block.
+
     Args:
         model: left as it is. Its batch norms' running statistics are used, as in evaluation.
         dtype: of the weights and activations, float32 or bfloat16; sums are kept in float32.
@@ -186,15 +188,17 @@ class FusedHamburger(nn.Module):
         weight, bias = matrix(hamburger.ham_in.conv)
         self.ham_in, self.bias = frozen(kernels.pack(weight, dtype)), frozen(bias.float())
         self.ham, norm = copy.deepcopy(hamburger.ham), hamburger.ham_out.gn
-        fixed = None if self.ham.bases == "random" else frozen(self.ham.fixed_bases(len(bias)))
-        self.register_parameter("bases", fixed)
+        fixed = None if self.ham.bases == "random" else frozen(self.ham.fixed_bases(len(bias), bias.device))
+        self.register_parameter("fixed_bases", fixed)
         self.ham_out = frozen(hamburger.ham_out.conv.weight.flatten(1).float())
         self.norm_weight, self.norm_bias = frozen(norm.weight.float()), frozen(norm.bias.float())
         self.options = norm.num_groups, norm.eps, dtype == torch.bfloat16
 
     def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
-        if bases is None:
-            bases = self.ham.initial_bases(x) if self.bases is None else self.bases.expand(len(x), -1, -1).contiguous()
+        if bases is None and self.fixed_bases is not None:
+            bases = self.fixed_bases.expand(x.shape[0], -1, -1).contiguous()
+        elif bases is None:
+            bases = self.ham.initial_bases(x)
         norm = self.norm_weight, self.norm_bias, *self.options
         return kernels.hamburger(x, self.ham_in, self.bias, bases, self.ham.eval_steps, self.ham_out, *norm)
 
@@ -217,8 +221,10 @@ class FusedMSCAN(nn.Module):
                 layers = [ConvAct(conv_1, dtype, "gelu", norm_1), ConvAct(conv_2, dtype, norm=norm_2)]
             else:
                 layers = [ConvAct(embed.proj, dtype, norm=embed.norm)]
-            *blocks, last = getattr(encoder, f"block{i}")
-            layers += [*(fused_block(block, dtype, None) for block in blocks), fused_block(last, dtype, norm)]
+            blocks = getattr(encoder, f"block{i}")
+            last = len(blocks) - 1
+            layers += [fused_block(block, dtype, norm if j == last else None) for j, block in enumerate(blocks)]
+            layers += [] if blocks else [copy.deepcopy(norm).to(dtype).requires_grad_(False)]
             self.stages.append(nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> list[Tensor]:

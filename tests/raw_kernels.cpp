@@ -154,7 +154,7 @@ PYBIND11_MODULE(raw_kernels, m) {
   });
   m.def("mlp", [](py::array x, py::array fc1, py::array bias1, py::array depthwise, py::array fc2, py::array bias2, bool norm,
                   py::array y) {
-    const LayerNorm of_sum{norm ? floats(bias2) : nullptr, floats(bias2), 1e-6f};
+    const LayerNorm of_sum{norm ? floats(bias2) : nullptr, floats(bias2), 1e-5f};
     const MlpWeights weights{packed(fc1, bias1), floats(depthwise), floats(bias1), packed(fc2, bias2), bias1.size(), of_sum};
     mlp_forward(image(x, true), weights, image(y, true), kThreads);
   });

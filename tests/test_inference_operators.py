@@ -35,6 +35,13 @@ def test_conv_act_options(dtype, layout, options, shape, backend):
     check("conv_act", conv_act(shape, dtype, *options), dtype, layout, backend)
 
 
+@pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
+@pytest.mark.parametrize("options", [(1, 2, "none"), (3, 2, "gelu"), (5, 1, "none")], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 270, 70), (1, 9, 4, 260, 40)], ids=str)
+def test_conv_act_of_long_rows(layout, options, shape, backend):
+    check("conv_act", conv_act(shape, torch.float32, *options), torch.float32, layout, backend)
+
+
 @packed_dtypes
 @shapes
 def test_group_norm_relu_without_residual(dtype, shape, backend):

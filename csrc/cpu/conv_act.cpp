@@ -109,14 +109,15 @@ template <class T>
 inline constexpr bool kInPlace = std::is_same_v<T, float> && std::is_same_v<Left<T>, Pixels<T>>;
 
 template <class F>
-void convolve_in_place(const Image& x, const Convolution& conv, const Image& y, const F& finish, Share& items) {
-  InputRows<float> rows(x, conv, !x.channels_last);
+void convolve_in_place(const Image& x, const Convolution& conv, const Image& y, const F& finish_at, Share& items) {
+  constexpr int64_t kFewPlanes = 8;  // more would take places in the cache from each other
+  InputRows<float> rows(x, conv, !x.channels_last && x.channels <= kFewPlanes);
   const std::vector<int64_t> offsets = rows.offsets();
   const int64_t depth = static_cast<int64_t>(offsets.size());
   const Packed<float> weights(static_cast<const float*>(conv.weights.data), depth, y.channels);
   for (const int64_t row : items) {
     rows.load(row / y.height, row % y.height);
-    matmul_scattered({rows.data(), rows.step(), offsets.data()}, y.width, depth, weights, finish(row * y.width));
+    matmul_scattered({rows.data(), rows.step(), offsets.data()}, y.width, depth, weights, finish_at(row * y.width));
   }
 }
 

@@ -1,7 +1,6 @@
 // Images in memory, and the staging of one row of kLanes channels at a time between memory and padded buffers.
 #pragma once
 #include <algorithm>
-#include <bit>
 #include <cstdlib>
 #include <new>
 #include <utility>
@@ -101,25 +100,25 @@ class Buffer {
   FreeBlocks::Block block_;
 };
 
-// A ring of rows, each of `groups` times [pad + width + pad][kLanes], of which at least the `count` newest are kept; the pads
-// are zero, and so is one row more.
+// A ring of rows, each of `groups` times [pad + width + pad][kLanes], of which the `count` newest are kept; the pads are zero,
+// and so is one row more.
 template <class A>
 class RowRing {
  public:
   RowRing(int count, int64_t width, int pad, int64_t groups = 1)
-      : count_(std::bit_ceil(static_cast<uint32_t>(count))),  // so that finding a row takes no division
+      : count_(count),
         pad_(pad * kLanes<A>),
         group_size_((width + 2 * pad) * kLanes<A>),
         row_size_(groups * group_size_),
-        rows_(count_ * row_size_ + group_size_) {
-    for (int64_t group = 0; group < count_ * groups; ++group) {
+        rows_(count * row_size_ + group_size_) {
+    for (int64_t group = 0; group < count * groups; ++group) {
       std::memset(rows_ + group * group_size_, 0, sizeof(A) * pad_);
       std::memset(rows_ + (group + 1) * group_size_ - pad_, 0, sizeof(A) * pad_);
     }
-    std::memset(rows_ + count_ * row_size_, 0, sizeof(A) * group_size_);
+    std::memset(rows_ + count * row_size_, 0, sizeof(A) * group_size_);
   }
   // First pixel of a row, of its first group and of any.
-  A* operator[](int64_t row) const { return rows_ + (row & (count_ - 1)) * row_size_ + pad_; }
+  A* operator[](int64_t row) const { return rows_ + row % count_ * row_size_ + pad_; }
   A* operator()(int64_t row, int64_t group) const { return (*this)[row] + group * group_size_; }
   int64_t group_size() const { return group_size_; }
 

@@ -248,7 +248,8 @@ class Ahead {
 };
 
 // Calls f(first row, number of rows as an integral constant, first column, sums [kTileVectors][rows]) for every tile of
-// `count` rows times w, whose panels panel(p) gives. Meanwhile the caches fetch the next one, which many products find in none.
+// `count` rows times w, whose panels panel(p) gives. Meanwhile the caches fetch the next one, which would else come from afar
+// where images are small.
 template <class T, class R, class P, class F>
 SEGNEXT_INLINE void for_panel_tiles(const R& left, int64_t count, int64_t depth, const Packed<T>& w, const P& panel,
                                     const F& f) {

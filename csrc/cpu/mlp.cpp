@@ -1,4 +1,5 @@
-// mlp: y = x + W2 GELU(depthwise 3x3 (W1 x + b1) + bd) + b2 in channels_last, without the widened activations ever being held.
+// mlp: y = x + W2 GELU(depthwise 3x3 (W1 x + b1) + bd) + b2 in channels_last, or the layer norm of that, without the widened
+// activations ever being held.
 //
 // An item is a row of an image. A thread goes down them in steps of a few rows; in each step the widened channels pass through
 // the cache a chunk at a time:

@@ -19,7 +19,7 @@ def mlp(
     bias2: Tensor,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = 1e-5,
     *,
     backend: str | None = None,
 ) -> Tensor:
