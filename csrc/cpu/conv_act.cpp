@@ -109,15 +109,14 @@ template <class T>
 inline constexpr bool kInPlace = std::is_same_v<T, float> && std::is_same_v<Left<T>, Pixels<T>>;
 
 template <class F>
-void convolve_in_place(const Image& x, const Convolution& conv, const Image& y, const F& finish_at, Share& items) {
+void convolve_in_place(const Image& x, const Convolution& conv, const Packed<float>& weights, const Image& y,
+                       const F& finish_at, Share& items) {
   constexpr int64_t kFewPlanes = 8;  // more would take places in the cache from each other
   InputRows<float> rows(x, conv, !x.channels_last && x.channels <= kFewPlanes);
   const std::vector<int64_t> offsets = rows.offsets();
-  const int64_t depth = static_cast<int64_t>(offsets.size());
-  const Packed<float> weights(static_cast<const float*>(conv.weights.data), depth, y.channels);
   for (const int64_t row : items) {
     rows.load(row / y.height, row % y.height);
-    matmul_scattered({rows.data(), rows.step(), offsets.data()}, y.width, depth, weights, finish_at(row * y.width));
+    matmul_scattered({rows.data(), rows.step(), offsets.data()}, y.width, weights, finish_at(row * y.width));
   }
 }
 
@@ -149,7 +148,7 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
       }
       if constexpr (kInPlace<T>) {
         if (y.width >= kPixels) {  // else too few pixels would share a panel
-          return parallel(y.images * y.height, [&](Share& items) { convolve_in_place(x, conv, y, finish_at, items); });
+          return parallel(y.images * y.height, [&](Share& items) { convolve_in_place(x, conv, packed, y, finish_at, items); });
         }
       }
       // Where rows are short, several are gathered for one product.

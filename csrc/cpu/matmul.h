@@ -88,9 +88,9 @@ void matmul(const Left<T>& a, const Weights<T>& w, const F& done) {
 
 // The same for float whose rows need not be gathered; never on matrix tiles.
 template <class F>
-void matmul_scattered(const ScatteredRows& left, int64_t count, int64_t depth, const Packed<float>& w, const F& done) {
+void matmul_scattered(const ScatteredRows& left, int64_t count, const Packed<float>& w, const F& done) {
   for_panel_tiles<float>(
-      left, count, depth, w, [&](int64_t p) { return w.data + p * w.panel_size; }, each_vector(w.columns, done));
+      left, count, w.depth, w, [&](int64_t p) { return w.data + p * w.panel_size; }, each_vector(w.columns, done));
 }
 
 // sum [rows, with room for a multiple of 16][columns rounded up to panels] (+)= a * w
