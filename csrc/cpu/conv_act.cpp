@@ -23,8 +23,8 @@ auto finish(const float* bias, int64_t C, T* y) {
 }
 
 // The input rows under one output row with zeros outside the image: in channels_last [kernel][pad + width + pad][channels], of
-// planes, if they may stay that, [kernel][channels][pad + width + pad].
-template <class T>
+// planes, if they may stay that, [kernel][channels][pad + width + pad]. Rows of E: of T, or widened.
+template <class T, class E>
 class InputRows {
  public:
   InputRows(const Image& x, const Convolution& conv, bool planes)
@@ -40,20 +40,20 @@ class InputRows {
     for (int64_t s = 0; s < conv_.kernel; ++s) {
       const int64_t h = row * conv_.stride + s - conv_.kernel / 2;
       for (int64_t i = 0; i < lines_; ++i) {
-        T* out = rows_ + (s * lines_ + i) * line_;
+        E* out = rows_ + (s * lines_ + i) * line_;
         if (h < 0 || h >= x_.height) {
-          std::memset(out, 0, sizeof(T) * line_);
+          std::memset(out, 0, sizeof(E) * line_);
           continue;
         }
-        std::memset(out, 0, sizeof(T) * pad_);
-        std::memset(out + line_ - pad_, 0, sizeof(T) * pad_);
+        std::memset(out, 0, sizeof(E) * pad_);
+        std::memset(out + line_ - pad_, 0, sizeof(E) * pad_);
         copy_row(n, h, i, out + pad_);
       }
     }
   }
 
   // out [pixels][out_row] <- kernel * kernel * channels elements each, pixels [first, last) of the output row; not of planes
-  void gather(int64_t first, int64_t last, T* out, int64_t out_row) const {
+  void gather(int64_t first, int64_t last, E* out, int64_t out_row) const {
     const int64_t run = conv_.kernel * x_.channels;
     if (run == kPhotoRun) return gather_runs(first, last, std::integral_constant<int64_t, kPhotoRun>{}, out, out_row);
     gather_runs(first, last, run, out, out_row);
@@ -71,48 +71,43 @@ class InputRows {
     }
     return offsets;
   }
-  const T* data() const { return rows_; }
+  const E* data() const { return rows_; }
   int64_t step() const { return conv_.stride * pixel_; }  // from one output pixel to the next
 
  private:
   static constexpr int64_t kPhotoRun = 9;  // three pixels of a photograph
 
-  void copy_row(int64_t n, int64_t h, int64_t line, T* out) const {
+  void copy_row(int64_t n, int64_t h, int64_t line, E* out) const {
     const int64_t C = x_.channels, plane = x_.height * x_.width;
     const T* image = static_cast<const T*>(x_.data) + n * C * plane;
     if (x_.channels_last || pixel_ == 1) {
-      std::memcpy(out, image + line * plane + h * x_.width * pixel_, sizeof(T) * x_.width * pixel_);
-      return;
+      return copy_elements(image + line * plane + h * x_.width * pixel_, x_.width * pixel_, out);
     }
     for (int64_t c = 0; c < C; ++c) {
       const T* in = image + c * plane + h * x_.width;
-      for (int64_t w = 0; w < x_.width; ++w) out[w * C + c] = in[w];
+      for (int64_t w = 0; w < x_.width; ++w) copy_elements(in + w, 1, out + w * C + c);
     }
   }
 
   template <class Run>
-  void gather_runs(int64_t first, int64_t last, Run run, T* out, int64_t out_row) const {
+  void gather_runs(int64_t first, int64_t last, Run run, E* out, int64_t out_row) const {
     for (int64_t w = first; w < last; ++w, out += out_row) {
-      const T* in = rows_ + w * conv_.stride * x_.channels;
-      for (int64_t s = 0; s < conv_.kernel; ++s) std::memcpy(out + s * run, in + s * line_, sizeof(T) * run);
+      const E* in = rows_ + w * conv_.stride * x_.channels;
+      for (int64_t s = 0; s < conv_.kernel; ++s) std::memcpy(out + s * run, in + s * line_, sizeof(E) * run);
     }
   }
 
   const Image& x_;
   const Convolution& conv_;
   const int64_t lines_, pixel_, pad_, line_;
-  Buffer<T> rows_;
+  Buffer<E> rows_;
 };
 
-// Whether products can read their left side where it lies: matrix tiles want it gathered, and what is widened is copied anyway.
-template <class T>
-inline constexpr bool kInPlace = std::is_same_v<T, float> && std::is_same_v<Left<T>, Pixels<T>>;
-
-template <class F>
-void convolve_in_place(const Image& x, const Convolution& conv, const Packed<float>& weights, const Image& y,
+template <class T, class F>
+void convolve_in_place(const Image& x, const Convolution& conv, const Packed<T>& weights, const Image& y,
                        const F& finish_at, Share& items) {
   constexpr int64_t kFewPlanes = 8;  // more would take places in the cache from each other
-  InputRows<float> rows(x, conv, !x.channels_last && x.channels <= kFewPlanes);
+  InputRows<T, float> rows(x, conv, !x.channels_last && x.channels <= kFewPlanes);
   const std::vector<int64_t> offsets = rows.offsets();
   for (const int64_t row : items) {
     rows.load(row / y.height, row % y.height);
@@ -146,7 +141,7 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
           }
         });
       }
-      if constexpr (kInPlace<T>) {
+      if constexpr (kScattered<T>) {
         if (y.width >= kPixels) {  // else too few pixels would share a panel
           return parallel(y.images * y.height, [&](Share& items) { convolve_in_place(x, conv, packed, y, finish_at, items); });
         }
@@ -154,7 +149,7 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
       // Where rows are short, several are gathered for one product.
       const int64_t most = std::max<int64_t>(kPixels / std::max<int64_t>(y.width, 1), 2);
       parallel(y.images * y.height, [&](Share& items) {
-        InputRows<T> rows(x, conv, false);
+        InputRows<T, T> rows(x, conv, false);
         const bool once = most * parallel.threads >= y.images * y.height && most * y.width <= kPixels;
         const Weights<T> weights = prepared(packed, once);
         const int64_t depth = filled<T>(packed.depth), size = most * y.width * depth;

@@ -35,7 +35,7 @@ Weights<T> prepared(const Packed<T>& w, bool once) {
 
 inline constexpr int64_t kPixels = 128;  // pixels of one product
 
-// The left side of a product, to be stored a few channels at a time.
+// The left side of a product, to be stored a few channels at a time in the form that is multiplied.
 template <class T>
 class StoredPixels {
  public:
@@ -54,10 +54,10 @@ class StoredPixels {
   Buffer<T> data_;
 };
 template <class T>
-using Stored = std::conditional_t<std::is_same_v<Left<T>, Pixels<T>>, StoredPixels<T>, Left<T>>;
+using Stored = std::conditional_t<std::is_same_v<Left<T>, Pixels<T>>, StoredPixels<Operand<T>>, Left<T>>;
 
-template <class T, class F>
-SEGNEXT_INLINE void for_products(const Left<T>& a, const Weights<T>& w, const F& f) {
+template <class T, class P = Left<T>, class F>
+SEGNEXT_INLINE void for_products(const P& a, const Weights<T>& w, const F& f) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) return for_product_blocks(a, w, f);
   if constexpr (std::is_same_v<T, float>) return for_split_products(a, w, f);
@@ -86,22 +86,25 @@ void matmul(const Left<T>& a, const Weights<T>& w, const F& done) {
   for_products<T>(a, w, each_vector(w.columns, done));
 }
 
-// The same for float whose rows need not be gathered; never on matrix tiles.
-template <class F>
-void matmul_scattered(const ScatteredRows& left, int64_t count, const Packed<float>& w, const F& done) {
-  for_panel_tiles<float>(
-      left, count, w.depth, w, [&](int64_t p) { return w.data + p * w.panel_size; }, each_vector(w.columns, done));
+// Whether products are of floats in registers, so that the left side's rows need not be gathered.
+template <class T>
+inline constexpr bool kScattered = std::is_same_v<Operand<T>, float> && std::is_same_v<Left<T>, Pixels<T>>;
+
+// The same for such rows.
+template <class T, class F>
+void matmul_scattered(const ScatteredRows& left, int64_t count, const Packed<T>& w, const F& done) {
+  for_panel_tiles(left, count, w.depth, w, RightOperand<T>(w, w.depth), each_vector(w.columns, done));
 }
 
 // sum [rows, with room for a multiple of 16][columns rounded up to panels] (+)= a * w
-template <class T>
-void matmul_sum(const Left<T>& a, const Weights<T>& w, float* sum, int64_t sum_row, bool add) {
+template <class T, class P = Left<T>>
+void matmul_sum(const P& a, const Weights<T>& w, float* sum, int64_t sum_row, bool add) {
   constexpr int L = kLanes<float>;
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) return matmul_sum_blocks(a, w, sum, sum_row, add);
   if constexpr (std::is_same_v<T, float>) return matmul_sum_split(a, w, sum, sum_row, add);
 #endif
-  for_products<T>(a, w, [&](int64_t m, auto rows, int64_t column, auto& acc) {
+  for_products<T, P>(a, w, [&](int64_t m, auto rows, int64_t column, auto& acc) {
     constexpr int count = rows;
     float* out = sum + m * sum_row + column;
     SEGNEXT_UNROLL

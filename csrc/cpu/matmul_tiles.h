@@ -154,31 +154,55 @@ SEGNEXT_INLINE void sum_tile(const R& left, const O* right, int64_t depth, Vecto
   }
 }
 
-// The operands of one product in the form that the micro-kernels take: as they are, or in scratch memory, widened or filled up
-// with zeros.
+// to [count] <- from, widened if `to` is float
+template <class T, class O>
+void copy_elements(const T* from, int64_t count, O* to) {
+  if constexpr (std::is_same_v<O, T>) {
+    std::copy_n(from, count, to);
+  } else {
+    int64_t k = 0;
+    for (; k + kLanes<float> <= count; k += kLanes<float>) store<float>(to + k, load_as<float>(from + k));
+    for (; k < count; ++k) to[k] = widen(from[k]);
+  }
+}
+
+// The left side of a product in the form that the micro-kernels take: as it is, or in scratch memory, widened or filled up with
+// zeros to a depth.
+template <class A, class O>
+class LeftOperand {
+ public:
+  LeftOperand(const Pixels<A>& a, int64_t depth)
+      : staged_(!std::is_same_v<A, O> || (depth != a.depth && !a.zeros)),
+        rows_(staged_ ? a.count * depth : 0),
+        dense_{rows_, staged_ ? depth : a.row} {
+    if constexpr (std::is_same_v<A, O>) {
+      if (!staged_) dense_.data = a.data;
+    }
+    for (int64_t m = 0; staged_ && m < a.count; ++m) {
+      copy_elements(a.data + m * a.row, a.depth, rows_ + m * depth);
+      std::fill(rows_ + m * depth + a.depth, rows_ + (m + 1) * depth, O{});
+    }
+  }
+  const DenseRows<O>& rows() const { return dense_; }
+
+ private:
+  const bool staged_;
+  Buffer<O> rows_;
+  DenseRows<O> dense_;
+};
+
+// The right side's panels likewise.
 template <class T>
-class Operands {
+class RightOperand {
   typedef Operand<T> O;
   static constexpr bool kSame = std::is_same_v<O, T>;
 
  public:
-  Operands(const Pixels<T>& a, const Packed<T>& w)
+  RightOperand(const Packed<T>& w, int64_t depth)
       : w_(w),
-        depth_(filled<T>(a.depth)),
-        staged_(!kSame || (depth_ != a.depth && !a.zeros)),
-        left_(staged_ ? a.count * depth_ : 0),
-        panel_(kSame && depth_ == packed_depth() ? 0 : std::max(depth_, packed_depth()) * kPanel),
-        data_(nullptr),
-        row_(staged_ ? depth_ : a.row) {
-    if constexpr (kSame) data_ = a.data;
-    if (!staged_) return;
-    for (int64_t m = 0; m < a.count; ++m) copy(a.data + m * a.row, a.depth, left_ + m * depth_);
-    data_ = left_;
-  }
-  const O* left() const { return data_; }
-  int64_t row() const { return row_; }
-  int64_t depth() const { return depth_; }
-  const O* panel(int64_t p) const {
+        depth_(depth),
+        panel_(kSame && depth_ == packed_depth() ? 0 : std::max(depth_, packed_depth()) * kPanel) {}
+  const O* operator()(int64_t p) const {
     const T* panel = w_.data + p * w_.panel_size;
     if constexpr (kSame) {
       if (depth_ == packed_depth()) return panel;
@@ -200,23 +224,10 @@ class Operands {
 
  private:
   int64_t packed_depth() const { return w_.depth + w_.depth % Packed<T>::step(); }
-  void copy(const T* from, int64_t count, O* to) {
-    if constexpr (kSame) {
-      std::copy_n(from, count, to);
-    } else {
-      int64_t k = 0;
-      for (; k + kLanes<float> <= count; k += kLanes<float>) store<float>(to + k, load_as<float>(from + k));
-      for (; k < count; ++k) to[k] = widen(from[k]);
-    }
-    std::fill(to + count, to + depth_, O{});
-  }
 
   const Packed<T> w_;
   const int64_t depth_;
-  const bool staged_;
-  Buffer<O> left_, panel_;
-  const O* data_;
-  const int64_t row_;
+  Buffer<O> panel_;
 };
 
 // Calls f(first row, number of rows as an integral constant) for tiles of `rows` rows.
@@ -268,11 +279,11 @@ SEGNEXT_INLINE void for_panel_tiles(const R& left, int64_t count, int64_t depth,
   }
 }
 
-template <class T, class F>
-SEGNEXT_INLINE void for_product_tiles(const Pixels<T>& a, const Packed<T>& w, const F& f) {
-  const Operands<T> operands(a, w);
-  const DenseRows<Operand<T>> left{operands.left(), operands.row()};
-  for_panel_tiles(left, a.count, operands.depth(), w, [&](int64_t p) { return operands.panel(p); }, f);
+template <class A, class T, class F>
+SEGNEXT_INLINE void for_product_tiles(const Pixels<A>& a, const Packed<T>& w, const F& f) {
+  const int64_t depth = filled<T>(a.depth);
+  const LeftOperand<A, Operand<T>> left(a, depth);
+  for_panel_tiles(left.rows(), a.count, depth, w, RightOperand<T>(w, depth), f);
 }
 
 }  // namespace segnext

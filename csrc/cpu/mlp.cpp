@@ -210,7 +210,7 @@ void mlp_forward(const Image& x, const MlpWeights& w, const Image& y, const Para
   const int64_t share = std::max((rows + parallel.threads - 1) / parallel.threads, std::min(kLeastRows, rows));
   with_dense_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t row_bytes = x.width * ((whole_panels(x.channels) + kChunk) * sizeof(float) + kChunk * sizeof(T));
+    const int64_t row_bytes = x.width * ((whole_panels(x.channels) + kChunk) * sizeof(float) + kChunk * sizeof(Operand<T>));
     const int64_t fits = std::clamp<int64_t>(kCache / row_bytes, 1, x.height);
     const int64_t steps = (share + fits - 1) / fits, step = (share + steps - 1) / steps;  // of a share, as long as each other
     parallel({rows, kLeastRows}, [&](Share& items) {

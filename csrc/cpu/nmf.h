@@ -4,6 +4,8 @@
 // it updates the tile's rows of C and adds the tile's share to x C and C^T C. Sums over N are kept per chunk and then added in
 // order.
 #pragma once
+#include <optional>
+
 #include "cpu/nmf_columns.h"
 
 namespace segnext {
@@ -59,8 +61,7 @@ class Nmf {
         xc_(x.batch * s_.chunks * s_.D * s_.padded),
         cc_(x.batch * s_.chunks * rank * s_.padded),
         bb_(x.batch * s_.row_blocks * rank * s_.padded),
-        projected_(b_size_),
-        gathered_(x.transposed ? 0 : x.batch * s_.N * s_.odd_row) {}
+        projected_(b_size_) {}
 
   void begin(const void* bases) {
     const A* given = static_cast<const A*>(bases);
@@ -106,6 +107,7 @@ class Nmf {
 
   // C of step + 1 from C and B of step.
   void update_coefficients(int64_t step, Then then, const Matrices* y = nullptr) {
+    begin_pass();
     parallel_(x_.batch * s_.chunks, [&](Share& items) {
       Tile<A> x(s_);
       Buffer<A> num(s_.tile * s_.padded), den(s_.tile * s_.padded), scratch(x.scratch_size(s_));
@@ -132,7 +134,6 @@ class Nmf {
         });
       }
     });
-    has_gathered_ = true;
   }
 
   // B of step + 1 from B of step and the sums over C of step + 1; x C is what products(image, first
@@ -157,15 +158,21 @@ class Nmf {
  protected:
   static constexpr int L = kLanes<A>;
 
-  // The tile <- columns of x. Where rows are apart in memory, gathering costs more than most products, so it is done in the
-  // first pass and kept.
+  // To be called before the tiles of a pass are taken. Where x has not its columns in one piece each, or not in accumulators,
+  // gathering or widening them costs more than small products, so it is done in the first pass and kept.
+  void begin_pass() {
+    has_gathered_ = gathered_.has_value();
+    const bool same = x_.dtype == Dtype::kFloat64 || x_.dtype == Dtype::kFloat32;
+    if (!has_gathered_ && !(x_.transposed && same)) gathered_.emplace(x_.batch * s_.N * s_.odd_row);
+  }
+
+  // The tile <- columns of x.
   void take(Tile<A>& tile, int64_t image, int64_t first, int64_t columns) const {
-    const bool same = x_.dtype == Dtype::kFloat64 || x_.dtype == Dtype::kFloat32;  // as accumulators
-    if (!x_.transposed) {
-      A* kept = gathered_ + (image * s_.N + first) * s_.odd_row;
+    if (gathered_.has_value()) {
+      A* kept = *gathered_ + (image * s_.N + first) * s_.odd_row;
       if (!has_gathered_) gather_columns<A>(x_, image, first, columns, kept, s_.odd_row);
       tile.view(kept, s_.odd_row);
-    } else if (same && !s_.conflicts(s_.D)) {
+    } else if (!s_.conflicts(s_.D)) {
       tile.view(matrix_of<const A>(x_, image) + first * s_.D, s_.D);
     } else {
       tile.load_from(x_, image, first, columns);
@@ -265,7 +272,8 @@ class Nmf {
   A *const c_, *const c_ratio_, *const b_, *const b_ratio_;
 
  protected:
-  Buffer<A> xc_, cc_, bb_, projected_, gathered_;
+  Buffer<A> xc_, cc_, bb_, projected_;
+  std::optional<Buffer<A>> gathered_;
   bool has_gathered_ = false, has_projected_ = false;
 };
 

@@ -49,13 +49,20 @@ T* matrix_of(const Matrices& x, int64_t image) {
   return static_cast<T*>(x.data) + image * x.rows * x.columns;
 }
 
-// out [columns][out_row] <- some columns of x, whose rows are apart in memory; out_row are whole vectors
+// out [columns][out_row] <- some columns of x; out_row are whole vectors
 template <class A>
 void gather_columns(const Matrices& x, int64_t image, int64_t first, int64_t columns, A* out, int64_t out_row) {
   with_storage<A>(x.dtype, [&](auto* type) {
-    const auto* from = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first;
-    for (int64_t d = 0; d < x.rows; d += kLanes<A>)
-      gather_channels<A>(from + d * x.columns, x.columns, x.rows - d, columns, out + d, out_row);
+    const auto* from = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first * (x.transposed ? x.rows : 1);
+    if (!x.transposed) {
+      for (int64_t d = 0; d < x.rows; d += kLanes<A>)
+        gather_channels<A>(from + d * x.columns, x.columns, x.rows - d, columns, out + d, out_row);
+      return;
+    }
+    for (int64_t n = 0; n < columns; ++n) {
+      for (int64_t d = 0; d < x.rows; d += kLanes<A>)
+        store<A>(out + n * out_row + d, load_lanes<A>(from + n * x.rows + d, lanes_of<A>(x.rows - d)));
+    }
   });
 }
 
@@ -79,14 +86,7 @@ class Tile {
 
   void load_from(const Matrices& x, int64_t image, int64_t first, int64_t columns) {
     view(data_, row_);
-    if (!x.transposed) return gather_columns<A>(x, image, first, columns, data_, row_);
-    with_storage<A>(x.dtype, [&](auto* type) {
-      const auto* from = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first * D_;
-      for (int64_t n = 0; n < columns; ++n) {
-        for (int64_t d = 0; d < D_; d += kLanes<A>)
-          store<A>(data_ + n * row_ + d, load_lanes<A>(from + n * D_ + d, lanes_of<A>(D_ - d)));
-      }
-    });
+    gather_columns<A>(x, image, first, columns, data_, row_);
   }
 
   void store_to(const Matrices& x, int64_t image, int64_t first, int64_t columns) const {
