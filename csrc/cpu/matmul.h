@@ -35,7 +35,11 @@ Weights<T> prepared(const Packed<T>& w, bool once) {
 
 inline constexpr int64_t kPixels = 128;  // pixels of one product
 
-// The left side of a product, to be stored a few channels at a time in the form that is multiplied.
+// The left side of a product that is made for it, from elements in the form that is multiplied.
+template <class T>
+using Made = std::conditional_t<std::is_same_v<Left<T>, Pixels<T>>, Pixels<Operand<T>>, Left<T>>;
+
+// The same, stored a few channels at a time.
 template <class T>
 class StoredPixels {
  public:
@@ -81,9 +85,9 @@ auto each_vector(int64_t columns, const F& done) {
 }
 
 // Calls done(first row, number of rows as an integral constant, column, lanes that exist, their sums [rows]) for a * w.
-template <class T, class F>
-void matmul(const Left<T>& a, const Weights<T>& w, const F& done) {
-  for_products<T>(a, w, each_vector(w.columns, done));
+template <class T, class P = Left<T>, class F>
+void matmul(const P& a, const Weights<T>& w, const F& done) {
+  for_products<T, P>(a, w, each_vector(w.columns, done));
 }
 
 // Whether products are of floats in registers, so that the left side's rows need not be gathered.

@@ -10,7 +10,7 @@ namespace {
 // y, where the strips of u are, <- the gate and the second projection of pixels [first, last).
 template <class T>
 void gate_and_project(const Image& x, const AttentionWeights& w, const Weights<T>& gate, const Weights<T>& out, const T* u,
-                      T* y, int64_t first, int64_t last, T* gated) {
+                      T* y, int64_t first, int64_t last, Operand<T>* gated) {
   const int64_t C = x.channels, count = last - first;
   const T* in = static_cast<const T*>(x.data) + first * C;
   u += first * C;
@@ -24,7 +24,7 @@ void gate_and_project(const Image& x, const AttentionWeights& w, const Weights<T
       store_lanes(gated + at, (z[i] + bias) * load_lanes(u + at, lanes), lanes);
     }
   });
-  matmul<T>({gated, C, count, C}, out, [&](int64_t m, auto rows, int64_t c, int lanes, const auto& z) {
+  matmul<T, Made<T>>({gated, C, count, C}, out, [&](int64_t m, auto rows, int64_t c, int lanes, const auto& z) {
     constexpr int count = rows;
     const Vector<float> bias = load_lanes(w.out.bias + c, lanes), scale = load_lanes(w.scale + c, lanes);
     SEGNEXT_UNROLL
@@ -47,7 +47,7 @@ void spatial_attention_forward(const Image& x, const AttentionWeights& w, const 
     conv_act_forward(x, {w.in, 1, 1, Activation::kGelu}, in, parallel);
     msca_strips_forward(in, w.strips, y, parallel);
     parallel(blocks, [&](Share& items) {
-      Buffer<T> gated(kPixels * C);
+      Buffer<Operand<T>> gated(kPixels * C);
       const bool once = blocks <= parallel.threads;
       const Weights<T> gate = prepared<T>({static_cast<const T*>(w.gate.data), C, C}, once);
       const Weights<T> out = prepared<T>({static_cast<const T*>(w.out.data), C, C}, once);
