@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
+
+from segnext.checkpoint import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,19 +17,11 @@ if TYPE_CHECKING:
 NO_PLOTS = "no plots: matplotlib not installed"
 
 
-def check_folder(folder: Path) -> None:
-    """Makes it, and an OSError where nothing can be written into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder):
-        pass
-
-
 def write(path: Path, content: str | bytes) -> None:
-    """The whole file or none: written under another name first."""
+    """The whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, figures: object) -> None:

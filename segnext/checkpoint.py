@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 from uuid import uuid4
 
@@ -71,6 +72,16 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
     encoder = {key.removeprefix("backbone."): value for key, value in state.items()}
     return {key if key.startswith("head.") else f"backbone.{key}": value for key, value in encoder.items()}
+
+
+def check_place(path: Path) -> None:
+    """Makes the folder of a file that is to be written, and raises an OSError where nothing can be written into it."""
+    if path.exists() and not path.is_file():
+        return  # a pipe or device
+    folder = Path(os.path.realpath(path)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager

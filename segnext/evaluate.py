@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed
-from .checkpoint import WeightsError, replacing
+from .checkpoint import WeightsError, check_place, replacing
 from .data import Pairs, open_dataset
 from .data.loader import one_by_one
 from .data.workers import deaths_told
@@ -176,13 +176,14 @@ def evaluate_weights(
         DataError, ImageError: the data cannot be read.
         InputError: a model that is not for photographs.
         RecipeError: the pictures would replace the data's, or the file for the figures is a folder.
+        OSError: nothing can be written there.
     """
     with distributed.processes(device) as device:
         model, pairs, recipe = opened(weights, data, recipe, rank)
         if json_file is not None:
             if Path(json_file).is_dir():
                 raise RecipeError(f"{json_file} is a folder; name a file for the figures")
-            Path(json_file).absolute().parent.mkdir(parents=True, exist_ok=True)
+            check_place(Path(json_file))
         if pictures is not None:
             _outside(Path(pictures), pairs)
         count, view = len(pairs.classes), view_of(recipe, multi_scale, flip)

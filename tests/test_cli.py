@@ -78,6 +78,7 @@ def test_predict_exit_codes(tmp_path, weights, capsys):
         (["predict", "{}/a.png", "--weights", "{}/absent.pth", "--out", "{}/out"], "absent.pth"),
         (["predict", "{}/a.png", "--weights", "{}/small.pth", "--out", "{}/a.png"], "a.png"),
         (["predict", "{}/empty", "--weights", "{}/small.pth", "--out", "{}/out"], "empty: there is no image"),
+        (["predict", "{}/a.png", "--weights", "{}/small.pth", "--out", "{}/out", "--rank", "9999"], "rank must be at most"),
         (["demo", "--data", "{}/empty", "--out", "{}/out"], "classes.txt: no such file"),
     ],
 )

@@ -213,6 +213,12 @@ def test_the_figures_folder_is_made(tmp_path, data, weights):
         evaluate_weights(weights, data, RECIPES["folder"][0], json_file=tmp_path / "new")
 
 
+def test_a_place_for_the_figures_is_found_before_the_pictures_are_looked_at(monkeypatch, data, weights):
+    monkeypatch.setattr("segnext.evaluate.evaluate", lambda *args, **kwargs: pytest.fail("pictures were looked at"))
+    with pytest.raises(OSError, match="/proc"):  # nobody writes there
+        evaluate_weights(weights, data, RECIPES["folder"][0], json_file="/proc/scores.json")
+
+
 def test_counting_takes_no_more_memory_in_deterministic_trainings(monkeypatch):
     """There torchmetrics would make 64 GB of a picture of 512x683 with 150 classes."""
     import torchmetrics.functional.classification as metrics

@@ -104,8 +104,8 @@ class InputRows {
 };
 
 template <class T, class F>
-void convolve_in_place(const Image& x, const Convolution& conv, const Packed<T>& weights, const Image& y,
-                       const F& finish_at, Share& items) {
+void convolve_in_place(const Image& x, const Convolution& conv, const Packed<T>& weights, const Image& y, const F& finish_at,
+                       Share& items) {
   constexpr int64_t kFewPlanes = 8;  // more would take places in the cache from each other
   InputRows<T, float> rows(x, conv, !x.channels_last && x.channels <= kFewPlanes);
   const std::vector<int64_t> offsets = rows.offsets();

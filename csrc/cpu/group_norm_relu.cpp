@@ -13,9 +13,7 @@ constexpr int64_t kBlock = 64;  // pixels whose statistics are kept apart
 // out [3][C]: the first pixel and, of the differences from it, the sum and the sum of squares.
 template <class T>
 void block_sums(const T* x, int64_t C, int64_t pixels, float* out) {
-  constexpr int L = kLanes<float>;
-  for (int64_t c = 0; c < C; c += L) {
-    const int lanes = C - c < L ? static_cast<int>(C - c) : L;
+  for_lanes(C, [&](int64_t c, int lanes) {
     const Vector<float> first = load_lanes(x + c, lanes);
     Vector<float> sum = {}, squares = {};
     for (int64_t m = 1; m < pixels; ++m) {
@@ -26,7 +24,7 @@ void block_sums(const T* x, int64_t C, int64_t pixels, float* out) {
     store_lanes(out + c, first, lanes);
     store_lanes(out + C + c, sum, lanes);
     store_lanes(out + 2 * C + c, squares, lanes);
-  }
+  });
 }
 
 // mean, scale [C] of one group, from the sums of its image's blocks: moments about one of the values, in double
@@ -53,15 +51,13 @@ void statistics(const GroupNorm& norm, int64_t group, int64_t C, int64_t pixels,
 template <class T>
 void apply(const T* x, const T* residual, const float* mean, const float* scale, const float* bias, int64_t C, int64_t pixels,
            T* y) {
-  constexpr int L = kLanes<float>;
   for (int64_t m = 0; m < pixels * C; m += C) {
-    for (int64_t c = 0; c < C; c += L) {
-      const int lanes = C - c < L ? static_cast<int>(C - c) : L;
+    for_lanes(C, [&](int64_t c, int lanes) {
       const Vector<float> deviation = load_lanes(x + m + c, lanes) - load_lanes(mean + c, lanes);
       Vector<float> z = deviation * load_lanes(scale + c, lanes) + load_lanes(bias + c, lanes);
       if (residual != nullptr) z += load_lanes(residual + m + c, lanes);
       store_lanes(y + m + c, relu(z), lanes);
-    }
+    });
   }
 }
 

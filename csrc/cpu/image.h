@@ -136,6 +136,25 @@ class RowRing {
   Buffer<A> rows_;
 };
 
+// Calls f(first channel, number of channels) for every vector of channels.
+template <class F>
+SEGNEXT_INLINE void for_lanes(int64_t channels, const F& f) {
+  constexpr int L = kLanes<float>;
+  for (int64_t c = 0; c < channels; c += L) f(c, channels - c < L ? static_cast<int>(channels - c) : L);
+}
+
+// to [count] <- from, widened if `to` is float
+template <class T, class O>
+void copy_elements(const T* from, int64_t count, O* to) {
+  if constexpr (std::is_same_v<O, T>) {
+    std::copy_n(from, count, to);
+  } else {
+    int64_t k = 0;
+    for (; k + kLanes<float> <= count; k += kLanes<float>) store<float>(to + k, load_as<float>(from + k));
+    for (; k < count; ++k) to[k] = widen(from[k]);
+  }
+}
+
 // Where one row of the channels from c on lies.
 template <class T>
 struct RowAccess {

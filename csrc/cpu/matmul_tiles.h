@@ -154,18 +154,6 @@ SEGNEXT_INLINE void sum_tile(const R& left, const O* right, int64_t depth, Vecto
   }
 }
 
-// to [count] <- from, widened if `to` is float
-template <class T, class O>
-void copy_elements(const T* from, int64_t count, O* to) {
-  if constexpr (std::is_same_v<O, T>) {
-    std::copy_n(from, count, to);
-  } else {
-    int64_t k = 0;
-    for (; k + kLanes<float> <= count; k += kLanes<float>) store<float>(to + k, load_as<float>(from + k));
-    for (; k < count; ++k) to[k] = widen(from[k]);
-  }
-}
-
 // The left side of a product in the form that the micro-kernels take: as it is, or in scratch memory, widened or filled up with
 // zeros to a depth.
 template <class A, class O>
@@ -199,9 +187,7 @@ class RightOperand {
 
  public:
   RightOperand(const Packed<T>& w, int64_t depth)
-      : w_(w),
-        depth_(depth),
-        panel_(kSame && depth_ == packed_depth() ? 0 : std::max(depth_, packed_depth()) * kPanel) {}
+      : w_(w), depth_(depth), panel_(kSame && depth_ == packed_depth() ? 0 : std::max(depth_, packed_depth()) * kPanel) {}
   const O* operator()(int64_t p) const {
     const T* panel = w_.data + p * w_.panel_size;
     if constexpr (kSame) {
@@ -228,6 +214,23 @@ class RightOperand {
   const Packed<T> w_;
   const int64_t depth_;
   Buffer<O> panel_;
+};
+
+// Both sides of one product.
+template <class T, class A = T>
+class Operands {
+ public:
+  Operands(const Pixels<A>& a, const Packed<T>& w) : depth_(filled<T>(a.depth)), left_(a, depth_), right_(w, depth_) {}
+  int64_t depth() const { return depth_; }
+  const DenseRows<Operand<T>>& rows() const { return left_.rows(); }
+  const Operand<T>* left() const { return rows().data; }
+  int64_t row() const { return rows().row; }
+  const Operand<T>* panel(int64_t p) const { return right_(p); }
+
+ private:
+  const int64_t depth_;
+  const LeftOperand<A, Operand<T>> left_;
+  const RightOperand<T> right_;
 };
 
 // Calls f(first row, number of rows as an integral constant) for tiles of `rows` rows.
@@ -281,9 +284,8 @@ SEGNEXT_INLINE void for_panel_tiles(const R& left, int64_t count, int64_t depth,
 
 template <class A, class T, class F>
 SEGNEXT_INLINE void for_product_tiles(const Pixels<A>& a, const Packed<T>& w, const F& f) {
-  const int64_t depth = filled<T>(a.depth);
-  const LeftOperand<A, Operand<T>> left(a, depth);
-  for_panel_tiles(left.rows(), a.count, depth, w, RightOperand<T>(w, depth), f);
+  const Operands<T, A> operands(a, w);
+  for_panel_tiles(operands.rows(), a.count, operands.depth(), w, [&](int64_t p) { return operands.panel(p); }, f);
 }
 
 }  // namespace segnext

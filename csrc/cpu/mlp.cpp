@@ -25,13 +25,6 @@ constexpr int kTaps = kK * kK + 1;  // the bias comes last
 constexpr int64_t kChunk = 128;
 constexpr int64_t kCache = 768 * 1024;  // bytes of one step
 
-// Calls f(first channel, number of channels) for every vector of channels.
-template <class F>
-SEGNEXT_INLINE void for_lanes(int64_t channels, const F& f) {
-  constexpr int L = kLanes<float>;
-  for (int64_t c = 0; c < channels; c += L) f(c, channels - c < L ? static_cast<int>(channels - c) : L);
-}
-
 // out <- the layer norm of a pixel z, whose lanes past the last channel are zero
 template <class T>
 void normalise(const LayerNorm& norm, float* z, int64_t channels, T* out) {

@@ -98,6 +98,8 @@ def _train(
         return 0
     if not data:
         raise recipes.RecipeError("give --data ROOT, or --resume RUN")
+    if fields.get("weights") and fields.get("encoder"):
+        raise recipes.RecipeError("--weights are a whole model's, so that --encoder would begin with nothing: give one of them")
     recipe = recipe or RECIPE
     stages = options.overridden(recipes.recipes(recipe), fields)
     machine = train.Machine(**{"device": options.best_device(), **given})
