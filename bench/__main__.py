@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import segnext_kernels
 from segnext import speed
-from segnext.checkpoint import check_place
+from segnext.checkpoint import check_folder
 from segnext.cli.options import positive
 
 from . import cases, ceilings, cuda_static, loop, memory, output, report, scaling, triton_static
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         if arguments.out:  # before hours of measuring
-            check_place(arguments.out / "report.md")
+            check_folder(arguments.out)
         arguments.run(arguments)
     except (ValueError, OSError) as problem:
         print(f"bench: {problem}", file=sys.stderr)

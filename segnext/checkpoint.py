@@ -74,14 +74,14 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key if key.startswith("head.") else f"backbone.{key}": value for key, value in encoder.items()}
 
 
-def check_place(path: Path) -> None:
-    """Makes the folder of a file that is to be written, and raises an OSError where nothing can be written into it."""
-    if path.exists() and not path.is_file():
-        return  # a pipe or device
-    folder = Path(os.path.realpath(path)).parent
+def check_folder(folder: Path) -> None:
+    """Makes a folder that files are to come into, and raises an OSError where nothing can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder):
-        pass
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed
-from .checkpoint import WeightsError, check_place, replacing
+from .checkpoint import WeightsError, check_folder, replacing
 from .data import Pairs, open_dataset
 from .data.loader import one_by_one
 from .data.workers import deaths_told
@@ -180,10 +181,11 @@ def evaluate_weights(
     """
     with distributed.processes(device) as device:
         model, pairs, recipe = opened(weights, data, recipe, rank)
-        if json_file is not None:
+        if json_file is not None and distributed.rank() == 0:
             if Path(json_file).is_dir():
                 raise RecipeError(f"{json_file} is a folder; name a file for the figures")
-            check_place(Path(json_file))
+            if Path(json_file).is_file() or not Path(json_file).exists():  # no pipe or device
+                check_folder(Path(os.path.realpath(json_file)).parent)
         if pictures is not None:
             _outside(Path(pictures), pairs)
         count, view = len(pairs.classes), view_of(recipe, multi_scale, flip)

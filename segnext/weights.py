@@ -40,7 +40,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
 
     Raises:
         WeightsError: the checkpoint cannot be had or read, or its keys or shapes do not make a SegNeXt.
-        ConfigError: ``rank`` is below 1 or above the head's channels.
+        ValueError: ``rank`` is below 1.
         ImportError: safetensors is not installed, and the file is one of its kind.
     """
     path = locate(path_or_name)

@@ -216,6 +216,9 @@ def check_all_operators() -> None:
         inference.MAKE.items(), inference.SHAPES[3:8], inference.PACKED_DTYPES
     ):
         inference.check(operator, make(shape, dtype), dtype, "channels_last", "cpu")
+    for layout, dtype in itertools.product(IMAGE_LAYOUTS, inference.PACKED_DTYPES):
+        long_rows = inference.conv_act((1, 9, 4, 260, 40), dtype, 3, 2, "gelu")
+        inference.check("conv_act", long_rows, dtype, layout, "cpu")
     for (shape, size), layout, dtype in itertools.product(upsample.CASES[2:6], IMAGE_LAYOUTS, DTYPES):
         logits = upsample.draw_logits(shape, dtype, layout)
         upsample.check_labels(logits, size, "cpu")

@@ -35,11 +35,12 @@ def test_conv_act_options(dtype, layout, options, shape, backend):
     check("conv_act", conv_act(shape, dtype, *options), dtype, layout, backend)
 
 
+@packed_dtypes
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
 @pytest.mark.parametrize("options", [(1, 2, "none"), (3, 2, "gelu"), (5, 1, "none")], ids=str)
 @pytest.mark.parametrize("shape", [(2, 1, 3, 270, 70), (1, 9, 4, 260, 40)], ids=str)
-def test_conv_act_of_long_rows(layout, options, shape, backend):
-    check("conv_act", conv_act(shape, torch.float32, *options), torch.float32, layout, backend)
+def test_conv_act_of_long_rows(dtype, layout, options, shape, backend):
+    check("conv_act", conv_act(shape, dtype, *options), dtype, layout, backend)
 
 
 @packed_dtypes

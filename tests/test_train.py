@@ -521,7 +521,7 @@ def test_a_folder_decides_on_its_scale(tmp_path, size, crop, scale, monkeypatch)
         (["--data", "{data}/absent"], "absent"),
         (["--resume", "{data}"], "recipe.json: No such file"),
         (["--resume", "{data}", "--batch", "3"], "--resume goes by the folder's own recipe"),
-        (["--data", "{data}", "--weights", "ade20k-t", "--encoder", "imagenet"], "give one of them"),
+        (["--data", "{data}", "--weights", "ade20k-t", "--encoder", "imagenet"], "ade20k-t is a whole model"),
         (["--resume", "{data}", "--recipe", "scratch"], "--resume goes by the folder's own recipe"),
         (
             ["--data", "{data}", "--recipe", "scratch", "--batch", "3", "--accumulate", "2", "--out", "{data}/run"],

@@ -1,4 +1,4 @@
-// The activations of fused products, on values that are then stored as T: float or BFloat16.
+// The activations of fused products, to the accuracy of T: float or BFloat16.
 #pragma once
 #include "cpu/simd.h"
 

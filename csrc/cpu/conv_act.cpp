@@ -141,7 +141,7 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
           }
         });
       }
-      if constexpr (kScattered<T>) {
+      if constexpr (kCanScatter<T>) {
         if (y.width >= kPixels) {  // else too few pixels would share a panel
           return parallel(y.images * y.height, [&](Share& items) { convolve_in_place(x, conv, packed, y, finish_at, items); });
         }

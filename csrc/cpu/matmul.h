@@ -35,9 +35,9 @@ Weights<T> prepared(const Packed<T>& w, bool once) {
 
 inline constexpr int64_t kPixels = 128;  // pixels of one product
 
-// The left side of a product that is made for it, from elements in the form that is multiplied.
+// The left side of a product where it is made for that alone: of elements in the form that is multiplied.
 template <class T>
-using Made = std::conditional_t<std::is_same_v<Left<T>, Pixels<T>>, Pixels<Operand<T>>, Left<T>>;
+using MadePixels = std::conditional_t<std::is_same_v<Left<T>, Pixels<T>>, Pixels<Operand<T>>, Left<T>>;
 
 // The same, stored a few channels at a time.
 template <class T>
@@ -60,7 +60,7 @@ class StoredPixels {
 template <class T>
 using Stored = std::conditional_t<std::is_same_v<Left<T>, Pixels<T>>, StoredPixels<Operand<T>>, Left<T>>;
 
-template <class T, class P = Left<T>, class F>
+template <class T, class P, class F>
 SEGNEXT_INLINE void for_products(const P& a, const Weights<T>& w, const F& f) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) return for_product_blocks(a, w, f);
@@ -84,7 +84,8 @@ auto each_vector(int64_t columns, const F& done) {
   };
 }
 
-// Calls done(first row, number of rows as an integral constant, column, lanes that exist, their sums [rows]) for a * w.
+// Calls done(first row, number of rows as an integral constant, column, lanes that exist, their sums [rows]) for a * w; P: Left
+// or MadePixels.
 template <class T, class P = Left<T>, class F>
 void matmul(const P& a, const Weights<T>& w, const F& done) {
   for_products<T, P>(a, w, each_vector(w.columns, done));
@@ -92,7 +93,7 @@ void matmul(const P& a, const Weights<T>& w, const F& done) {
 
 // Whether products are of floats in registers, so that the left side's rows need not be gathered.
 template <class T>
-inline constexpr bool kScattered = std::is_same_v<Operand<T>, float> && std::is_same_v<Left<T>, Pixels<T>>;
+inline constexpr bool kCanScatter = std::is_same_v<Operand<T>, float> && std::is_same_v<Left<T>, Pixels<T>>;
 
 // The same for such rows.
 template <class T, class F>

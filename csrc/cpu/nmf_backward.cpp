@@ -62,7 +62,7 @@ class NmfBackward : public Nmf<A> {
   // sums.
   void back_through_coefficients(int64_t step) {
     Base::sum_bb(step);
-    Base::begin_pass();
+    if (!one_step_) Base::begin_pass();
     Base::parallel_(x_.batch * s_.chunks, [&](Share& items) {
       Tile<A> x(s_), grad(s_);
       Buffer<A> den(s_.tile * s_.padded), d_q(s_.tile * s_.padded);

@@ -24,7 +24,7 @@ void gate_and_project(const Image& x, const AttentionWeights& w, const Weights<T
       store_lanes(gated + at, (z[i] + bias) * load_lanes(u + at, lanes), lanes);
     }
   });
-  matmul<T, Made<T>>({gated, C, count, C}, out, [&](int64_t m, auto rows, int64_t c, int lanes, const auto& z) {
+  matmul<T, MadePixels<T>>({gated, C, count, C}, out, [&](int64_t m, auto rows, int64_t c, int lanes, const auto& z) {
     constexpr int count = rows;
     const Vector<float> bias = load_lanes(w.out.bias + c, lanes), scale = load_lanes(w.scale + c, lanes);
     SEGNEXT_UNROLL

@@ -60,10 +60,9 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from ..distributed import PeerError
     from ..export.program import ExportError
     from ..images import ImageError
-    from ..model import ConfigError
     from ..predict import InputError
     from ..recipes import RecipeError
     from ..weights import WeightsError
 
-    known = (ConfigError, DataError, ExportError, ImageError, InputError, PeerError, RecipeError, WeightsError)
+    known = (DataError, ExportError, ImageError, InputError, PeerError, RecipeError, WeightsError)
     return *known, FloatingPointError, OSError

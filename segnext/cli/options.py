@@ -10,6 +10,7 @@ from typing import Any
 from ..recipes import Recipe
 
 SIZES, HEADS = ("t", "s", "b", "l"), ("ham", "msca")
+MOST_RANK = 1024
 
 
 def command(commands, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
@@ -26,7 +27,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rank(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rank", type=positive, help="rank of the decomposition, where the checkpoint doesn't say it")
+    parser.add_argument("--rank", type=_rank, help="rank of the decomposition, where the checkpoint doesn't say it")
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +70,13 @@ def positive(text: str) -> int:
     value = number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _rank(text: str) -> int:
+    value = positive(text)
+    if value > MOST_RANK:
+        raise argparse.ArgumentTypeError(f"{text} is more than any head has channels, {MOST_RANK}")
     return value
 
 

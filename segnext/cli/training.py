@@ -98,10 +98,10 @@ def _train(
         return 0
     if not data:
         raise recipes.RecipeError("give --data ROOT, or --resume RUN")
-    if fields.get("weights") and fields.get("encoder"):
-        raise recipes.RecipeError("--weights are a whole model's, so that --encoder would begin with nothing: give one of them")
-    recipe = recipe or RECIPE
+    recipe, encoder = recipe or RECIPE, fields.get("encoder")
     stages = options.overridden(recipes.recipes(recipe), fields)
+    if encoder is not None and stages[0].weights is not None:
+        raise recipes.RecipeError(f"{stages[0].weights} is a whole model, so --encoder would change nothing: give one of them")
     machine = train.Machine(**{"device": options.best_device(), **given})
     train.train(stages, data, out or Path("runs", f"{Path(recipe).stem}-{stages[0].size}"), machine)
     return 0
