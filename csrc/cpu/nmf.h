@@ -48,6 +48,7 @@ class Nmf {
         parallel_(parallel),
         steps_(steps),
         keep_(keep),
+        same_(x.dtype == Dtype::kFloat64 || x.dtype == Dtype::kFloat32),
         kept_steps_(keep == Keep::kAll ? steps : 0),
         c_size_(x.batch * s_.N * s_.padded),
         b_size_(x.batch * s_.D * s_.padded),
@@ -159,11 +160,13 @@ class Nmf {
   static constexpr int L = kLanes<A>;
 
   // To be called before the tiles of a pass are taken. Where x has not its columns in one piece each, or not in accumulators,
-  // gathering or widening them costs more than small products, so it is done in the first pass and kept.
+  // gathering or widening them costs more than small products, so it is done in the first pass and kept; widened ones only
+  // where that does not take fresh pages of the system in every call, which cost more than widening.
   void begin_pass() {
+    constexpr int64_t kMostWidened = 20 << 20;  // bytes
     has_gathered_ = gathered_.has_value();
-    const bool same = x_.dtype == Dtype::kFloat64 || x_.dtype == Dtype::kFloat32;
-    if (!has_gathered_ && !(x_.transposed && same)) gathered_.emplace(x_.batch * s_.N * s_.odd_row);
+    const int64_t size = x_.batch * s_.N * s_.odd_row, most = kMostWidened / static_cast<int64_t>(sizeof(A));
+    if (!has_gathered_ && (!x_.transposed || (!same_ && size <= most))) gathered_.emplace(size);
   }
 
   // The tile <- columns of x.
@@ -172,7 +175,7 @@ class Nmf {
       A* kept = *gathered_ + (image * s_.N + first) * s_.odd_row;
       if (!has_gathered_) gather_columns<A>(x_, image, first, columns, kept, s_.odd_row);
       tile.view(kept, s_.odd_row);
-    } else if (!s_.conflicts(s_.D)) {
+    } else if (same_ && !s_.conflicts(s_.D)) {
       tile.view(matrix_of<const A>(x_, image) + first * s_.D, s_.D);
     } else {
       tile.load_from(x_, image, first, columns);
@@ -265,6 +268,7 @@ class Nmf {
   const Parallel& parallel_;
   const int64_t steps_;
   const Keep keep_;
+  const bool same_;  // x is of accumulators
   const int64_t kept_steps_, c_size_, b_size_, c_slots_, c_ratio_slots_;
 
  private:

@@ -48,7 +48,7 @@ def nmf(
         x: [B, D, N] >= 0 (not checked), float32, float64, bfloat16 or float16; contiguous or transposed (D fastest, as
             ``flatten(2)`` of a channels_last image gives) are used as they are, any other strides are copied to contiguous.
             Any dimension may be zero. The CPU kernels hold a copy of x in float32 (float64 for float64)
-            where it is contiguous or of 16 bits, unless they multiply bfloat16 as it is.
+            where it is contiguous or, up to 20 MB, of 16 bits, unless they multiply bfloat16 as it is.
         bases: [B, D, R] >= 0 with R >= 1, the initial bases, in x's dtype or in float32; same device.
         steps: how often C and B are updated, >= 0. SegNeXt: 6 in training, 7 in evaluation.
         gradient: "exact" differentiates through all steps (what the official code does), "one_step" only through the last
