@@ -187,20 +187,21 @@ class FusedHamburger(nn.Module):
             raise TypeError("fuse: the Hamburger must have an NMF2D and, in ham_out, a convolution without bias")
         weight, bias = matrix(hamburger.ham_in.conv)
         self.ham_in, self.bias = frozen(kernels.pack(weight, dtype)), frozen(bias.float())
-        self.ham, norm = copy.deepcopy(hamburger.ham), hamburger.ham_out.gn
-        fixed = None if self.ham.bases == "random" else frozen(self.ham.fixed_bases(len(bias), bias.device))
-        self.register_parameter("fixed_bases", fixed)
+        ham, norm = hamburger.ham, hamburger.ham_out.gn
+        drawn = ham.bases == "random"
+        self.register_parameter("fixed_bases", None if drawn else frozen(ham.fixed_bases(len(bias), bias.device)))
+        self.steps, self.random = ham.eval_steps, copy.deepcopy(ham) if drawn else None
         self.ham_out = frozen(hamburger.ham_out.conv.weight.flatten(1).float())
         self.norm_weight, self.norm_bias = frozen(norm.weight.float()), frozen(norm.bias.float())
         self.options = norm.num_groups, norm.eps, dtype == torch.bfloat16
 
     def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
-        if bases is None and self.fixed_bases is not None:
-            bases = self.fixed_bases.expand(x.shape[0], -1, -1).contiguous()
+        if bases is None and self.random is not None:
+            bases = self.random.initial_bases(x)
         elif bases is None:
-            bases = self.ham.initial_bases(x)
+            bases = self.fixed_bases.expand(x.shape[0], -1, -1).contiguous()
         norm = self.norm_weight, self.norm_bias, *self.options
-        return kernels.hamburger(x, self.ham_in, self.bias, bases, self.ham.eval_steps, self.ham_out, *norm)
+        return kernels.hamburger(x, self.ham_in, self.bias, bases, self.steps, self.ham_out, *norm)
 
 
 def fused_block(block: Block, dtype: torch.dtype, last_norm: LayerNorm2d | None) -> nn.Sequential:

@@ -60,6 +60,16 @@ def test_golden_logits():
     assert error(fused(images, bases), want) < 1e-5
 
 
+def test_random_bases_are_drawn_as_the_models_at_every_call():
+    model, images = harsh(bases="random"), torch.randn(2, 3, 64, 96)
+    fused, logits = segnext.fuse(model), []
+    for network in (model, fused):
+        torch.manual_seed(1)
+        logits.append(network(images))
+    assert error(logits[1], logits[0]) < 1e-5
+    assert not torch.equal(fused(images), logits[1])
+
+
 @pytest.fixture(scope="module", params=HEADS)
 def trained(request):
     """A small model after a hundred steps on drawn scenes, and scenes that it has not seen."""
