@@ -84,13 +84,18 @@ def check_folder(folder: Path) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
+def is_stream(path: Path) -> bool:
+    """Whether there is a pipe or device, which is written as it is."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the path's place once it is complete; if the block fails, nothing is left of it.
 
     The place is where a link leads to; a pipe or device is written as it is.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if is_stream(path):
         with path.open("wb") as file:
             yield file
         return

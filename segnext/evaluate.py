@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed
-from .checkpoint import WeightsError, check_folder, replacing
+from .checkpoint import WeightsError, check_folder, is_stream, replacing
 from .data import Pairs, open_dataset
 from .data.loader import one_by_one
 from .data.workers import deaths_told
@@ -184,7 +184,7 @@ def evaluate_weights(
         if json_file is not None and distributed.rank() == 0:
             if Path(json_file).is_dir():
                 raise RecipeError(f"{json_file} is a folder; name a file for the figures")
-            if Path(json_file).is_file() or not Path(json_file).exists():  # no pipe or device
+            if not is_stream(Path(json_file)):
                 check_folder(Path(os.path.realpath(json_file)).parent)
         if pictures is not None:
             _outside(Path(pictures), pairs)

@@ -93,7 +93,7 @@ void matmul(const P& a, const Weights<T>& w, const F& done) {
 
 // Whether products are of floats in registers, so that the left side's rows need not be gathered.
 template <class T>
-inline constexpr bool kCanScatter = std::is_same_v<Operand<T>, float> && std::is_same_v<Left<T>, Pixels<T>>;
+inline constexpr bool kCanScatter = std::is_same_v<MadePixels<T>, Pixels<float>>;
 
 // The same for such rows.
 template <class T, class F>
