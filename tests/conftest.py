@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+# Processes that share the processors (pytest -n) have their part of them each, and so have those that they start.
+if count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(count))))  # read when torch is imported
+
 import torch
 
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # read when Triton is imported
@@ -25,13 +29,15 @@ _triton.interpreted = False  # it is slow: only tests that ask for the backend "
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, set_threads) -> str:
     """Every backend in turn; one that is not built is skipped with its own reason (shown by ``-ra``)."""
     if request.param == "triton":
         if ON_GPU:
             pytest.skip("test_gpu.py runs Triton's kernels on the GPU; where none is visible they are interpreted")
         monkeypatch.setattr(_triton, "interpreted", True)
     require(request.param)
+    if request.param == "cpu":
+        set_threads(2)  # whatever the processes have: the kernels share their work out
     return request.param
 
 
