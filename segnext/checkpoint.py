@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickletools
@@ -15,6 +16,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,9 +76,19 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key if key.startswith("head.") else f"backbone.{key}": value for key, value in encoder.items()}
 
 
+def plain(value: Any) -> Any:
+    """What a checkpoint may hold of a number, or of those in a tuple: Python's own where they are NumPy's."""
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_folder(folder: Path) -> None:
     """Makes a folder that files are to come into, and raises an OSError where nothing can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
     try:
         with TemporaryFile(dir=folder):
             pass

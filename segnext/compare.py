@@ -121,7 +121,6 @@ def compare(
     if differences:
         names, colours = (*names, *(text.format(*titles) for text in DIFFERENCES)), (*colours, *DIFFERENCES.values())
     across = len(captions) * (width or max(row[0].width for row in rows))
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_png(figure(rows, captions, width, below=fitting_legend(names, colours, across)), out)
 
 

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 import segnext_kernels
 
 from .begin import class_weights
+from .checkpoint import check_folder
 from .data import Memory, Scenes, open_dataset
 from .data.augment import augmentation
 from .evaluate import Scores, evaluate, table
@@ -89,7 +90,7 @@ def demo(
     recipe = replace(SCRATCH, iterations=None, seconds=seconds, lr=task.lr, seed=seed)
     model = create(size, len(task.classes), head, drop_path=0.0).to(device)
     model.classes, model.palette, model.scale = task.classes, task.palette, task.scale
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out / "held_out")
 
     print(task.description)
     print(_machine(model, f"SegNeXt-{size.upper()}", seconds, device), flush=True)
@@ -110,7 +111,7 @@ def demo(
 
 def _scenes(out: Path, size: tuple[int, int]) -> Task:
     train, held_out, folder = Scenes(TRAINING_SCENES, size), Scenes(HELD_OUT_SCENES, size, seed=1), out / "scenes"
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     names = [f"scene_{i}" for i in range(HELD_OUT_SCENES)]
     for i in _shown(held_out):
         write_png(photo_image(held_out[i][0]), folder / f"{names[i]}.png")
@@ -165,7 +166,6 @@ def _machine(model: nn.Module, name: str, seconds: float, device: torch.device) 
 
 def _write_pictures(model: nn.Module, task: Task, folder: Path) -> None:
     key = legend(task.classes, task.palette, columns=5)
-    folder.mkdir(exist_ok=True)
     for name in task.names:  # those of before; another's files stay
         (folder / f"{name}.png").unlink(missing_ok=True)
     for i in _shown(task.held_out):

@@ -263,7 +263,7 @@ def _outside(folder: Path, pairs: Pairs) -> None:
 def _writer(folder: Path, classes: list[str], palette: list) -> Callable[[str, Tensor, Tensor, Tensor], None]:
     """Writes a picture, its truth and the prediction side by side, as NAME.png in the folder."""
     key = drawn_legend(classes, palette, columns=5)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
 
     def write(name: str, image: Tensor, truth: Tensor, prediction: Tensor) -> None:
         write_png(comparison(image, truth, prediction, palette, key), folder / f"{name.replace('/', '_')}.png")

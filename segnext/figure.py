@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .checkpoint import check_folder
 from .model import SIZES, Config
 from .palette import Colour, legend
 from .predict import InputError
@@ -80,11 +81,15 @@ def model_title(config: Config, name: str = "SegNeXt") -> str:
 
 
 def require_new_png(out: Path, inputs: Sequence[Path]) -> None:
-    """Raises an InputError where a figure would have another ending, or overwrite what it is made from."""
+    """Makes the folder of a figure, and raises an InputError where it would have another ending, or overwrite what it is made
+    from, or an OSError where it cannot be written."""
     if out.suffix.lower() != ".png":
         raise InputError(f"{out} must end in .png")
     if out.resolve() in {path.resolve() for path in inputs}:
         raise InputError(f"{out} would be overwritten by the figure; choose another name")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; name a file for the figure")
+    check_folder(out.parent)
 
 
 def for_each(values: Sequence, rows: int, what: str) -> list:

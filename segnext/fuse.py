@@ -65,15 +65,15 @@ def require_own_modules(model: SegNeXt) -> None:
 
 
 def options(module: nn.Module) -> tuple:
-    """What a convolution, norm or activation computes beside its weights."""
+    """Which tensors a module has, and what a convolution or activation computes beside them."""
+    tensors = {**module._parameters, **module._buffers}
+    has = {name for name, tensor in tensors.items() if tensor is not None}
     if isinstance(module, nn.Conv2d):
-        depthwise = module.groups > 1
-        return module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode, depthwise
-    if isinstance(module, ALIKE[1]):
-        return module.affine, module.track_running_stats
-    if isinstance(module, nn.LayerNorm):
-        return module.weight is not None, module.bias is not None
-    return (module.approximate,) if isinstance(module, nn.GELU) else ()
+        depthwise = module.groups == module.in_channels == module.out_channels
+        groups = 1 if module.groups == 1 else "depthwise" if depthwise else module.groups
+        has -= {"bias"} if groups == 1 else set()  # which is zero where there is none
+        return has, module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode, groups
+    return has, (module.approximate if isinstance(module, nn.GELU) else None)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -289,7 +289,8 @@ class FusedSegNeXt(nn.Module):
     def _apply(self, function: Callable, recurse: bool = True) -> FusedSegNeXt:
         if any(function(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in {torch.float32, self.dtype}):
             raise TypeError("a fused model keeps its dtype; fuse the model again with another")
-        return super()._apply(function, recurse)
+        # packed weights keep their order where PyTorch would make them channels_last
+        return super()._apply(lambda tensor: function(tensor).contiguous(), recurse)
 
     def train(self, mode: bool = True) -> FusedSegNeXt:
         if mode:

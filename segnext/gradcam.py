@@ -97,7 +97,6 @@ def gradcam(
         titles.append(names[category])
     ours = model_title(model.config, "SegNeXt" if isinstance(model, SegNeXt) else "MSCAN")
     captions = ["Image", *([] if compare is None else [CONVNEXTS[compare]]), ours]
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_png(figure(rows, captions, width, titles=titles), out)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from segnext_kernels import upsample_argmax
 from segnext_kernels.nn import NMF2D
 
+from .checkpoint import plain
 from .heads import HamHead, MSCAHead
 from .mscan import MSCAN
 
@@ -47,6 +48,8 @@ class Config:
     gradient: str = "exact"
 
     def __post_init__(self) -> None:
+        for declared in fields(self):
+            object.__setattr__(self, declared.name, plain(getattr(self, declared.name)))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from segnext_kernels import upsample_argmax
 
+from .checkpoint import check_folder
 from .data.augment import fit_factor
 from .distributed import memory_told
 from .fuse import inference_model
@@ -69,7 +70,7 @@ def predict(
     model = load_for_photographs(weights, rank)
     classes, palette = model.classes, model.palette
     model = inference_model(model, torch.device(device))
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
     write_png(legend(classes, palette), out / "legend.png")
     broken = []
     with tqdm(total=len(photos), unit="photo", disable=None) as bar:

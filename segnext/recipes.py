@@ -11,6 +11,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import plain, replacing
+
 Pair = tuple[int, int]
 
 
@@ -95,7 +97,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for declared in fields(self):
             kind, optional, _ = declared.type.partition(" | None")
-            value, (fits, called) = getattr(self, declared.name), _KINDS[kind]
+            value, (fits, called) = plain(getattr(self, declared.name)), _KINDS[kind]
+            object.__setattr__(self, declared.name, value)
             if not fits(value) and not (optional and value is None):
                 raise RecipeError(f"{declared.name} must be {called}{' or none' if optional else ''}, got {value!r}")
         if (self.seconds is None) == (self.iterations is None):
@@ -240,8 +243,6 @@ def _dimensions(pair: Pair) -> str:
 
 def write(path: Path, stages: tuple[Recipe, ...], **beside: Any) -> None:
     """Writes a recipe and what else a run was started with as JSON, whole or not at all."""
-    from .checkpoint import replacing
-
     with replacing(path) as file:
         file.write(json.dumps({"recipe": [asdict(stage) for stage in stages], **beside}, indent=1).encode())
 

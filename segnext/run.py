@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import replacing, writing
+from .checkpoint import check_folder, replacing, writing
 from .evaluate import Scores
 from .recipes import RecipeError
 from .trainer import Step, Trainer
@@ -39,7 +39,7 @@ class Run:
         import matplotlib.figure  # noqa: F401 - if it is not installed, say so now, not at the first evaluation
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder)
         self.folder, self.lock = folder, _locked(folder)
         for unfinished in folder.glob(f".*.{'[0-9a-f]' * 32}"):  # of a process that was killed while it wrote
             unfinished.unlink()

@@ -234,9 +234,10 @@ def _loop(
             best = _look(trainer, run, val, best, machine.workers)
             if run is not None and save:
                 run.save(trainer, best, losses)
-        if run is not None and (look or ended):
+        if run is not None and look:
             run.draw()
     if run is not None:
+        run.draw()
         run.save_weights(trainer, "model.pth")
         print(f"wrote {run.folder / 'model.pth'}" + (f" and {run.folder / 'best.pth'} (mIoU {best:.3f})" if best >= 0 else ""))
 

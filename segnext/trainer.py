@@ -62,7 +62,7 @@ class Trainer:
         cuda_graph: on a GPU, in one process, launch forward and backward as one (:class:`segnext.graphed.Graphed`).
 
     Raises:
-        RecipeError: the batch cannot be dealt out evenly.
+        RecipeError: there are no pictures, or the batch cannot be dealt out evenly.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class Trainer:
         workers: int = 0,
         cuda_graph: bool = True,
     ) -> None:
+        if len(dataset) == 0:
+            raise RecipeError("there are no pictures to train on")
         shares = accumulate * distributed.world()
         if recipe.batch % shares:
             raise RecipeError(

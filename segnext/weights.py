@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hosted
-from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, read, suffix, writing
+from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, plain, read, suffix, writing
 from .classifier import Classifier
 from .heads import GROUPS
 from .model import SIZES, Config, SegNeXt
@@ -136,12 +136,13 @@ def about(model: SegNeXt) -> dict[str, Any]:
     classes, palette, count = model.classes, model.palette, model.config.num_classes
     classes = None if classes is None else [str(name) for name in classes]
     palette = None if palette is None else [tuple(int(value) for value in colour) for colour in palette]
+    scale = None if model.scale is None else plain(tuple(model.scale))
     found = [None if given is None else len(given) for given in (classes, palette)]
     if not {*found} <= {None, count}:
         raise ValueError(f"a model of {count} classes must have as many names and colours, got {found[0]} and {found[1]}")
     if palette is not None and not all(map(_is_colour, palette)):
         raise ValueError(f"a palette's colours must be three numbers from 0 to 255, got {palette}")
-    return {"segnext": asdict(model.config), "classes": classes, "palette": palette, "scale": model.scale}
+    return {"segnext": asdict(model.config), "classes": classes, "palette": palette, "scale": scale}
 
 
 def described(meta: Mapping[str, Any]) -> SegNeXt:

@@ -142,7 +142,22 @@ def other_activation(model: nn.Module) -> None:
     model.backbone.patch_embed1.proj[2] = nn.GELU(approximate="tanh")
 
 
+def without_bias(convolution: nn.Conv2d) -> nn.Conv2d:
+    convolution.bias = None
+    return convolution
+
+
+def in_two_groups(model: nn.Module) -> None:
+    conv0 = model.backbone.block1[0].attn.spatial_gating_unit.conv0
+    conv0.groups, conv0.weight = 2, nn.Parameter(conv0.weight.repeat(1, conv0.in_channels // 2, 1, 1))
+
+
 CUSTOMISED = {
+    "no bias": (lambda model: without_bias(model.backbone.block1[0].mlp.dwconv.dwconv), r"dwconv\.dwconv: Conv2d\("),
+    "groups": (in_two_groups, r"conv0: Conv2d\("),
+    "no scale": (lambda model: setattr(model.backbone.block1[0], "layer_scale_1", None), r"block1\.0: Block\("),
+    "no affine": (lambda model: setattr(model.decode_head.squeeze, "gn", nn.GroupNorm(32, 64, affine=False)), "gn: GroupNorm"),
+    "no statistics": (lambda model: setattr(model.backbone.block1[0].norm1, "running_mean", None), r"norm1: BatchNorm2d"),
     "dilation": (dilate, r"backbone\.patch_embed2\.proj: Conv2d\(.*dilation=\(2, 2\)"),
     "activation": (other_activation, r"backbone\.patch_embed1\.proj\.2: GELU\(approximate='tanh'\)"),
     "hook": (lambda model: model.backbone.block1[0].mlp.fc1.register_forward_hook(print), "block1.0.mlp.fc1: Pointwise"),
@@ -180,6 +195,13 @@ def test_a_fused_model_keeps_its_dtype(dtype, convert):
     with pytest.raises(TypeError, match="keeps its dtype; fuse the model again"):
         convert(fused)
     assert torch.equal(fused.to("cpu")(images), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_weights_keep_their_order(dtype):
+    """Else every call would copy them."""
+    fused = segnext.fuse(harsh(), dtype).to(memory_format=torch.channels_last)
+    assert all(tensor.is_contiguous() for tensor in fused.state_dict().values())
 
 
 def test_images_that_are_not_normalised_are_refused():

@@ -332,6 +332,14 @@ def test_errors_are_one_line(files, capsys, arguments, message):
     assert not (files / "error.png").exists()
 
 
+def test_a_folder_that_is_a_file_is_told_before_any_map(files, capsys, monkeypatch):
+    monkeypatch.setattr(gradcam, "heat_map", None)
+    (files / "folder.png").mkdir()
+    for out, message in (("whole.pth/heat.png", "[Errno 20] Not a directory: "), ("folder.png", "is a folder; name a file")):
+        assert run(files, "a.png", "--class", "car", "--weights", "whole.pth", "--out", out) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_model_of_four_channels(files, tmp_path):
     segnext.save(segmenter(in_channels=4), tmp_path / "w.pth")
     with pytest.raises(InputError, match="takes 4 channels; photographs have 3"):

@@ -165,6 +165,21 @@ def test_unknown_bases():
         NMF2D(4, bases="zeros")
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"gradient": "none"}, "gradient must be one of exact, one_step, got 'none'"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"train_steps": -1}, "steps must be between 0 and"),
+        ({"eval_steps": 1 << 21}, "steps must be between 0 and"),
+    ],
+    ids=lambda value: str(*value) if isinstance(value, dict) else "",
+)
+def test_what_the_operator_would_refuse(arguments, message):
+    with pytest.raises(ValueError, match=f"^NMF2D: {message}"):
+        NMF2D(**arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     """A block of all three under autocast: the output in its dtype, the parameters' gradients in float32."""

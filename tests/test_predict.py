@@ -145,6 +145,12 @@ def test_no_inputs(tmp_path, weights, inputs, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_a_file(tmp_path, weights):
+    small.photo(32, 32).save(tmp_path / "a.png")
+    with pytest.raises(NotADirectoryError, match=r"Not a directory: '.*a\.png'"):
+        predict([tmp_path / "a.png"], weights, tmp_path / "a.png")
+
+
 def test_results_never_overwrite_inputs(tmp_path, weights):
     small.photo(32, 32).save(tmp_path / "a.png")
     small.photo(32, 32).save(tmp_path / "a_mask.png")

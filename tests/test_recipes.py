@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, fields, replace
 
+import numpy as np
 import pytest
 
 from segnext import recipes
@@ -121,6 +122,14 @@ def test_recipes_survive_their_file(tmp_path):
         recipes.write(path, stages, data=["a"])
         assert recipes.read(path) == (stages, {"data": ["a"]})
         assert recipes.recipes(str(path)) == stages
+
+
+def test_numbers_of_numpy_become_pythons(tmp_path):
+    recipe = Recipe(batch=np.int64(2), lr=np.float32(0.5), crop=tuple(np.array([64, 32])), seconds=None)
+    assert recipe == Recipe(batch=2, lr=0.5, crop=(64, 32))
+    assert {type(recipe.batch), type(recipe.lr), type(recipe.crop[0])} == {int, float}
+    recipes.write(tmp_path / "recipe.json", (recipe,))
+    assert recipes.recipes(str(tmp_path / "recipe.json")) == (recipe,)
 
 
 @pytest.mark.parametrize(

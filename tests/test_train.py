@@ -421,7 +421,7 @@ def test_an_evaluation_that_fails_costs_no_steps(tmp_path, data, trained):
 
 
 def interrupt(out: Path, data: Path, recipe: recipes.Recipe) -> None:
-    """A training that is stopped after its first evaluation."""
+    """A training that is stopped after its first evaluation, or at its end."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run.Run, "draw", interrupted)
         train([recipe], [data], out, HERE)
@@ -429,6 +429,13 @@ def interrupt(out: Path, data: Path, recipe: recipes.Recipe) -> None:
 
 def interrupted(self, *args) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_curves_are_drawn_by_whoever_ends_a_training(tmp_path, data):
+    interrupt(tmp_path / "run", data, replace(SHORT, iterations=1, val=None))
+    assert not (tmp_path / "run" / "curves.png").exists()
+    resume(tmp_path / "run")
+    assert (tmp_path / "run" / "curves.png").exists() and (tmp_path / "run" / "model.pth").exists()
 
 
 def test_two_trainings_carry_the_weights_over_and_swap_the_classifier(tmp_path, data):

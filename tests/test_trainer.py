@@ -119,6 +119,11 @@ def test_batches_that_cannot_be_dealt_out():
         trainer(accumulate=3)
 
 
+def test_nothing_to_train_on():
+    with pytest.raises(RecipeError, match="no pictures to train on"):
+        fit(tiny_model(), Scenes(0, (32, 48)), RECIPE)
+
+
 def test_the_recipe_reaches_the_optimizer():
     recipe = replace(RECIPE, betas=(0.8, 0.95), weight_decay=0.03)
     groups = Trainer(copy.deepcopy(small_model()), SCENES, recipe).optimizer.param_groups

@@ -86,6 +86,16 @@ def test_names_and_colours_are_saved_as_plain_ones(tmp_path, suffix):
     assert loaded.classes == [f"class {i}" for i in range(7)] and loaded.palette[6] == (18, 19, 20)
 
 
+@SUFFIXES
+def test_numbers_are_saved_as_plain_ones(tmp_path, suffix):
+    rates = dict(zip(("drop_path", "dropout"), np.linspace(0.1, 0.3, 2), strict=True))
+    model = SegNeXt(replace(small.CONFIG, channels=tuple(np.array(small.CONFIG.channels)), num_classes=np.int64(7), **rates))
+    model.scale = np.array([100, 50])
+    segnext.save(model, tmp_path / f"model{suffix}")
+    loaded = segnext.load(tmp_path / f"model{suffix}")
+    assert (loaded.config, loaded.scale) == (replace(small.CONFIG, **rates), (100, 50))
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [

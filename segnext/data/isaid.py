@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from ..checkpoint import check_folder
 from ..images import ImageError, image_size, read_image, stored_image, write_png
 from ..palette import IGNORED, mask_image, photo_image
 from .find import by_name, find_root, first_of, match
@@ -106,7 +107,7 @@ class _Pictures(Dataset):
     def __init__(self, files: list[tuple[Path, Path]], out: list[Path], size: int, stride: int) -> None:
         self.files, self.out, self.size, self.stride = files, out, size, stride
         for folder in out:
-            folder.mkdir(parents=True, exist_ok=True)
+            check_folder(folder)
 
     def __len__(self) -> int:
         return len(self.files)

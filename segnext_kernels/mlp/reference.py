@@ -23,6 +23,8 @@ def mlp(
     eps: float,
 ) -> Tensor:
     """Accumulates in float32."""
+    if x.numel() == 0:  # convolutions refuse empty images
+        return x.clone()
     hidden, channels = bias1.shape[0], x.shape[1]
     wide = F.conv2d(x.float(), unpack(fc1, hidden, channels)[:, :, None, None], bias1)
     narrow = dwconv_gelu(wide, depthwise, depthwise_bias)

@@ -14,6 +14,8 @@ from ..msca_strips.reference import msca_strips
 
 def spatial_attention(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Accumulates in float32."""
+    if x.numel() == 0:  # convolutions refuse empty images
+        return x.clone()
     proj_1, bias_1, *strips, conv3, bias_3, proj_2, bias_2, scale = (weight.float() for weight in weights)
 
     def project(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
