@@ -229,7 +229,7 @@ def test_what_was_whole_is_told(tmp_path, trained, monkeypatch):
 
     (tmp_path / "last.pth").write_bytes(b"of before")
     monkeypatch.setattr(torch, "save", full)
-    loop = trainer.Trainer(segnext.load(trained / "model.pth"), [], SHORT)
+    loop = trainer.Trainer(segnext.load(trained / "model.pth"), [None], SHORT)
     with run.opened(tmp_path, 0) as records, pytest.raises(WeightsError, match="last.pth: .*last.pth of before is whole"):
         records.save(loop, 0.0)
     assert (tmp_path / "last.pth").read_bytes() == b"of before"
