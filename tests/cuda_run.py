@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +21,10 @@ from torch import Tensor
 HERE = Path(__file__).parent / "cuda_host"
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
-SANITIZERS = {
-    "address": ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+KERNELS = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+GLUE = ("module.cpp", "host_run.cpp", "traffic.cpp")
+SANITIZERS = {  # of kernels
+    "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-g1", "-fsanitize=thread"],
 }
 
@@ -48,24 +51,31 @@ def why_not() -> str | None:
     )
 
 
-def build(folder: Path, flags: list[str] = (), csrc: Path = CSRC, reuse: Path | None = None, changed: str = "") -> Path:
-    """Builds the module ``cuda_host`` into ``folder``; with ``reuse`` only the kernels in ``changed`` anew, from ``csrc``."""
+def build(
+    folder: Path,
+    flags: Sequence[str] = (),
+    csrc: Path = CSRC,
+    reuse: Path | None = None,
+    changed: Sequence[str] = (*KERNELS, *GLUE),
+) -> Path:
+    """Builds the module ``cuda_host`` into ``folder``: what is ``changed`` anew, kernels from ``csrc`` and with ``flags``, the
+    rest is that of the build in ``reuse``."""
     folder.mkdir(parents=True, exist_ok=True)
     python = subprocess.run([sys.executable, "-m", "pybind11", "--includes"], check=True, capture_output=True, text=True).stdout
     includes = [f"-I{HERE}", f"-I{csrc}", "-isystem", headers(), *python.split()]
     common = [COMPILER, "-std=c++20", "-fPIC", "-w", *includes]
-    kernels = [*common, "-O1", *flags, "-include", "host_run.h", "-x", "c++", "-c"]
-    commands = {name: [*kernels, csrc / "cuda" / name] for name in sorted(p.name for p in (csrc / "cuda").glob("*.cu"))}
-    commands["module.cpp"] = [*kernels, HERE / "module.cpp"]
-    for name in ("host_run.cpp", "traffic.cpp"):  # never with sanitizers
-        commands[name] = [*common, "-O2", "-c", HERE / name]
-    objects = []
-    running = []
-    for name, command in commands.items():
-        kept = reuse is not None and name != changed
-        objects.append((reuse if kept else folder) / f"{name}.o")
-        if not kept:
-            running.append(subprocess.Popen([*command, "-o", objects[-1]], stderr=subprocess.PIPE, text=True))
+    cuda = ["-include", "host_run.h", "-x", "c++"]
+    commands = {name: [*common, "-O1", *flags, *cuda, "-c", csrc / "cuda" / name] for name in KERNELS}
+    commands |= {name: [*common, "-O2", *(cuda if name == "module.cpp" else []), "-c", HERE / name] for name in GLUE}
+    objects, running = [], []
+    # Of functions in headers, which several of them have, the first one's are taken.
+    for name, command in sorted(commands.items(), key=lambda item: item[0] not in changed):
+        made = folder / f"{name}.o"
+        objects.append(made)
+        if name in changed:
+            running.append(subprocess.Popen([*command, "-o", made], stderr=subprocess.PIPE, text=True))
+        else:
+            made.symlink_to(reuse / made.name)
     failures = [process.communicate()[1] for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(failures)
     library = folder / "cuda_host.so"

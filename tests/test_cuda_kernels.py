@@ -180,7 +180,7 @@ def sanitized(kernels, tmp_path_factory) -> dict[str, Path]:
     """The folders of builds with each sanitizer and of one with none."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in cuda_run.SANITIZERS}
     for kind, folder in folders.items():
-        cuda_run.build(folder, cuda_run.SANITIZERS[kind])
+        cuda_run.build(folder, cuda_run.SANITIZERS[kind], reuse=kernels.parent, changed=cuda_run.KERNELS)
     return folders | {"none": kernels.parent}
 
 
@@ -200,7 +200,7 @@ def planted(
     assert len(parts) > number + 1, f"{file} has no {old!r}"
     source.write_text(old.join(parts[: number + 1]) + new + old.join(parts[number + 1 :]))
     changed = file if file.endswith(".cu") else "msca_strips.cu"
-    cuda_run.build(tmp_path / "built", cuda_run.SANITIZERS.get(kind, []), tmp_path / "csrc", folders[kind], changed)
+    cuda_run.build(tmp_path / "built", cuda_run.SANITIZERS.get(kind, []), tmp_path / "csrc", folders[kind], [changed])
     return sanitize(kind, tmp_path / "built", "msca_strips")
 
 

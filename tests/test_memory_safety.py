@@ -31,17 +31,19 @@ sanitizers = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Of the module raw_kernels, built with sanitizers for this processor; with -O0 no access is optimized away, and it is
-    built in half the time."""
+    """Of the module raw_kernels, its kernels built with sanitizers for this processor; with -O0 no access is optimized away,
+    and it is built in half the time."""
     folder = tmp_path_factory.mktemp("sanitized")
     includes = subprocess.run(
         [sys.executable, "-m", "pybind11", "--includes"], check=True, capture_output=True, text=True
     ).stdout.split()
-    sources = [HERE / "raw_kernels.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
-    flags = ["-O0", "-g1", "-std=c++20", "-shared", "-fPIC", "-march=native", "-w"]
+    command = [COMPILER, "-O0", "-g1", "-std=c++20", "-fPIC", "-march=native", "-w", f"-I{CSRC}", *includes]
+    module = folder / "raw_kernels.o"
+    subprocess.run([*command, "-c", HERE / "raw_kernels.cpp", "-o", module], check=True)
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    output = ["-o", folder / "raw_kernels.so"]
-    subprocess.run([COMPILER, *flags, *sanitizers, f"-I{CSRC}", *includes, *sources, *output], check=True)
+    # The module comes last, so that of functions that all have the kernels' are taken.
+    sources = [*sorted((CSRC / "cpu").glob("*.cpp")), module]
+    subprocess.run([*command, *sanitizers, "-shared", *sources, "-o", folder / "raw_kernels.so"], check=True)
     return folder
 
 

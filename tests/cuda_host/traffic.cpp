@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <tuple>
 #include <unordered_set>
 #include <vector>
 
@@ -20,15 +19,15 @@ struct Access {
 };
 // Lanes of a warp that come by the same place for the same time make one instruction.
 struct Traced {
-  uint64_t instruction;  // warp, site, occurrence
-  unsigned lane;
-  bool store;
+  uint64_t place;  // warp, site, occurrence, lane
   Access access;
 };
+constexpr unsigned kWarp = 59, kSite = 47, kOccurrence = 5;  // where these begin in a place
+static_assert(kSites <= 1 << (kWarp - kSite));
 std::vector<Traced> traced;
 std::unordered_set<uintptr_t> sectors_read;
 Traffic total;
-std::vector<std::vector<unsigned>> occurrences;  // of a thread's sites since the last barrier
+std::vector<std::vector<uint64_t>> occurrences;  // of a thread's sites since the last barrier
 
 bool is_shared(uintptr_t address) {
   const auto base = reinterpret_cast<uintptr_t>(shared_memory());
@@ -78,13 +77,14 @@ void count(const std::vector<Access>& lanes, bool store) {
 }
 
 void count_instructions() {
-  std::sort(traced.begin(), traced.end(),
-            [](const Traced& a, const Traced& b) { return std::tie(a.instruction, a.lane) < std::tie(b.instruction, b.lane); });
+  std::sort(traced.begin(), traced.end(), [](const Traced& a, const Traced& b) { return a.place < b.place; });
   std::vector<Access> lanes;
   for (size_t i = 0; i < traced.size(); ++i) {
+    const uint64_t place = traced[i].place, site = (place >> kSite) % kSites;
     lanes.push_back(traced[i].access);
-    if (i + 1 < traced.size() && traced[i + 1].instruction == traced[i].instruction) continue;
-    count(lanes, traced[i].store);
+    occurrences[(place >> kWarp) * 32 + place % 32][site] = 0;
+    if (i + 1 < traced.size() && traced[i + 1].place >> kOccurrence == place >> kOccurrence) continue;
+    count(lanes, site % 2 == 1);
     lanes.clear();
   }
   traced.clear();
@@ -94,17 +94,16 @@ void count_instructions() {
 
 void trace(const void* address, size_t bytes, bool store, unsigned site) {
   if (!settings.traced) return;
-  const uint64_t key = (site * 8 + (bytes >= 16 ? 3 : bytes >> 2) * 2 + store) % kSites;  // 2, 4, 8, 16 bytes
+  const uint64_t at = (site * 8 + (bytes >= 16 ? 3 : bytes >> 2) * 2 + store) % kSites;  // 2, 4, 8, 16 bytes
   const unsigned thread = threadIdx.x;
   while (occurrences.size() <= thread) occurrences.emplace_back(kSites);
-  const uint64_t warp = thread / 32, occurrence = occurrences[thread][key]++;
-  traced.push_back({warp << 54 | key << 32 | occurrence, thread % 32, store, {reinterpret_cast<uintptr_t>(address), bytes}});
+  const uint64_t warp = thread / 32, lane = thread % 32, occurrence = occurrences[thread][at]++;
+  const uint64_t place = warp << kWarp | at << kSite | occurrence << kOccurrence | lane;
+  traced.push_back({place, {reinterpret_cast<uintptr_t>(address), bytes}});
 }
 
 void end_traced_phase() {
-  if (!settings.traced) return;
-  count_instructions();
-  for (std::vector<unsigned>& sites : occurrences) std::fill(sites.begin(), sites.end(), 0u);
+  if (settings.traced) count_instructions();
 }
 
 void end_traced_launch() {
