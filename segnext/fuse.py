@@ -65,15 +65,15 @@ def require_own_modules(model: SegNeXt) -> None:
 
 
 def options(module: nn.Module) -> tuple:
-    """Which tensors a module has, and what a convolution or activation computes beside them."""
+    """Which of its tensors a module lacks, and what a convolution or activation computes beside them."""
     tensors = {**module._parameters, **module._buffers}
-    has = {name for name, tensor in tensors.items() if tensor is not None}
+    lacks = {name for name, tensor in tensors.items() if tensor is None}
     if isinstance(module, nn.Conv2d):
         depthwise = module.groups == module.in_channels == module.out_channels
         groups = 1 if module.groups == 1 else "depthwise" if depthwise else module.groups
-        has -= {"bias"} if groups == 1 else set()  # which is zero where there is none
-        return has, module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode, groups
-    return has, (module.approximate if isinstance(module, nn.GELU) else None)
+        lacks -= {"bias"} if groups == 1 else set()  # which is zero then
+        return lacks, module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode, groups
+    return lacks, (module.approximate if isinstance(module, nn.GELU) else None)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -180,6 +180,7 @@ def test_what_a_fused_model_would_not_heed_is_refused(change, message):
 def test_what_changes_nothing_in_evaluation_is_taken(monkeypatch):
     model, images = harsh(), torch.randn(1, 3, 65, 40)
     model.decode_head.dropout = nn.Identity()
+    model.decode_head.squeeze.gn.register_buffer("seen", torch.zeros(1))
     model.backbone.block3.append(Block(40, 4, 0.0))
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "world", lambda: 2)
