@@ -126,8 +126,7 @@ class Nmf {
           gemm<A>({before, s_.padded, 1}, columns, s_.rank, bb(image), s_.padded, s_.vectors, den, s_.padded, false);
           scale(before, num, den, columns * s_.padded, after, c_ratio(step, image, first));
           if (then == Then::kMultiply) {
-            x.product(s_, left(image), after, columns, false, scratch);
-            x.store_to(*y, image, first, columns);
+            multiply(x, after, *y, image, first, columns, scratch);
           } else if (then == Then::kSum) {
             add_to_xc(x, after, columns, item, add);
             add_to_cc(after, after, columns, item, add);
@@ -135,6 +134,19 @@ class Nmf {
         });
       }
     });
+  }
+
+  // Columns of y <- left C^T
+  SEGNEXT_ALONE void multiply(Tile<A>& tile, const A* c, const Matrices& y, int64_t image, int64_t first, int64_t columns,
+                              Buffer<A>& scratch) {
+    if (same_ && !y.transposed && columns % L == 0) {  // the products are rows of y already
+      transpose_rows<A>(c, s_.padded, columns, s_.rank, scratch, columns);
+      gemm<A>({left(image), s_.padded, 1}, s_.D, s_.rank, scratch, columns, columns / L, matrix_of<A>(y, image) + first, s_.N,
+              false);
+      return;
+    }
+    tile.product(s_, left(image), c, columns, false, scratch);
+    tile.store_to(y, image, first, columns);
   }
 
   // B of step + 1 from B of step and the sums over C of step + 1; x C is what products(image, first

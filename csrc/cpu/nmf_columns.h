@@ -108,7 +108,8 @@ class Tile {
     transpose_rows<A>(left, s.padded, D_, s.rank, scratch, row_);
     gemm<A>({right, s.padded, 1}, columns, s.rank, scratch, row_, row_ / kLanes<A>, data_, row_, add);
   }
-  int64_t scratch_size(const NmfShape<A>& s) const { return s.rank * row_; }
+  // Of what a factor's transpose takes, of B or of the tile's part of C.
+  int64_t scratch_size(const NmfShape<A>& s) const { return s.rank * std::max(row_, s.tile); }
 
  private:
   const int64_t D_, row_;
