@@ -96,7 +96,13 @@ def check_folder(folder: Path) -> None:
         raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
-def is_stream(path: Path) -> bool:
+def check_file(path: Path) -> None:
+    """As :func:`check_folder`, for the folder that :func:`replacing` will write a file into."""
+    if not _is_stream(path):
+        check_folder(Path(os.path.realpath(path)).parent)
+
+
+def _is_stream(path: Path) -> bool:
     """Whether there is a pipe or device, which is written as it is."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
@@ -107,7 +113,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     The place is where a link leads to; a pipe or device is written as it is.
     """
-    if is_stream(path):
+    if _is_stream(path):
         with path.open("wb") as file:
             yield file
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed
-from .checkpoint import WeightsError, check_folder, is_stream, replacing
+from .checkpoint import WeightsError, check_file, check_folder, replacing
 from .data import Pairs, open_dataset
 from .data.loader import one_by_one
 from .data.workers import deaths_told
@@ -184,8 +183,7 @@ def evaluate_weights(
         if json_file is not None and distributed.rank() == 0:
             if Path(json_file).is_dir():
                 raise RecipeError(f"{json_file} is a folder; name a file for the figures")
-            if not is_stream(Path(json_file)):
-                check_folder(Path(os.path.realpath(json_file)).parent)
+            check_file(Path(json_file))
         if pictures is not None:
             _outside(Path(pictures), pairs)
         count, view = len(pairs.classes), view_of(recipe, multi_scale, flip)

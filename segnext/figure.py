@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .checkpoint import check_folder
+from .checkpoint import check_file
 from .model import SIZES, Config
 from .palette import Colour, legend
 from .predict import InputError
@@ -89,7 +89,7 @@ def require_new_png(out: Path, inputs: Sequence[Path]) -> None:
         raise InputError(f"{out} would be overwritten by the figure; choose another name")
     if out.is_dir():
         raise InputError(f"{out} is a folder; name a file for the figure")
-    check_folder(out.parent)
+    check_file(out)
 
 
 def for_each(values: Sequence, rows: int, what: str) -> list:

@@ -69,9 +69,9 @@ def options(module: nn.Module) -> tuple:
     tensors = {**module._parameters, **module._buffers}
     lacks = {name for name, tensor in tensors.items() if tensor is None}
     if isinstance(module, nn.Conv2d):
-        depthwise = module.groups == module.in_channels == module.out_channels
-        groups = 1 if module.groups == 1 else "depthwise" if depthwise else module.groups
-        lacks -= {"bias"} if groups == 1 else set()  # which is zero then
+        groups = "depthwise" if 1 < module.groups == module.in_channels == module.out_channels else module.groups
+        if groups == 1:
+            lacks.discard("bias")  # which is zero then
         return lacks, module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode, groups
     return lacks, (module.approximate if isinstance(module, nn.GELU) else None)
 

@@ -234,7 +234,7 @@ def _loop(
             best = _look(trainer, run, val, best, machine.workers)
             if run is not None and save:
                 run.save(trainer, best, losses)
-        if run is not None and look:
+        if run is not None and look and not ended:
             run.draw()
     if run is not None:
         run.draw()

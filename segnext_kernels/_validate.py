@@ -108,8 +108,7 @@ def nmf(x: Tensor, bases: Tensor, steps: int, gradient: str, round_factors: bool
     check_tensor("nmf", "x", x, "[B, D, N]")
     check_bases("nmf", bases, tuple(x.shape[:2]), (x.dtype, accumulator(x.dtype)), x)
     check_updates("nmf", steps, round_factors)
-    if gradient not in GRADIENTS:
-        raise ValueError(f"nmf: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    check_gradient("nmf", gradient)
     if projection is not None:
         same = isinstance(projection, Tensor) and projection.dtype == x.dtype
         floats("nmf", "projection", projection, (x.shape[1],) * 2, x, x.dtype if same else accumulator(x.dtype))
@@ -126,6 +125,11 @@ def check_bases(op: str, bases: Tensor, sizes: tuple[int, int], dtypes: Sequence
         allowed = " or ".join(dict.fromkeys(map(str, dtypes)))
         raise TypeError(f"{op}: bases must be {allowed} for x of {x.dtype}, got {bases.dtype}")
     check_device(op, "bases", bases, x)
+
+
+def check_gradient(op: str, gradient: str) -> None:
+    if gradient not in GRADIENTS:
+        raise ValueError(f"{op}: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
 
 
 def check_updates(op: str, steps: int, round_factors: bool) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ._modules import is_depthwise
 from ._select import COMPILED_BRANCHES
-from ._validate import GRADIENTS, accumulator, check_updates, transformed, whole
+from ._validate import accumulator, check_gradient, check_updates, transformed, whole
 from .dwconv_gelu import dwconv_gelu
 from .msca_strips import msca_strips
 from .nmf import nmf
@@ -143,8 +143,7 @@ class NMF2D(nn.Module):
         super().__init__()
         if bases not in ("fixed", "random"):
             raise ValueError(f"NMF2D: bases must be 'fixed' or 'random', got {bases!r}")
-        if gradient not in GRADIENTS:
-            raise ValueError(f"NMF2D: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        check_gradient("NMF2D", gradient)
         whole("NMF2D", "rank", rank)
         if rank < 1:
             raise ValueError(f"NMF2D: rank must be at least 1, got {rank}")

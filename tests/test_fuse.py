@@ -142,18 +142,13 @@ def other_activation(model: nn.Module) -> None:
     model.backbone.patch_embed1.proj[2] = nn.GELU(approximate="tanh")
 
 
-def without_bias(convolution: nn.Conv2d) -> nn.Conv2d:
-    convolution.bias = None
-    return convolution
-
-
 def in_two_groups(model: nn.Module) -> None:
     conv0 = model.backbone.block1[0].attn.spatial_gating_unit.conv0
     conv0.groups, conv0.weight = 2, nn.Parameter(conv0.weight.repeat(1, conv0.in_channels // 2, 1, 1))
 
 
 CUSTOMISED = {
-    "no bias": (lambda model: without_bias(model.backbone.block1[0].mlp.dwconv.dwconv), r"dwconv\.dwconv: Conv2d\("),
+    "no bias": (lambda model: setattr(model.backbone.block1[0].mlp.dwconv.dwconv, "bias", None), r"dwconv\.dwconv: Conv2d\("),
     "groups": (in_two_groups, r"conv0: Conv2d\("),
     "no scale": (lambda model: setattr(model.backbone.block1[0], "layer_scale_1", None), r"block1\.0: Block\("),
     "no affine": (lambda model: setattr(model.decode_head.squeeze, "gn", nn.GroupNorm(32, 64, affine=False)), "gn: GroupNorm"),

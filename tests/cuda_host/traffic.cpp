@@ -23,7 +23,7 @@ struct Traced {
   Access access;
 };
 constexpr unsigned kWarp = 59, kSite = 47, kOccurrence = 5;  // where these begin in a place
-static_assert(kSites <= 1 << (kWarp - kSite));
+static_assert(kSites == 1 << (kWarp - kSite));
 std::vector<Traced> traced;
 std::unordered_set<uintptr_t> sectors_read;
 Traffic total;
