@@ -145,7 +145,8 @@ class Nmf {
               false);
       return;
     }
-    tile.product(s_, left(image), c, columns, false, scratch);
+    const Pair<A> pair = {left(image), c};
+    tile.product(s_, &pair, 1, columns, false, scratch);
     tile.store_to(y, image, first, columns);
   }
 

@@ -7,6 +7,8 @@
 //   dU = dB' B / W,  dW = -dB' B' / W,  dB = dB' U / W + dW T,  dC += x^T dU + C (dT + dT^T) with T = C^T C, dT = B^T dW
 // dx is the sum over all steps of B dP^T + dU C^T; it is written once, at the end. With a projection, y = (W B) C^T:
 //   d(W B) = dy C,  dW = d(W B) B^T,  and W^T d(W B) belongs to dB
+#include <vector>
+
 #include "cpu/nmf.h"
 
 namespace segnext {
@@ -200,17 +202,24 @@ class NmfBackward : public Nmf<A> {
   }
 
   void write_grad_x(const Matrices& grad_x) {
+    constexpr int64_t kDepth = 256, kDeep = 64;  // of which a product of several pairs has enough, and of one pair alone
+    const int64_t count = 2 * Base::kept_steps_ + 1;
+    const int64_t most = s_.rank < kDeep ? std::clamp<int64_t>(kDepth / s_.rank, 1, count) : 1;
     Base::parallel_(x_.batch * s_.chunks, [&](Share& items) {
       Tile<A> out(s_);
-      Buffer<A> scratch(out.scratch_size(s_));
+      Buffer<A> scratch(out.scratch_size(s_, most));
+      std::vector<Pair<A>> pairs(count);
       for (const int64_t item : items) {
         const int64_t image = item / s_.chunks;
         Base::for_tiles_of(item, [&](int64_t first, int64_t columns, bool) {
-          out.product(s_, Base::bases(steps_, image), d_p(steps_, image, first), columns, false, scratch);
+          auto next = pairs.begin();
+          *next++ = {Base::bases(steps_, image), d_p(steps_, image, first)};
           for (int64_t step = Base::kept_steps_; step > 0; --step) {
-            out.product(s_, d_u(step - 1, image), Base::coefficients(step, image, first), columns, true, scratch);
-            out.product(s_, Base::bases(step - 1, image), d_p(step - 1, image, first), columns, true, scratch);
+            *next++ = {d_u(step - 1, image), Base::coefficients(step, image, first)};
+            *next++ = {Base::bases(step - 1, image), d_p(step - 1, image, first)};
           }
+          for (int64_t i = 0; i < count; i += most)
+            out.product(s_, pairs.data() + i, std::min(most, count - i), columns, i > 0, scratch);
           out.store_to(grad_x, image, first, columns);
         });
       }

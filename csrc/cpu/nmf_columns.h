@@ -76,6 +76,12 @@ void scatter_columns(const Matrices& x, int64_t image, int64_t first, int64_t co
   });
 }
 
+// Two factors of which left [D][padded] * right [columns][padded]^T is wanted.
+template <class A>
+struct Pair {
+  const A *left, *right;
+};
+
 // Some columns of a matrix as accumulators [columns][D]: a view of where they lie so, or a copy.
 template <class A>
 class Tile {
@@ -103,13 +109,20 @@ class Tile {
   Strided<A> by_row() const { return {values_.data, 1, values_.row}; }
   Strided<A> by_column() const { return values_; }
 
-  // The copy (+)= left [D][padded] * right [columns][padded]^T
-  void product(const NmfShape<A>& s, const A* left, const A* right, int64_t columns, bool add, Buffer<A>& scratch) {
-    transpose_rows<A>(left, s.padded, D_, s.rank, scratch, row_);
-    gemm<A>({right, s.padded, 1}, columns, s.rank, scratch, row_, row_ / kLanes<A>, data_, row_, add);
+  // The copy (+)= the sum of left [D][padded] * right [columns][padded]^T over some pairs, no more than the scratch is for:
+  // one product of their depths together, so that the sums stay in registers.
+  void product(const NmfShape<A>& s, const Pair<A>* pairs, int64_t count, int64_t columns, bool add, Buffer<A>& scratch) {
+    const int64_t depth = count * s.rank;
+    A* rights = scratch + depth * row_;
+    for (int64_t i = 0; i < count; ++i) {
+      transpose_rows<A>(pairs[i].left, s.padded, D_, s.rank, scratch + i * s.rank * row_, row_);
+      for (int64_t n = 0; count > 1 && n < columns; ++n)
+        std::memcpy(rights + n * depth + i * s.rank, pairs[i].right + n * s.padded, sizeof(A) * s.rank);
+    }
+    const Strided<A> right = count > 1 ? Strided<A>{rights, depth, 1} : Strided<A>{pairs[0].right, s.padded, 1};
+    gemm<A>(right, columns, depth, scratch, row_, row_ / kLanes<A>, data_, row_, add);
   }
-  // Of what a factor's transpose takes, of B or of the tile's part of C.
-  int64_t scratch_size(const NmfShape<A>& s) const { return s.rank * std::max(row_, s.tile); }
+  int64_t scratch_size(const NmfShape<A>& s, int64_t pairs = 1) const { return pairs * s.rank * (row_ + s.tile); }
 
  private:
   const int64_t D_, row_;
