@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 WRAPPERS = ("_orig_mod.", "module.", "model.", "net.")  # torch.compile, DistributedDataParallel, somebody's own, in any order
-TORCH_SUFFIXES, SAFETENSORS_SUFFIX = (".pth", ".pt"), ".safetensors"
+STATES = ("state_dict", "state_dict_ema", "model", "model_ema")  # what a checkpoint calls its tensors, beside other things
+TORCH_SUFFIXES, SAFETENSORS_SUFFIX = (".pth", ".pt", ".ckpt", ".tar"), ".safetensors"
 
 
 class WeightsError(RuntimeError):
@@ -50,7 +51,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:  # a damaged file can make the readers raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path} cannot be read, it may be cut short or no checkpoint at all: {reason}") from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    state = None
+    if isinstance(checkpoint, dict):
+        state = next((checkpoint[name] for name in STATES if isinstance(checkpoint.get(name), dict)), checkpoint)
+        state.pop("n_averaged", None)  # of torch's AveragedModel
     if not state or not isinstance(state, dict) or not all(map(_is_named_tensor, state.items())):
         raise WeightsError(f"{path} holds no state_dict of named tensors")
     meta = checkpoint.get("meta")

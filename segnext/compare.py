@@ -63,7 +63,7 @@ def compare(
 ) -> None:
     """Draws a figure: a row for every photo, with the labels of a SegFormer, ours and the true ones, and the classes' colours.
 
-    Both models are shown the same: the photo shrunk to the scale that ours was trained on, normalised by ImageNet's mean
+    Both models are shown the same: the photo resized to the scale that ours was trained on, normalised by ImageNet's mean
     and standard deviation; both models' logits are upsampled bilinearly to the photo's full size.
 
     Args:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .checkpoint import check_file
 from .model import SIZES, Config
-from .palette import Colour, legend
+from .palette import Colour, font, legend
 from .predict import InputError
 
 GAP, LINE = 8, 26  # pixels between pictures, and of a line of text
-FONT = ImageFont.load_default(16)
+FONT = font(15)
 
 
 def figure(

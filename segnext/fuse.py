@@ -15,7 +15,7 @@ from segnext_kernels.nn import NMF2D, PointwiseConv2d
 
 from .distributed import SyncBatchNorm2d
 from .heads import Hamburger, HamHead, Head
-from .model import SegNeXt
+from .model import SegNeXt, require_images
 from .mscan import MLP, MSCAN, Block, DropPath, LayerNorm2d, SpatialAttention
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -277,8 +277,7 @@ class FusedSegNeXt(nn.Module):
 
     def forward(self, images: Tensor, bases: Tensor | None = None) -> Tensor:
         """The logits [B, num_classes, ceil(H / 8), ceil(W / 8)] at stride 8, in ``dtype``; see :meth:`SegNeXt.forward`."""
-        if not images.is_floating_point():
-            raise TypeError(f"a model takes normalised images of a floating-point dtype, got {images.dtype}")
+        require_images(images, self.config.in_channels)
         return self.decode_head(self.backbone(images.to(self.dtype)), bases)
 
     @torch.no_grad()

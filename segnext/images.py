@@ -28,8 +28,18 @@ TURNS = {  # by EXIF's orientation, how a picture becomes upright
     8: Image.Transpose.ROTATE_90,
 }
 
-
 NO_PHOTOS = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG")  # by PIL's names, of which it reads some, and knows the endings
+
+
+LOSSY = {  # formats, and compressions of TIFF, by PIL's names
+    "JPEG": "JPEG",
+    "MPO": "JPEG",
+    "AVIF": "AVIF",
+    "JPEG2000": "JPEG 2000",
+    "jpeg": "TIFF with JPEG",
+    "tiff_jpeg": "TIFF with JPEG",
+    "webp": "TIFF with WebP",
+}
 
 
 class ImageError(RuntimeError):
@@ -65,7 +75,7 @@ def read_labels(path: str | Path) -> Tensor:
     """The label of every pixel of a greyscale or index-colour image file, its colours not applied: int32 [H, W].
 
     Raises:
-        ImageError: as :func:`read_image`, or an image of several channels, or in JPEG, which changes labels.
+        ImageError: as :func:`read_image`, or an image of several channels, or in a format that changes labels.
     """
     image = stored_image(path)
     if len(image.getbands()) > 1:
@@ -86,8 +96,8 @@ def stored_image(path: str | Path) -> Image.Image:
 
 def _stored(image: Image.Image) -> Image.Image:
     """Without what PIL multiplies values by: greys of 2 and 4 bits fill 8."""
-    if image.format in ("JPEG", "MPO"):
-        raise ValueError("a mask in JPEG has other labels than were stored; save it as PNG")
+    if (lossy := image.format) in LOSSY or (lossy := image.info.get("compression")) in LOSSY:
+        raise ValueError(f"a mask in {LOSSY[lossy]} can have other labels than were stored; save it as PNG")
     given = image.tile[0][3] if image.tile else ()  # what the decoder is told of the file, read before it begins
     packing, *others = (given,) if isinstance(given, str) else given or (None,)
     if image.format == "PPM" and image.mode != "1" and others and others[0] not in (255, 65535):
@@ -147,6 +157,8 @@ def _open(path, convert, file=None, formats=None, most_pixels=None):
         raise ImageError(f"{path}: no such file") from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"{path}: not an image, or of an unknown format") from None
+    except MemoryError:
+        raise ImageError(f"{path}: there is not enough memory for the image; make it smaller first") from None
     except Exception as error:  # what a decoder raises on a broken file depends on where it breaks
         raise ImageError(f"{path}: cannot be read as an image: {error}") from error
 

@@ -71,6 +71,14 @@ SIZES = {
 }
 
 
+def require_images(images: Tensor, channels: int) -> None:
+    """Raises a ValueError or TypeError for what no model of so many input channels takes."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"the model takes images [B, {channels}, H, W], got shape {list(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"the model takes normalised images of a floating-point dtype, got {images.dtype}")
+
+
 class SegNeXt(nn.Module):
     """Images to class logits.
 
@@ -109,6 +117,7 @@ class SegNeXt(nn.Module):
         Returns:
             logits: [B, num_classes, ceil(H / 8), ceil(W / 8)].
         """
+        require_images(images, self.config.in_channels)
         return self.decode_head(self.backbone(images), bases)
 
     @torch.no_grad()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -43,18 +46,31 @@ def overlay(image: Tensor, labels: Tensor, palette: Sequence[Colour], alpha: flo
     return Image.blend(photo_image(image), mask_image(labels, palette).convert("RGB"), alpha)
 
 
+@lru_cache
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """DejaVu Sans, Matplotlib's or the system's, which has most alphabets; else Pillow's own, which has English letters."""
+    name, matplotlib = "DejaVuSans.ttf", find_spec("matplotlib")
+    places = [] if matplotlib is None else [Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / name]
+    for place in (*places, name):
+        try:
+            return ImageFont.truetype(place, size)
+        except OSError:  # there is none
+            continue
+    return ImageFont.load_default(size)
+
+
 def legend(classes: Sequence[str], palette: Sequence[Colour], columns: int = 0) -> Image.Image:
     """A table of coloured squares with the classes' names, in ``columns`` columns (0: one for every 25 classes)."""
-    font, line, margin = ImageFont.load_default(14), 22, 6
+    letters, line, margin = font(13), 22, 6
     columns = min(columns or -(-len(classes) // 25), len(classes))
     rows = -(-len(classes) // columns)
-    width = line + 2 * margin + max(int(font.getlength(name)) for name in classes)
+    width = line + 2 * margin + max(int(letters.getlength(name)) for name in classes)
     image = Image.new("RGB", (columns * width + margin, rows * line + 2 * margin), "white")
     draw = ImageDraw.Draw(image)
     for i, (name, colour) in enumerate(zip(classes, palette, strict=True)):
         x, y = margin + i // rows * width, margin + i % rows * line
         draw.rectangle((x, y + 3, x + 16, y + 18), fill=colour, outline="grey")
-        draw.text((x + line, y + 3), name, fill="black", font=font)
+        draw.text((x + line, y + 3), name, fill="black", font=letters)
     return image
 
 
@@ -75,7 +91,7 @@ def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str], below: 
     sheet = Image.new("RGB", (max(row, below.width), top + height + gap + below.height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        draw.text((i * (width + gap) + 4, 3), title, fill="black", font=ImageFont.load_default(14))
+        draw.text((i * (width + gap) + 4, 3), title, fill="black", font=font(13))
         sheet.paste(picture, (i * (width + gap), top))
     sheet.paste(below, (0, top + height + gap))
     return sheet

@@ -22,6 +22,7 @@ from .images import ImageError, image_files, normalise, read_image, write_png
 from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
 from .recipes import RecipeError
+from .views import View
 from .weights import load
 
 LONGEST = 255  # bytes in the name of a file, on any file system that is common
@@ -124,8 +125,9 @@ def segment(model: nn.Module, image: Tensor, short_side: int | None = None) -> T
         model: in eval mode; its device is used.
         image: uint8 [3, H, W].
         short_side: the model sees the picture shrunk to this many pixels on its shorter side and at most four times as many on
-            the longer, which bounds time and memory; smaller pictures are never enlarged, 0 leaves every size as it is. None
-            for the scale that the model was trained on, or 512 where it doesn't say that.
+            the longer, which bounds time and memory; smaller pictures are not enlarged, 0 leaves every size as it is. None for
+            the scale that the model was trained on, to which evaluation enlarges smaller pictures too; where the model doesn't
+            say that, for 512.
 
     Returns:
         Labels int64 [H, W], at the full size of the picture.
@@ -145,11 +147,11 @@ def seen(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tens
 def seen_size(model: nn.Module, image: Tensor, short_side: int | None = None) -> tuple[int, int]:
     """The (height, width) that :func:`seen` makes of a picture."""
     size = tuple(image.shape[-2:])
-    if short_side == 0:
-        return size
-    scale = (4 * short_side, short_side) if short_side else getattr(model, "scale", None) or SCALE
-    factor = min(1.0, fit_factor(size, scale))
-    return tuple(max(1, round(side * factor)) for side in size)
+    trained = getattr(model, "scale", None)
+    if short_side is None and trained is not None:
+        return View(trained).size(size)
+    bound = SCALE if short_side is None else (4 * short_side, short_side)
+    return size if short_side == 0 or fit_factor(size, bound) >= 1 else View(bound).size(size)
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:

@@ -122,7 +122,7 @@ def test_no_such_file(tmp_path):
 
 def test_unknown_ending(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"x")
-    with pytest.raises(WeightsError, match=r"model\.onnx must end in \.pth, \.pt or \.safetensors"):
+    with pytest.raises(WeightsError, match=r"model\.onnx must end in \.pth, \.pt, \.ckpt, \.tar or \.safetensors"):
         segnext.load(tmp_path / "model.onnx")
     with pytest.raises(WeightsError, match=r"out must end in"):
         segnext.save(golden.model(), tmp_path / "out")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from segnext.data import DataError, Memory, MissingError, Scenes, open_dataset
+from segnext.data.folder import read_classes
 from segnext.evaluate import Scores, confusion_matrix
 from segnext.images import ImageError, read_labels
 from segnext.palette import generated_palette, mask_image
@@ -68,6 +69,11 @@ def folder(tmp_path) -> Path:
         Image.fromarray(labels).save(tmp_path / split / "masks" / f"{name}.png")
         Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(tmp_path / split / "images" / f"{name}.jpg")
     return tmp_path
+
+
+def test_unused_numbers_are_called_by_them(tmp_path):
+    (tmp_path / "classes.txt").write_text("road\n\n\nsky\n")
+    assert read_classes(tmp_path / "classes.txt") == ["road", "class 1", "class 2", "sky"]
 
 
 def read(folder: Path, split: str, short_side: int | None = None) -> Memory:

@@ -115,6 +115,15 @@ def test_the_command(tmp_path, data, weights, capsys):
     assert Image.open(tmp_path / "pictures" / f"{pairs.names[0]}.png").width >= 3 * 56
 
 
+def test_figures_of_pictures_that_were_trained_on_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_module, "evaluate_weights", lambda recipe, **_: print(recipe.val))
+    for recipe, split, told in (("pascal-voc", None, True), ("pascal-voc", "val", False), ("ade20k", None, False)):
+        chosen = () if split is None else ("--split", split)
+        assert run("--weights", "w", "--data", "d", "--recipe", recipe, "--device", "cpu", *chosen) == 0
+        *note, val = capsys.readouterr().out.splitlines()
+        assert val == "val" and bool(note) == told and all("trains on trainval" in line for line in note)
+
+
 def test_multi_scale_and_flip_by_the_command(tmp_path, data, weights):
     scores = {}
     for name, options in {"plain": (), "both": ("--multi-scale", "--flip"), "train": ("--split", "train")}.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import golden
 import pytest
 import small
@@ -200,9 +202,14 @@ def test_packed_weights_keep_their_order(dtype):
     assert all(tensor.is_contiguous() for tensor in fused.state_dict().values())
 
 
-def test_images_that_are_not_normalised_are_refused():
+@pytest.mark.parametrize("prepare", [lambda model: model, segnext.fuse], ids=["plain", "fused"])
+def test_what_is_no_batch_of_normalised_images_is_refused(prepare):
+    model = prepare(small.model().eval())
     with pytest.raises(TypeError, match="normalised images of a floating-point dtype, got torch.uint8"):
-        segnext.fuse(small.model())(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    for shape in ((3, 32, 32), (1, 4, 32, 32)):
+        with pytest.raises(ValueError, match=rf"takes images \[B, 3, H, W\], got shape {re.escape(str(list(shape)))}"):
+            model(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 
 from segnext.data.isaid import read_mask
 from segnext.images import ImageError, normalise, read_image, read_labels, stored_image, write_png
@@ -223,10 +223,48 @@ def test_legend_shows_every_colour(count):
     assert set(palette) <= colours
 
 
-def test_masks_in_jpeg_are_refused(tmp_path):
-    Image.fromarray(np.eye(16, dtype=np.uint8)).save(tmp_path / "mask.jpg")
-    with pytest.raises(ImageError, match="mask.jpg.*a mask in JPEG has other labels than were stored"):
-        read_labels(tmp_path / "mask.jpg")
+def test_a_legend_has_letters_of_other_alphabets():
+    """Where a font has none, boxes that are all alike."""
+    drawn = [np.asarray(legend([name], [(0, 0, 0)])) for name in ("\u0436", "\u03b2", "\u00e9", "\u0142")]
+    assert not any(np.array_equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+@pytest.mark.parametrize(
+    "ending, options, name",
+    [
+        ("jpg", {}, "JPEG"),
+        ("tif", {"compression": "jpeg"}, "TIFF with JPEG"),
+        ("jp2", {}, "JPEG 2000"),
+        pytest.param(
+            "avif",
+            {},
+            "AVIF",
+            marks=pytest.mark.skipif(not features.check("avif"), reason="this Pillow knows no AVIF"),
+        ),
+    ],
+)
+def test_masks_in_formats_that_change_labels_are_refused(tmp_path, ending, options, name):
+    Image.fromarray(np.eye(16, dtype=np.uint8)).save(tmp_path / f"mask.{ending}", **options)
+    with pytest.raises(ImageError, match=f"mask.{ending}.*a mask in {name} can have other labels than were stored"):
+        read_labels(tmp_path / f"mask.{ending}")
+
+
+def test_masks_in_tiff_that_loses_nothing_are_read(tmp_path):
+    labels = RNG.integers(0, 9, (5, 7), dtype=np.uint8)
+    for compression in (None, "tiff_lzw", "tiff_deflate"):
+        Image.fromarray(labels).save(tmp_path / "mask.tif", compression=compression)
+        assert np.array_equal(read_labels(tmp_path / "mask.tif"), labels)
+
+
+def test_the_end_of_memory_is_told(tmp_path, monkeypatch):
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
+
+    def convert(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(ImageError, match=r"a\.png: there is not enough memory"):
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -87,6 +87,21 @@ def test_cutting_again_writes_what_is_lacking(tmp_path):
     assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == 6
 
 
+@pytest.mark.parametrize("size, stride", [(3, 3), (4, 2)])
+def test_patches_of_another_cutting_are_not_mixed(tmp_path, size, stride):
+    large(tmp_path / "in/train", "P0000", (8, 8))
+    cut_isaid(tmp_path / "in", tmp_path / "out", 4, 4)
+    if size == 4:  # all that the coarser cutting has, and more
+        cut_isaid(tmp_path / "in", tmp_path / "fine", size, stride)
+        (tmp_path / "out").rename(tmp_path / "coarse")
+        (tmp_path / "fine").rename(tmp_path / "out")
+        size, stride = 4, 4
+    before = sorted((tmp_path / "out").rglob("*"))
+    with pytest.raises(DataError, match=r"P0000_\d_\d_\d_\d\.png is no patch of this size and stride; choose an empty folder"):
+        cut_isaid(tmp_path / "in", tmp_path / "out", size, stride)
+    assert sorted((tmp_path / "out").rglob("*")) == before
+
+
 def test_command(tmp_path, capsys):
     large(tmp_path / "in/val", "P0003", (5, 5))
     arguments = ["data", "cut-isaid", str(tmp_path / "in"), str(tmp_path / "out"), "--size", "4", "--workers", "0"]

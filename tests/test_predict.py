@@ -13,6 +13,7 @@ from segnext import predict as predict_module
 from segnext.images import normalise, read_image
 from segnext.palette import generated_palette
 from segnext.predict import InputError, find_images, predict, seen_size, segment, unique_names
+from segnext.views import View
 
 
 def small_model(**attributes) -> SegNeXt:
@@ -192,6 +193,12 @@ def test_scale_is_the_checkpoints_unless_given(tmp_path, monkeypatch):
         save(small_model(scale=trained), tmp_path / "w.pth")
         predict([tmp_path / "a.png"], tmp_path / "w.pth", tmp_path / "out", short_side=given)
     assert shown == [(96, 144), (64, 96), (512, 768), (520, 780), (40, 60)]
+
+
+@pytest.mark.parametrize("size", [(520, 780), (48, 64), (33, 200), (1, 1)], ids=str)
+def test_a_model_sees_what_it_saw_in_evaluation(size):
+    for scale in ((400, 96), (96, 96)):
+        assert seen_size(small_model(scale=scale), torch.empty(3, *size)) == View(scale).size(size)
 
 
 def test_long_pictures_are_bounded_too():

@@ -382,6 +382,16 @@ def test_a_resumption_follows_the_recipe(tmp_path, data):
     assert {group["weight_decay"] for group in state} == {0, 0.25}
 
 
+def test_a_resumption_tells_what_cannot_be_otherwise(tmp_path, data):
+    interrupt(tmp_path / "run", data, SHORT)
+    stages, beside = recipes.read(tmp_path / "run" / "recipe.json")
+    recipes.write(tmp_path / "run" / "recipe.json", [replace(stages[0], head="msca", dropout=0.5)], **beside)
+    with pytest.raises(RecipeError, match="head was ham and is msca, dropout was 0.1 and is 0.5; these cannot change"):
+        resume(tmp_path / "run")
+    recipes.write(tmp_path / "run" / "recipe.json", [replace(stages[0], scale=(100, 50))], **beside)
+    assert resume(tmp_path / "run").scale == (100, 50)
+
+
 @pytest.mark.parametrize("files, refused", [(3, True), (begin.COUNTED + 1, False)], ids=["all counted", "a part counted"])
 def test_masks_without_two_classes(files, refused, capsys):
     """As of 0 and 255, where a drawing program's white was meant to be class 1."""

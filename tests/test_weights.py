@@ -297,6 +297,17 @@ def test_names_of_wrappers_are_left_out(tmp_path, wrapper):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "name, key", [("a.ckpt", "state_dict"), ("a.pth.tar", "model"), ("a.pth", "state_dict_ema"), ("a.pt", None)]
+)
+def test_states_have_other_names_too(tmp_path, name, key):
+    model = small.model()
+    state = {"n_averaged": torch.tensor(3), **{f"module.{name}": value for name, value in model.state_dict().items()}}
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / name)
+    loaded = segnext.load(tmp_path / name, rank=model.config.rank)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
 def test_an_unknown_prefix_is_named(tmp_path):
     torch.save({f"learner.{key}": value for key, value in small.model().state_dict().items()}, tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match=r"under a prefix that is unknown here: learner\.decode_head\."):

@@ -112,28 +112,29 @@ def _add_seen(parser) -> None:
         "--short-side",
         type=options.count,
         metavar="PIXELS",
-        help="photographs are shown shrunk to this on the shorter side, 0 for never (default: what our model was trained on)",
+        help="larger photographs are shown shrunk to this on the shorter side, 0 for never (default: resized to what our model"
+        " was trained on)",
     )
     options.add_rank(parser)
     options.add_device(parser)
 
 
-def _gradcam(**given) -> int:
+def _gradcam(device: str | None, **given) -> int:
     from ..gradcam import gradcam
 
-    gradcam(**given)
+    gradcam(device=device or options.best_device(), **given)
     return 0
 
 
-def _compare(**given) -> int:
+def _compare(device: str | None, **given) -> int:
     from ..compare import compare
 
-    compare(**given)
+    compare(device=device or options.best_device(), **given)
     return 0
 
 
-def _serve(**given) -> int:
+def _serve(device: str | None, **given) -> int:
     from ..serve import serve
 
-    serve(**given)
+    serve(device=device or options.best_device(), **given)
     return 0

@@ -30,7 +30,7 @@ def add(commands) -> None:
         type=options.count,
         metavar="PIXELS",
         help="larger photographs are shown to the network shrunk to this on the shorter side, which bounds time and memory;"
-        " 0 for never (default: what the checkpoint was trained on, or 512 where it doesn't say that)",
+        " 0 for never (default: all are resized to what the checkpoint was trained on; where it doesn't say that, 512)",
     )
     add_device(predict)
 
@@ -95,22 +95,22 @@ def add(commands) -> None:
         "--recipe", default="ade20k", metavar="NAME", help="whose data format and test mode are used (default: %(default)s)"
     )
     options.add_workers(table2)
-    add_device(table2)
+    add_device(table2, default="cpu")
 
 
-def _predict(inputs: list[Path], **given) -> int:
+def _predict(inputs: list[Path], device: str | None, **given) -> int:
     from ..predict import predict
 
-    broken = predict(inputs, **given)
+    broken = predict(inputs, device=device or options.best_device(), **given)
     if broken:
         print(f"segnext: {len(broken)} of the files could not be read and were skipped", file=sys.stderr)
     return 1 if broken else 0
 
 
-def _demo(**given) -> int:
+def _demo(device: str | None, **given) -> int:
     from ..demo import demo
 
-    demo(**given)
+    demo(device=device or options.best_device(), **given)
     return 0
 
 

@@ -34,9 +34,10 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=count, help="processes that read pictures (default: 2 with a GPU, none on the CPU)")
 
 
-def add_best_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    chosen = default or "cuda where there is one, or cpu"
     parser.add_argument(
-        "--device", type=device, help="as PyTorch names it: cpu, cuda (default: cuda where there is one, or cpu)"
+        "--device", type=device, default=default, help=f"as PyTorch names it: cpu, cuda, cuda:1 (default: {chosen})"
     )
 
 
@@ -44,12 +45,6 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", type=device, default="cpu", help="as PyTorch names it: cpu, cuda, cuda:1 (default: %(default)s)"
-    )
 
 
 def number(kind: type, text: str):
@@ -99,6 +94,13 @@ def image_size(text: str, least: int = 1) -> tuple[int, int]:
     if not (cross and height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= least):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, as 128x160, of at least {least} pixels each")
     return int(height), int(width)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2 or not all(map(str.isdecimal, parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers, as 2048x512")
+    return int(parts[0]), int(parts[1])
 
 
 def model_weights(text: str) -> tuple[tuple[str, str], str]:
@@ -178,7 +180,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": lambda text: number(int, text),
     "float": lambda text: number(float, text),
-    "Pair": image_size,
+    "Pair": _pair,
     "tuple[float, float]": _two_numbers,
 }
 _METAVARS = {"str": "NAME", "int": "N", "float": "X", "Pair": "NxN", "tuple[float, float]": "X,X"}

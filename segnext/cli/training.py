@@ -45,7 +45,7 @@ def add(commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="launch forward and backward as one on a GPU alone, which keeps the memory that they need (default: yes)",
     )
-    options.add_best_device(train)
+    options.add_device(train)
     options.add_recipe(train)
 
     evaluate = command(commands, "evaluate", _evaluate, "IoU and accuracy of a checkpoint on a labelled data set")
@@ -69,7 +69,7 @@ def add(commands) -> None:
     )
     options.add_rank(evaluate)
     options.add_workers(evaluate)
-    options.add_best_device(evaluate)
+    options.add_device(evaluate)
 
     command(commands, "recipes", _recipes, "the recipes that train and evaluate know")
 
@@ -111,6 +111,8 @@ def _evaluate(recipe: str, split: str | None, device: str | None, **given) -> in
     from ..evaluate import evaluate_weights
 
     chosen = recipes.tested(recipe)
+    if split is None and recipes.recipes(recipe)[-1].val is None:
+        print(f"{recipe} trains on {chosen.train} and evaluates nothing; if that has pictures of val, the figures are too good")
     evaluate_weights(recipe=replace(chosen, val=split or chosen.val), device=device or options.best_device(), **given)
     return 0
 

@@ -96,7 +96,8 @@ def _source(start: int, length: int, resized: int, size: int) -> tuple[int, int]
 def photometric_distortion() -> v2.Transform:
     """Brightness, contrast, saturation and hue, each changed in half of the pictures.
 
-    Source: ``PhotoMetricDistortion`` of mmsegmentation; there, brightness is added (up to 32 of 255 levels), not multiplied.
+    Source: ``PhotoMetricDistortion`` of mmsegmentation; there, brightness is added (up to 32 of 255 levels), not multiplied,
+        contrast multiplies the values themselves, not their distance from the mean grey, and saturation is that of HSV.
     """
     changes = {"brightness": 0.25, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
     return v2.Compose([v2.RandomApply([v2.ColorJitter(**{name: amount})]) for name, amount in changes.items()])

@@ -21,7 +21,8 @@ def folder(root: Path, split: str) -> Pairs:
     ROOT/{images,masks}/                      "val" is every fifth pair by name, "train" are the others (all, beside ROOT/val)
 
     An image and its mask have the same name before the ending and the same size. A mask's pixel values (greyscale or palette
-    indices, not in JPEG) are line numbers of classes.txt counted from 0, or 255 where the pixel is to be ignored.
+    indices, not in JPEG or another format that changes values) are line numbers of classes.txt counted from 0, or 255 where the
+    pixel is to be ignored.
     """
     classes = read_classes(root / "classes.txt")
     place = root / split
@@ -43,7 +44,7 @@ def folder(root: Path, split: str) -> Pairs:
 
 
 def read_classes(path: Path) -> list[str]:
-    """The class names in a file of one a line; blank lines at the end are left out."""
+    """The class names in a file of one a line; blank lines at the end are left out, others are called by their number."""
     try:
         classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except FileNotFoundError:
@@ -57,7 +58,7 @@ def read_classes(path: Path) -> list[str]:
         )
     if twice := sorted(name for name, times in Counter(classes).items() if name and times > 1):  # some numbers may be unused
         raise DataError(f"{path}: {', '.join(twice)}: more than one class of this name")
-    return classes
+    return [name or f"class {number}" for number, name in enumerate(classes)]
 
 
 def _by_stem(place: Path) -> tuple[dict[str, Path], list[str]]:

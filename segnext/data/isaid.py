@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from itertools import product
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def cut_isaid(source: Path, out: Path, size: int = 896, stride: int = 512, worke
         How many patches were written.
 
     Raises:
-        DataError: no images, unpaired ones, files that are no images, unknown colours, a stride that leaves gaps, or a process
-            died.
+        DataError: no images, unpaired ones, files that are no images, unknown colours, a stride that leaves gaps, patches of
+            another size or stride in ``out``, or a process died.
     """
     if stride > size:
         raise DataError(f"a stride of {stride} leaves gaps between patches of {size}")
@@ -106,8 +107,12 @@ class _Pictures(Dataset):
 
     def __init__(self, files: list[tuple[Path, Path]], out: list[Path], size: int, stride: int) -> None:
         self.files, self.out, self.size, self.stride = files, out, size, stride
+        self.there: dict[str, set[str]] = defaultdict(set)  # of each picture
         for folder in out:
             check_folder(folder)
+            for path in folder.glob("*.png"):
+                name = path.name.removesuffix(ENDING).removesuffix(".png")
+                self.there[name.rsplit("_", 4)[0]].add(name)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -122,6 +127,8 @@ class _Pictures(Dataset):
         height, width = image_size(image_file)
         corners = list(product(_starts(height, self.size, self.stride), _starts(width, self.size, self.stride)))
         paths = [self._paths(image_file.stem, top, left) for top, left in corners]
+        if others := self.there[image_file.stem] - {image.stem for image, _ in paths}:
+            raise DataError(f"{self.out[0] / min(others)}.png is no patch of this size and stride; choose an empty folder")
         if all(path.exists() for both in paths for path in both):
             return 0
         image, labels = read_image(image_file), read_mask(mask_file)
