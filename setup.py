@@ -42,6 +42,11 @@ class BuildPy(build_py):
 
 
 def check_toolchain() -> None:
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise SystemExit(
+            "segnext-kernels: the kernels are built for Python's stable ABI, which free-threaded Python does not have. Use"
+            f" another Python, or set {COMPILE_VARIABLE}=0 to install without compiled kernels."
+        )
     compiler = os.environ.get("CXX", "c++")
     header = Path(sysconfig.get_path("include"), "Python.h")
     trial = [*shlex.split(compiler), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
@@ -76,7 +81,7 @@ def instruction_sets() -> dict[str, list[str]]:
 
 def cuda_home() -> Path | None:
     """The toolkit's folder: CUDA_HOME, or the one that the nvcc on PATH, which may be a wrapper, says it belongs to."""
-    if home := os.environ.get("CUDA_HOME"):
+    if home := os.environ.get("CUDA_HOME"):  # and no other
         return Path(home) if Path(home, "bin", "nvcc").exists() else None
     if shutil.which("nvcc") is None:
         return None
@@ -106,18 +111,17 @@ def cuda_extension() -> Extension | None:
     """None where CUDA is not wanted: FORCE_CUDA=1 and 0 decide, else torch's own CUDA and an nvcc of its major version."""
     import torch
 
-    wanted, home = os.environ.get("FORCE_CUDA"), cuda_home()
+    wanted, home, named = os.environ.get("FORCE_CUDA"), cuda_home(), os.environ.get("CUDA_HOME")
+    lacking = f"there is no bin/nvcc in CUDA_HOME, {named}" if named else "there is no nvcc on PATH, and CUDA_HOME is not set"
     if wanted == "1" and home is None:
-        raise SystemExit(
-            "segnext-kernels: FORCE_CUDA=1, but there is no nvcc: put it on PATH, or name its toolkit in CUDA_HOME"
-        )
+        raise SystemExit(f"segnext-kernels: FORCE_CUDA=1, but {lacking}")
     reason = None
     if wanted == "0":
         reason = "FORCE_CUDA=0"
     elif wanted != "1" and torch.version.cuda is None:
         reason = "this torch has no CUDA (FORCE_CUDA=1 builds it nevertheless)"
     elif home is None:
-        reason = "there is no nvcc on PATH, nor a toolkit in CUDA_HOME"
+        reason = lacking
     elif wanted != "1":
         version = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+)", version)
@@ -138,7 +142,7 @@ def cuda_extension() -> Extension | None:
         "segnext_kernels._C_cuda",
         ["csrc/bindings_cuda.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))],
         include_dirs=[str(Path("csrc").resolve()), str(home / "include")],
-        library_dirs=[str(home / "lib64")],
+        library_dirs=[str(path) for path in (home / "lib64", home / "lib", *home.glob("targets/*/lib")) if path.is_dir()],
         libraries=["cudart_static", "rt", "dl", "pthread"],
         extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"],  # whose libtorch_cuda knows the stream
         extra_compile_args={

@@ -32,7 +32,7 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
   std::vector<Tensor> grads;
   StripFilters pointers = filters.pointers;
   for (size_t i = 0; need_weights && i < weights.size(); ++i) {
-    grads.push_back(contiguous_like(weights[i]));
+    grads.push_back(gradient_of(weights[i]));
     pointers.tensors[i] = grads.back().data_ptr();
   }
   segnext::msca_strips_backward(grad, in, filters.pointers, out, need_weights ? &pointers : nullptr, parallel());
@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   const Dtype dtype = filter_dtype(weight, in);
   const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
-  Tensor grad_weight = need_weights ? contiguous_like(weight) : empty(x);
-  Tensor grad_bias = need_weights ? contiguous_like(bias) : empty(x);
+  Tensor grad_weight = need_weights ? gradient_of(weight) : empty(x);
+  Tensor grad_bias = need_weights ? gradient_of(bias) : empty(x);
   const DepthwiseFilter grads{grad_weight.data_ptr(), grad_bias.data_ptr(), dtype};
   segnext::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr(), dtype},
                                 need_x ? image_like(grad_x, in, "grad_x") : Image{}, need_weights ? &grads : nullptr,
@@ -70,7 +70,7 @@ ResidualScale residual_scale(const Tensor& scale, const std::optional<Tensor>& k
   STD_TORCH_CHECK(
       !keep || (keep->is_cpu() && keep->is_contiguous() && keep->numel() == x.images && dtype_of(*keep, "keep") == accumulator),
       "segnext_kernels: keep must be contiguous [N] on the CPU in the accumulator's dtype");
-  return {scale.data_ptr(), keep ? keep->data_ptr() : nullptr};
+  return {scale.data_ptr(), keep ? data_of(*keep, "keep") : nullptr};
 }
 
 Tensor scale_add(const Tensor& x, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& keep) {
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor> scale_add_backward(const Tensor& grad_out, const Tens
   const Image grad = image(arranged, "grad_out");
   const Tensor s = filter(scale, {in.channels}, "scale", grad.dtype);
   Tensor grad_y = need_y ? torch::stable::empty_like(y) : empty(y);
-  Tensor grad_scale = need_scale ? contiguous_like(scale) : empty(scale);
+  Tensor grad_scale = need_scale ? gradient_of(scale) : empty(scale);
   segnext::scale_add_backward(grad, in, residual_scale(s, keep, grad), need_y ? image_like(grad_y, in, "grad_y") : Image{},
                               need_scale ? grad_scale.data_ptr() : nullptr, parallel());
   return {grad_y, grad_scale};
@@ -98,7 +98,7 @@ Matrices matrices(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 3, "segnext_kernels: ", name, " must be a CPU tensor [B, D, N]");
   const bool contiguous = t.numel() == 0 || dense(t, {0, 1, 2});
   STD_TORCH_CHECK(contiguous || dense(t, {0, 2, 1}), "segnext_kernels: ", name, " must be contiguous or transposed");
-  return {t.data_ptr(), dtype_of(t, name), !contiguous, t.size(0), t.size(1), t.size(2)};
+  return {data_of(t, name), dtype_of(t, name), !contiguous, t.size(0), t.size(1), t.size(2)};
 }
 
 Matrices matrices_like(const Tensor& t, const Matrices& x, const char* name) {
@@ -113,6 +113,7 @@ void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps, const std:
   STD_TORCH_CHECK(bases.is_cpu() && bases.dim() == 3 && bases.size(0) == x.batch && bases.size(1) == x.rows &&
                       bases.size(2) > 0 && dtype_of(bases, "bases") == accumulator && bases.is_contiguous(),
                   "segnext_kernels: bases must be contiguous [B, D, R] on the CPU in the accumulator's dtype");
+  data_of(bases, "bases");
   STD_TORCH_CHECK(steps >= 0 && steps <= kMostSteps, "segnext_kernels: steps must be between 0 and ", kMostSteps);
   STD_TORCH_CHECK(gradient == "exact" || gradient == "one_step", "segnext_kernels: gradient must be exact or one_step, got ",
                   gradient);
@@ -144,7 +145,7 @@ const void* projection_of(const Tensor& projection, const Tensor& bases, const M
   STD_TORCH_CHECK(projection.is_cpu() && projection.is_contiguous() && has_shape(projection, {x.rows, x.rows}) &&
                       projection.scalar_type() == bases.scalar_type(),
                   "segnext_kernels: projection must be contiguous [D, D] on the CPU in the bases' dtype");
-  return projection.data_ptr();
+  return data_of(projection, "projection");
 }
 
 std::tuple<Tensor, Tensor> nmf_projected(const Tensor& x, const Tensor& bases, const Tensor& projection, int64_t steps,
@@ -165,10 +166,10 @@ std::tuple<Tensor, Tensor, Tensor> nmf_gradients(const Tensor& grad_out, const T
                                factors->numel() == segnext::nmf_factors_size(in, bases.size(2), steps, one_step)),
                   "segnext_kernels: factors must be as nmf_and_factors returned them for the same arguments");
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
-  Tensor grad_bases = need_bases ? contiguous_like(bases) : empty(bases);
-  Tensor grad_projection = need_projection ? contiguous_like(*projection) : empty(bases);
+  Tensor grad_bases = need_bases ? gradient_of(bases) : empty(bases);
+  Tensor grad_projection = need_projection ? gradient_of(*projection) : empty(bases);
   if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_bases), torch::stable::zero_(grad_projection)};
-  segnext::nmf_backward(grad, in, bases.data_ptr(), factors ? factors->data_ptr() : nullptr,
+  segnext::nmf_backward(grad, in, bases.data_ptr(), factors ? data_of(*factors, "factors") : nullptr,
                         projection != nullptr ? projection_of(*projection, bases, in) : nullptr, bases.size(2), steps, one_step,
                         {need_x ? matrices_like(grad_x, in, "grad_x") : Matrices{},
                          need_bases ? grad_bases.data_ptr() : nullptr, need_projection ? grad_projection.data_ptr() : nullptr},
@@ -193,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> nmf_projected_backward(const Tensor& grad_out
 
 Tensor upsample_argmax(const Tensor& logits, int64_t height, int64_t width) {
   const Image in = image(logits, "logits");
-  STD_TORCH_CHECK(in.channels > 0 && height >= 0 && width >= 0 && (height * width == 0 || in.height * in.width > 0),
+  STD_TORCH_CHECK(in.channels > 0 && height >= 0 && width >= 0 && (height == 0 || width == 0 || in.height * in.width > 0),
                   "segnext_kernels: logits and size must not be empty");
   Tensor labels = torch::stable::new_empty(logits, {in.images, height, width}, ScalarType::Long);
   segnext::upsample_argmax_forward(in, height, width, static_cast<int64_t*>(labels.data_ptr()), parallel());
@@ -210,8 +211,8 @@ Targets targets(const Tensor& target, const std::optional<Tensor>& weight, int64
   STD_TORCH_CHECK(!weight || (weight->is_cpu() && weight->is_contiguous() && weight->numel() == logits.channels &&
                               dtype_of(*weight, "weight") == accumulator),
                   "segnext_kernels: weight must be contiguous [C] on the CPU in the accumulator's dtype");
-  return {static_cast<const int64_t*>(target.data_ptr()), target.size(1), target.size(2), weight ? weight->data_ptr() : nullptr,
-          ignore_index};
+  return {static_cast<const int64_t*>(data_of(target, "target")), target.size(1), target.size(2),
+          weight ? data_of(*weight, "weight") : nullptr, ignore_index};
 }
 
 Tensor upsample_cross_entropy(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
@@ -228,8 +229,8 @@ Tensor upsample_cross_entropy_backward(const Tensor& grad_out, const Tensor& log
   const ScalarType accumulator = in.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.numel() == 1 && grad_out.scalar_type() == accumulator,
                   "segnext_kernels: grad_out must be one number on the CPU in the accumulator's dtype");
-  const double scale = in.dtype == Dtype::kFloat64 ? *static_cast<const double*>(grad_out.data_ptr())
-                                                   : *static_cast<const float*>(grad_out.data_ptr());
+  const void* factor = data_of(grad_out, "grad_out");
+  const double scale = in.dtype == Dtype::kFloat64 ? *static_cast<const double*>(factor) : *static_cast<const float*>(factor);
   Tensor grad_logits = torch::stable::empty_like(logits);
   segnext::upsample_cross_entropy_backward(scale, in, targets(target, weight, ignore_index, in),
                                            image_like(grad_logits, in, "grad_logits"), parallel());

@@ -44,7 +44,7 @@ std::vector<Tensor> with(std::vector<Tensor> tensors, const Tensor& another) {
 // New memory for the gradients of a filter's tensors.
 std::vector<Tensor> gradients_of(const std::vector<Tensor>& weights) {
   std::vector<Tensor> grads;
-  for (const Tensor& weight : weights) grads.push_back(contiguous_like(weight));
+  for (const Tensor& weight : weights) grads.push_back(gradient_of(weight));
   return grads;
 }
 
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   const Dtype dtype = filter_dtype(weight, in);
   const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
-  Tensor grad_w = need_weights ? contiguous_like(weight) : empty(x), grad_b = need_weights ? contiguous_like(bias) : empty(x);
+  Tensor grad_w = need_weights ? gradient_of(weight) : empty(x), grad_b = need_weights ? gradient_of(bias) : empty(x);
   const DepthwiseFilter pointers = {grad_w.data_ptr(), grad_b.data_ptr(), dtype};
   Tensor scratch = floats(x, need_weights ? cuda::dwconv_gelu_backward_scratch(in) : 0);
   cuda::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr(), dtype}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
@@ -116,14 +116,20 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CUDA, m) {
 namespace {
 
 PyObject* facts(PyObject*, PyObject*) {
-  int driver = 0;  // the newest CUDA that it knows; 0 where there is none
-  cudaDriverGetVersion(&driver);
-  return Py_BuildValue("{s:s,s:i,s:i,s:i}", "architectures", SEGNEXT_CUDA_ARCHITECTURES, "cuda", CUDART_VERSION, "driver",
-                       driver, "interface", SEGNEXT_INTERFACE);
+  return Py_BuildValue("{s:s,s:i,s:i}", "architectures", SEGNEXT_CUDA_ARCHITECTURES, "cuda", CUDART_VERSION, "interface",
+                       SEGNEXT_INTERFACE);
+}
+
+PyObject* driver(PyObject*, PyObject*) {
+  int newest = 0;
+  cudaDriverGetVersion(&newest);
+  return PyLong_FromLong(newest);
 }
 
 PyMethodDef methods[] = {
-    {"facts", facts, METH_NOARGS, "What this library was built for and with, and the driver."},
+    {"facts", facts, METH_NOARGS, "What this library was built for and with."},
+    {"driver", driver, METH_NOARGS,
+     "The newest CUDA that the driver knows, 0 without one. It starts to work in this process then."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};

@@ -30,7 +30,7 @@ Image pixels(const Tensor& t, const char* name) {
 const float* floats(const Tensor& t, const Shape& shape, const char* name, const char* of = "") {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && has_shape(t, shape),
                   "segnext_kernels: ", of, name, " must be contiguous float32 ", text(shape), " on the CPU");
-  return static_cast<const float*>(t.data_ptr());
+  return static_cast<const float*>(data_of(t, name));
 }
 
 PackedWeights packed(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t columns, const Image& x,
@@ -40,7 +40,7 @@ PackedWeights packed(const Tensor& weight, const Tensor& bias, int64_t depth, in
   const Shape shape = x.dtype == Dtype::kBFloat16 ? Shape{panels, (depth + 1) / 2, 32, 2} : Shape{panels, depth, 32};
   STD_TORCH_CHECK(weight.is_cpu() && dtype_of(weight, name) == x.dtype && weight.is_contiguous() && has_shape(weight, shape),
                   "segnext_kernels: ", name, ", packed, must be contiguous ", text(shape), " in x's dtype on the CPU");
-  return {weight.data_ptr(), floats(bias, {columns}, name, "the bias of ")};
+  return {data_of(weight, name), floats(bias, {columns}, name, "the bias of ")};
 }
 
 Tensor empty_pixels(const Tensor& like, int64_t images, int64_t channels, int64_t height, int64_t width) {

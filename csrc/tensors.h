@@ -30,6 +30,13 @@ inline constexpr char kDevice[] = "the CPU";
 inline bool on_device(const Tensor& t) { return t.is_cpu(); }
 #endif
 
+// A tensor's memory, which offloaders take away while the tensor stays.
+inline void* data_of(const Tensor& t, const char* name) {
+  void* data = t.data_ptr();
+  STD_TORCH_CHECK(data != nullptr || t.numel() == 0, "segnext_kernels: ", name, " has no memory: its storage was freed");
+  return data;
+}
+
 inline Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -59,7 +66,7 @@ inline Image image(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(on_device(t) && t.dim() == 4, "segnext_kernels: ", name, " must be a tensor [N, C, H, W] on ", kDevice);
   const bool contiguous = t.numel() == 0 || dense(t, {0, 1, 2, 3});
   STD_TORCH_CHECK(contiguous || dense(t, {0, 2, 3, 1}), "segnext_kernels: ", name, " must be contiguous or channels_last");
-  return {t.data_ptr(), dtype_of(t, name), !contiguous, t.size(0), t.size(1), t.size(2), t.size(3)};
+  return {data_of(t, name), dtype_of(t, name), !contiguous, t.size(0), t.size(1), t.size(2), t.size(3)};
 }
 
 inline Image image_like(const Tensor& t, const Image& x, const char* name) {
@@ -98,6 +105,7 @@ inline std::string text(const Shape& shape) {
 inline Tensor filter(const Tensor& t, const Shape& shape, const char* name, Dtype dtype) {
   STD_TORCH_CHECK(on_device(t) && dtype_of(t, name) == dtype && has_shape(t, shape), "segnext_kernels: ", name, " must be ",
                   text(shape), " of the dtype that goes with x's on ", kDevice);
+  data_of(t, name);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
@@ -127,7 +135,11 @@ inline Filters strip_filters(const std::vector<Tensor>& weights, const Image& x)
   return filters;
 }
 
-inline Tensor contiguous_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+// For the gradient of a filter or the like, in contiguous order and, if t is so too, with its very strides: those of dimensions
+// of length 1 are free, and DistributedDataParallel wants them as the parameter has them.
+inline Tensor gradient_of(const Tensor& t) {
+  return t.is_contiguous() ? torch::stable::empty_like(t) : torch::stable::new_empty(t, t.sizes());
+}
 inline Tensor empty(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
 
 }  // namespace segnext::tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
 import torch
@@ -24,7 +25,10 @@ from .spatial_attention import spatial_attention
 from .upsample_argmax import upsample_argmax
 from .upsample_cross_entropy import upsample_cross_entropy
 
-__version__ = _version("segnext-kernels")
+try:
+    __version__ = _version("segnext-kernels")
+except _NotInstalled:  # a source tree, or a bundle without metadata
+    __version__ = "unknown"
 __all__ = [
     "build_info",
     "conv_act",

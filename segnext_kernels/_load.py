@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from types import ModuleType
 
 import torch
 
-INTERFACE = 2  # of the operators' arguments: another number whenever a schema changes, which setup.py compiles in
+INTERFACE = 3  # of the operators' arguments: another number whenever a schema changes, which setup.py compiles in
 
 # From the best to the plainest, with the processor features (GCC's names) that each library was compiled for.
 _LIBRARIES = {
@@ -26,7 +27,7 @@ CUDA_VARIABLE = "FORCE_CUDA"
 
 facts: dict[str, str] = {}  # what the loaded library says of its own build
 cuda_architectures: list[str] = []  # that the CUDA library was compiled for, such as "9.0" or, with PTX, "12.0+PTX"
-cuda_versions = {"cuda": 0, "driver": 0}  # that it was built with, and the newest that the driver knows, such as 13000
+cuda_version = 0  # that it was built with, such as 13000
 
 
 def _load(wanted: str | None) -> str | None:
@@ -41,7 +42,7 @@ def _load(wanted: str | None) -> str | None:
             " reinstall with a C++ compiler and without that variable"
         )
     except ImportError as error:
-        return f"the compiled CPU kernels did not load: {error}"
+        return _told(f"the compiled CPU kernels did not load: {error}")
     for isa in [wanted] if wanted else _worth_using(features):
         missing = [name for name in _LIBRARIES[isa] if name not in features]
         if missing:
@@ -53,9 +54,9 @@ def _load(wanted: str | None) -> str | None:
             reason = f"the compiled CPU kernels were not built for {isa}"
             continue
         except ImportError as error:
-            return f"the compiled CPU kernels ({isa}) did not load under torch {torch.__version__}: {error}"
+            return _told(f"the compiled CPU kernels ({isa}) did not load under torch {torch.__version__}: {error}")
         if other := _of_another_version(library, "CPU"):
-            return other
+            return _told(other)
         facts.update(library.facts())
         return None
     return reason
@@ -73,6 +74,12 @@ def _of_another_version(library: ModuleType, kind: str) -> str | None:
     return f"the compiled {kind} kernels are of another version of this package than its Python files: reinstall it"
 
 
+def _told(reason: str) -> str:
+    """Warns: whoever has built kernels expects them to be used."""
+    warnings.warn(f"segnext_kernels: {reason}; until then other backends serve instead, which are slower", stacklevel=2)
+    return reason
+
+
 def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) has no CUDA"
@@ -84,19 +91,26 @@ def _load_cuda() -> str | None:
             f" (CUDA_HOME names the toolkit, {CUDA_VARIABLE}=1 makes its lack an error)"
         )
     except ImportError as error:
-        return f"the CUDA kernels did not load under torch {torch.__version__}: {error}"
+        return _told(f"the CUDA kernels did not load under torch {torch.__version__}: {error}")
     if other := _of_another_version(library, "CUDA"):
-        return other
+        return _told(other)
     found = library.facts()
+    global cuda_version
+    cuda_version = found["cuda"]
     cuda_architectures.extend(found["architectures"].split())
-    cuda_versions.update((name, found[name]) for name in cuda_versions)
     return None
+
+
+def cuda_driver() -> int:
+    """The newest CUDA that the driver knows. It begins to work in this process then, which must not happen at import: where
+    the process is forked afterwards, its children could use no GPU."""
+    return importlib.import_module("segnext_kernels._C_cuda").driver()
 
 
 @functools.cache
 def why_not_on_gpu(index: int) -> str | None:
     """Why the CUDA kernels do not run on this GPU, or None if they do."""
-    own, cuda, driver = torch.cuda.get_device_capability(index), cuda_versions["cuda"], cuda_versions["driver"]
+    own, cuda, driver = torch.cuda.get_device_capability(index), cuda_version, cuda_driver()
     old = (
         f"the CUDA kernels were built with CUDA {cuda // 1000}.{cuda % 1000 // 10}, which this driver is too old for (it knows"
         f" CUDA {driver // 1000}.{driver % 1000 // 10}): update it, or rebuild with an older toolkit"

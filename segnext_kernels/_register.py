@@ -134,6 +134,13 @@ def is_batch_of_gradients(tensor: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
+def gradient_of(weight: torch.Tensor, zero: bool = False) -> torch.Tensor:
+    """For the gradient of a filter or the like: in contiguous order and, if the weight is so too, with its very strides. Those
+    of dimensions of length 1 are free, and DistributedDataParallel wants them as the parameter has them."""
+    make = torch.zeros_like if zero else torch.empty_like
+    return make(weight, memory_format=torch.preserve_format if weight.is_contiguous() else torch.contiguous_format)
+
+
 def like_layout(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """``tensor`` with the strides of ``model`` (same shape): itself where they agree already, else one copy."""
     if is_batch_of_gradients(tensor):

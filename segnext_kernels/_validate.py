@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -144,7 +145,7 @@ def check_updates(op: str, steps: int, round_factors: bool) -> None:
 def upsample_argmax(logits: Tensor, size: Sequence[int]) -> tuple[int, int]:
     """Checks the arguments of upsample_argmax and returns the size."""
     _logits("upsample_argmax", logits, size)
-    return tuple(size)
+    return tuple(n if isinstance(n, torch.SymInt) else int(n) for n in size)
 
 
 def upsample_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, weight: Tensor | None) -> None:
@@ -177,6 +178,11 @@ def _is_whole(number: object) -> bool:
     return isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
 
 
+def _is_size(number: object) -> bool:
+    """Whether it is a length, NumPy's too."""
+    return (_is_whole(number) or isinstance(number, Integral) and not isinstance(number, bool)) and number >= 0
+
+
 def whole(op: str, name: str, number: int) -> None:
     """Checks an int; a bool is none."""
     if not _is_whole(number):
@@ -191,7 +197,7 @@ def check_sequence(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 def _logits(op: str, logits: Tensor, size: Sequence[int]) -> None:
     """Checks an image that can be resized to ``size``."""
     check_tensor(op, "logits", logits, "[N, C, h, w]")
-    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(_is_whole(n) and n >= 0 for n in size):
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(_is_size, size)):
         raise ValueError(f"{op}: size must be two whole numbers (H, W), got {size!r}")
     if logits.shape[1] == 0 or (0 in logits.shape[2:] and 0 not in size):
         raise ValueError(f"{op}: empty logits {list(logits.shape)} cannot be resized to {list(size)}")

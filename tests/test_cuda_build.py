@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -66,6 +67,40 @@ def test_the_library_needs_no_other_of_cuda():
     assert not [name for name in needed if "cuda" in name or "cu1" in name or "python" in name]
     if torch.version.cuda is not None:
         assert ctypes.CDLL(str(cuda_static.library())).aoti_torch_get_current_cuda_stream
+
+
+STUB = r"""
+#include <stdio.h>
+#include <string.h>
+int cuInit(unsigned flags) { fprintf(stderr, "woken\n"); return 100; }
+int cuDriverGetVersion(int* version) { *version = 13000; return 0; }
+static int refuse(void) { return 100; }
+int cuGetProcAddress_v2(const char* name, void** found, int version, unsigned long flags, int* status) {
+  *found = !strcmp(name, "cuInit") ? (void*)cuInit : !strcmp(name, "cuDriverGetVersion") ? (void*)cuDriverGetVersion
+         : !strcmp(name, "cuGetProcAddress") ? (void*)cuGetProcAddress_v2 : (void*)refuse;
+  if (status) *status = 0;
+  return 0;
+}
+int cuGetProcAddress(const char* name, void** found, int version, unsigned long flags) {
+  return cuGetProcAddress_v2(name, found, version, flags, 0);
+}
+int cuGetExportTable(const void** table, const void* id) { return 100; }
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is None or torch.cuda.is_available(), reason="needs a torch with CUDA and no driver")
+@pytest.mark.parametrize("asked", [False, True], ids=["imported", "asked"])
+def test_the_driver_sleeps_until_it_is_asked(asked, tmp_path):
+    """Else no child of a process that imported the package and was forked could use a GPU."""
+    (tmp_path / "stub.c").write_text(STUB)
+    subprocess.run(["gcc", "-w", "-shared", "-fPIC", tmp_path / "stub.c", "-o", tmp_path / "libcuda.so.1"], check=True)
+    code = "import torch; torch.cuda.device_count = lambda: 0\n"  # which NVML says elsewhere
+    code += "from segnext_kernels import _load\nassert _load.cuda_failure is None, _load.cuda_failure\n"
+    code += "_load.cuda_driver()" * asked
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("woken" in done.stderr) == asked
 
 
 def test_cuda_static_command(kernels, monkeypatch, capsys):

@@ -21,6 +21,8 @@ from operators import (
     image_layouts,
     msca_strips_sample,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from segnext_kernels._register import operator
 
@@ -44,6 +46,27 @@ def test_strides_that_are_copied(sample_of, layout, dtype, backend):
 @image_layouts
 def test_layout_is_kept(sample_of, shape, layout, backend):
     checks.check_layout(arranged(sample_of(shape).to(torch.float32), layout), backend)
+
+
+@pytest.mark.parametrize("strange", [False, True], ids=["channels_last", "transposed"])
+def test_gradients_of_filters_have_their_strides(sample_of, strange, backend):
+    """As autograd promises, and DistributedDataParallel wants; but for filters that are not in contiguous order."""
+    x, *filters = sample_of((2, 5, 9, 12)).to(torch.float32).leaves
+    if strange:
+        filters = [f.mT.contiguous().mT if f.dim() == 4 and f.shape[2] == f.shape[3] else f for f in filters]
+    else:
+        filters = [torch.empty_like(f, memory_format=torch.channels_last).copy_(f) if f.dim() == 4 else f for f in filters]
+        assert any(f.stride() != torch.empty(f.shape).stride() for f in filters)
+    backward = operator(f"{sample_of.__name__.removesuffix('_sample')}_backward", backend) if backend != "reference" else None
+    sample = replace(sample_of((2, 5, 9, 12)).to(torch.float32), leaves=(x, *filters))
+    check(sample, backend, grad_like(x))
+    if backward is not None:
+        arguments = (grad_like(x), x, *([filters] if sample.operator == "msca_strips" else filters), True, True)
+        grads = tree_leaves(backward(*arguments))[1:]
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            faked = tree_leaves(backward(*tree_map_only(torch.Tensor, mode.from_tensor, arguments)))[1:]
+        kept = [f.stride() if f.is_contiguous() else torch.empty(f.shape).stride() for f in filters]
+        assert [grad.stride() for grad in grads] == [grad.stride() for grad in faked] == kept
 
 
 def test_channel_slice_of_one_image(sample_of, backend):

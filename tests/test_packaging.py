@@ -194,7 +194,7 @@ def test_cuda_without_nvcc(source, tmp_path):
     flags = ("--no-deps", "--no-build-isolation", "--no-index")
     done = python("-m", "pip", "wheel", *flags, source, cwd=tmp_path, CUDA_HOME=str(tmp_path), FORCE_CUDA="1")
     assert done.returncode != 0
-    assert "FORCE_CUDA=1, but there is no nvcc" in done.stdout + done.stderr
+    assert f"FORCE_CUDA=1, but there is no bin/nvcc in CUDA_HOME, {tmp_path}" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
 

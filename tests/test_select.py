@@ -117,7 +117,8 @@ def test_why_cuda_does_not_serve(operator, dtype, failure, reason, monkeypatch):
 def test_gpus_that_the_cuda_kernels_fit(built, capability, fits, monkeypatch):
     monkeypatch.setattr(_load, "cuda_architectures", built.split())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(_load, "cuda_versions", {"cuda": 13000, "driver": 13000})
+    monkeypatch.setattr(_load, "cuda_version", 13000)
+    monkeypatch.setattr(_load, "cuda_driver", lambda: 13000)
     reason = _load.why_not_on_gpu.__wrapped__(0)
     major, minor = capability
     assert reason == (
@@ -138,7 +139,8 @@ def test_gpus_that_the_cuda_kernels_fit(built, capability, fits, monkeypatch):
 )
 def test_drivers_that_the_cuda_kernels_fit(driver, own, fits, monkeypatch):
     monkeypatch.setattr(_load, "cuda_architectures", ["9.0+PTX"])
-    monkeypatch.setattr(_load, "cuda_versions", {"cuda": 13010, "driver": driver})
+    monkeypatch.setattr(_load, "cuda_version", 13010)
+    monkeypatch.setattr(_load, "cuda_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: own)
     reason = _load.why_not_on_gpu.__wrapped__(0)
     assert fits == (reason is None)
@@ -148,8 +150,8 @@ def test_drivers_that_the_cuda_kernels_fit(driver, own, fits, monkeypatch):
 
 @pytest.mark.skipif(_load.cuda_failure is not None, reason=f"no CUDA kernels: {_load.cuda_failure}")
 def test_the_library_knows_the_driver():
-    assert _load.cuda_versions["cuda"] >= 12000
-    assert (_load.cuda_versions["driver"] >= 12000) == torch.cuda.is_available()
+    assert _load.cuda_version >= 12000
+    assert (_load.cuda_driver() >= 12000) == torch.cuda.is_available()
     assert (_load.why_not_on_gpu(0) is None) if torch.cuda.is_available() else True
 
 
@@ -157,7 +159,7 @@ def test_a_schema_does_not_change_without_the_interface():
     """A library that was built before would take the arguments of the new schema for those of the old one."""
     schemas = (str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith("segnext_kernels::"))
     digest = hashlib.sha256("\n".join(sorted(schemas)).encode()).hexdigest()
-    assert (_load.INTERFACE, digest[:8]) == (2, "a65b5af2"), "count _load.INTERFACE up, and write the new digest here"
+    assert (_load.INTERFACE, digest[:8]) == (3, "a65b5af2"), "count _load.INTERFACE up, and write the new digest here"
 
 
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), "reference"), ((9, 0), "triton")])
@@ -368,6 +370,31 @@ def test_dot_products_that_are_slow_are_left(monkeypatch, without, chosen):
         assert _load._load("avx512_bf16") is None and loaded["isa"] == "avx512_bf16"  # who asks for it has it
 
 
+def test_a_library_that_cannot_be_used_is_told(monkeypatch):
+    """One of another version, as `git pull` leaves it: whoever built it expects it to be used."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "segnext_kernels._cpu", SimpleNamespace(features=list))
+    for name in ("_C_baseline", "_C_cuda"):
+        monkeypatch.setitem(sys.modules, f"segnext_kernels.{name}", SimpleNamespace(facts=lambda: {"interface": 0}))
+    for load in (lambda: _load._load(None), _load._load_cuda):
+        with pytest.warns(UserWarning, match="another version of this package.* reinstall it; until then other backends serve"):
+            assert "reinstall it" in load()
+
+
+def test_metadata_may_be_missing():
+    """In a source tree, or what a bundler made."""
+    code = """
+import importlib.metadata
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = version
+import segnext_kernels
+print(segnext_kernels.__version__)
+"""
+    result = python(code)
+    assert result.stdout.strip() == "unknown", result.stderr
+
+
 def test_reference_alone():
     """An installation without compiled kernels: everything is served, and the reason is told."""
     code = """
@@ -431,6 +458,33 @@ def test_vmap(operator, backend):
 
             expected = torch.stack([function(part) for part in batched])
             torch.testing.assert_close(torch.vmap(function)(layout), expected, rtol=1e-4, atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_vmap_over_gradients(operator, backend):
+    """As one computes a Jacobian from the rows of a matrix of gradients of y."""
+    sample = next(s for s in SMALL if s.operator == operator)
+    leaves = [leaf.clone().requires_grad_() for leaf in sample.leaves]
+    y = FUNCTIONS[operator](*leaves, **sample.options, backend=backend)
+    batch = torch.stack([torch.ones_like(y), torch.rand_like(y)])
+    found = torch.vmap(lambda grad: torch.autograd.grad(y, leaves, grad, retain_graph=True))(batch)
+    for row, grad in enumerate(batch):
+        expected = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours[row], theirs, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_tensors_without_memory_are_refused(operator, backend):
+    """As offloaders leave them, which take the storage away and keep the tensor."""
+    sample = next(s for s in SMALL if s.operator == operator)
+    for i in range(len(sample.leaves)):
+        leaves = [leaf.clone() for leaf in sample.leaves]
+        leaves[i].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=r"segnext_kernels: .* has no memory: its storage was freed"):
+            FUNCTIONS[operator](*leaves, **sample.options, backend=backend)
 
 
 def test_explain_knows_dtypes():

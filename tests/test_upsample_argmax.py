@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import pytest
 import small
 import torch
@@ -136,6 +137,17 @@ BAD = {
 def test_bad_arguments_are_named(spoil, kind, message):
     with pytest.raises(kind, match=f"upsample_argmax: .*{message}"):
         upsample_argmax(*spoil(torch.zeros(2, 3, 4, 4)))
+
+
+def test_sizes_may_be_numpys(backend):
+    logits = torch.rand(1, 3, 4, 5)
+    expected = upsample_argmax(logits, (8, 9), backend=backend)
+    assert torch.equal(upsample_argmax(logits, (np.int64(8), np.int32(9)), backend=backend), expected)
+
+
+def test_empty_labels_take_no_memory(backend):
+    for shape, size in (((1, 3, 4, 4), (2**40, 0)), ((0, 3, 4, 4), (2**40, 1)), ((1, 3, 4, 4), (0, 2**40))):
+        assert upsample_argmax(torch.rand(shape), size, backend=backend).shape == (shape[0], *size)
 
 
 def test_no_classes_are_refused_for_empty_labels_too(backend):

@@ -27,14 +27,15 @@ struct Upsampling {
         groups(Groups<A>(logits).per_image),
         blocks((logits.height + kRows - 1) / kRows),
         items(height > 0 && width > 0 ? logits.images * blocks : 0),
-        rows(samples<A>(logits.height, height)),
-        columns(samples<A>(logits.width, width)) {
+        rows(items > 0 ? samples<A>(logits.height, height) : std::vector<Sample<A>>()),
+        columns(items > 0 ? samples<A>(logits.width, width) : std::vector<Sample<A>>()) {
+    if (items == 0) return;
     for (int64_t gap = 0; gap <= logits.height; ++gap) {
       const auto at = std::partition_point(rows.begin(), rows.end(), [&](const Sample<A>& s) { return s.low < gap; });
       first_row.push_back(at - rows.begin());
     }
     // Enough columns for whole vectors, so that a tile needs no special case at the right edge.
-    columns.resize((width + kLanes<A> - 1) / kLanes<A> * kLanes<A>, columns.empty() ? Sample<A>{} : columns.back());
+    columns.resize((width + kLanes<A> - 1) / kLanes<A> * kLanes<A>, columns.back());
   }
   int64_t height() const { return static_cast<int64_t>(rows.size()); }
   int64_t row_size() const { return groups * logits.width * kLanes<A>; }  // of a row of logits, [groups][width][kLanes]

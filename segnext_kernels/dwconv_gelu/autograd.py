@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _triton
-from .._register import cast_filters, cast_floating, like_layout, register
+from .._register import cast_filters, cast_floating, gradient_of, like_layout, register
 
 
 def _fake(x, weight, bias):
@@ -16,7 +16,7 @@ def _backward_fake(grad_out, x, weight, bias, need_x, need_weights):
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     if not need_weights:
         return grad_x, x.new_empty(0), x.new_empty(0)
-    return grad_x, torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(bias)
+    return grad_x, gradient_of(weight), gradient_of(bias)
 
 
 def _setup_context(ctx, inputs, output):

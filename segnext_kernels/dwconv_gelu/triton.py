@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._register import like_layout
+from .._register import gradient_of, like_layout
 from .._stencil import REDUCE, Tiles, add_up, cut, lanes_of, push, scratch_rows, store_sums, warps, zeros
 from .._triton import ceil_div, config, is_channels_last, launch, power_of_2, wrap_triton
 
@@ -46,11 +46,9 @@ def backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, need_x: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    if not need_weights:
-        grad_weight, grad_bias = x.new_empty(0), x.new_empty(0)
-    else:
-        make = torch.zeros_like if x.numel() == 0 else torch.empty_like
-        grad_weight, grad_bias = make(weight, memory_format=torch.contiguous_format), make(bias)
+    grad_weight, grad_bias = (
+        gradient_of(tensor, zero=x.numel() == 0) if need_weights else x.new_empty(0) for tensor in (weight, bias)
+    )
     if x.numel() == 0 or not (need_x or need_weights):
         return grad_x, grad_weight, grad_bias
     last = is_channels_last(x)

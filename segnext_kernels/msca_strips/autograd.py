@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import _triton
-from .._register import cast_filters, cast_floating, is_batch_of_gradients, like_layout, register
+from .._register import cast_filters, cast_floating, gradient_of, is_batch_of_gradients, like_layout, register
+from .._validate import transformed
 from . import reference
 
 
@@ -15,7 +16,7 @@ def _fake(x, weights):
 
 def _backward_fake(grad_out, x, weights, need_x, need_weights):
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    return grad_x, [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights] if need_weights else []
+    return grad_x, [gradient_of(w) for w in weights] if need_weights else []
 
 
 def _setup_context(ctx, inputs, output):
@@ -26,6 +27,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(operators, ctx, grad_out):
     x, *weights = ctx.saved_tensors
     need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
+    if transformed():
+        pull = torch.func.vjp(reference.msca_strips, x, weights)[1]
+        return pull(grad_out)
     if is_batch_of_gradients(grad_out):
         return _reference_backward(grad_out, x, weights, need_x, need_weights)
     grad_x, grad_weights = operators.msca_strips_backward(like_layout(grad_out, x), x, weights, need_x, need_weights)

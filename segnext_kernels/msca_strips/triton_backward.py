@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._register import like_layout
+from .._register import gradient_of, like_layout
 from .._stencil import REDUCE, Tiles, add_up, store_sums, warps
 from .._triton import ceil_div, config, is_channels_last, launch, wrap_triton
 from ._filters import (
@@ -42,8 +42,7 @@ def backward(
     grad_out: Tensor, x: Tensor, weights: Sequence[Tensor], need_x: bool, need_weights: bool
 ) -> tuple[Tensor, list[Tensor]]:
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    make = torch.zeros_like if x.numel() == 0 else torch.empty_like
-    grads = [make(weight, memory_format=torch.contiguous_format) for weight in weights] if need_weights else []
+    grads = [gradient_of(weight, zero=x.numel() == 0) for weight in weights] if need_weights else []
     if x.numel() == 0 or not (need_x or need_weights):
         return grad_x, grads
     last = is_channels_last(x)
