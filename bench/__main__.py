@@ -29,6 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
+        unbuilt = segnext_kernels.build_info()["missing"].get("cpu")
+        if (
+            unbuilt is not None
+            and getattr(arguments, "device", "cpu") == "cpu"
+            and arguments.run not in (_cuda_static, _triton_static)
+        ):
+            raise ValueError(f"there are no kernels to measure: {unbuilt}")
         if arguments.out:  # before hours of measuring
             check_folder(arguments.out)
         arguments.run(arguments)

@@ -110,5 +110,5 @@ def select(pattern: str = "*", device: str = "cpu") -> list[Case]:
     cases = CASES if device == "cpu" else GPU_CASES
     found = [case for name, case in cases.items() if fnmatchcase(name, f"*{pattern}*")]
     if not found:
-        raise ValueError(f"no benchmark case fits {pattern!r}; the first of {len(cases)} is {next(iter(cases))}")
+        raise ValueError(f"no benchmark case fits {pattern!r}; there are {', '.join(cases)}")
     return found

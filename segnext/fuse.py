@@ -280,6 +280,9 @@ class FusedSegNeXt(nn.Module):
         require_images(images, self.config.in_channels)
         return self.decode_head(self.backbone(images.to(self.dtype)), bases)
 
+    def __repr__(self) -> str:
+        return f"FusedSegNeXt({self.config}, {self.dtype})"  # and not every packed weight
+
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """The label maps, int64 [B, H, W]; see :meth:`SegNeXt.predict`."""

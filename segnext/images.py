@@ -79,7 +79,10 @@ def read_labels(path: str | Path) -> Tensor:
     """
     image = stored_image(path)
     if len(image.getbands()) > 1:
-        raise ImageError(f"{path}: a mask must be greyscale or index-colour, one label per pixel; this one is {image.mode}")
+        raise ImageError(
+            f"{path}: a mask must be greyscale or index-colour, one label per pixel; this one is {image.mode}"
+            " (docs/training.md shows how colours become labels)"
+        )
     if image.mode == "F":
         raise ImageError(f"{path}: a mask must have whole numbers, this one has floating-point ones")
     return torch.from_numpy(np.array(image).astype(np.int32))

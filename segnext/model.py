@@ -125,11 +125,16 @@ class SegNeXt(nn.Module):
         """The label maps: for every pixel the class with the largest logit, after bilinear upsampling.
 
         Args:
-            images: [B, in_channels, H, W], as for :meth:`forward`. The model should be in evaluation mode.
+            images: [B, in_channels, H, W], as for :meth:`forward`.
 
         Returns:
             labels: [B, H, W], int64.
+
+        Raises:
+            RuntimeError: the model is in training mode, in which norms would learn from the images.
         """
+        if self.training:
+            raise RuntimeError("predict: the model is in training mode, call its eval() first")
         return upsample_argmax(self(images), images.shape[-2:])
 
 

@@ -110,6 +110,8 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
         RecipeError: the folder holds no training, or one of other classes than the data have; and what :func:`train` raises.
     """
     out = Path(out)
+    if not (out / "recipe.json").exists():
+        raise RecipeError(f"{out} holds no training to go on with: there is no recipe.json")
     stages, beside = recipes.read(out / "recipe.json")
     if not {"data", "machine"} <= beside.keys():
         raise RecipeError(f"{out / 'recipe.json'} is a recipe, but not of a training that was begun")

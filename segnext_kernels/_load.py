@@ -6,6 +6,8 @@ import functools
 import importlib
 import os
 import warnings
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -20,6 +22,7 @@ _LIBRARIES = {
     "avx2": ("avx2", "fma", "f16c"),
     "baseline": (),
 }
+_HERE = Path(__file__).parent
 ISA_VARIABLE = "SEGNEXT_KERNELS_ISA"
 BUILD_VARIABLE = "SEGNEXT_KERNELS_COMPILE"
 
@@ -37,6 +40,11 @@ def _load(wanted: str | None) -> str | None:
     try:
         features = importlib.import_module("segnext_kernels._cpu").features()
     except ModuleNotFoundError:
+        if installed := _installed_elsewhere():
+            return _told(
+                f"Python found the package in {_HERE}, where no kernels were compiled, before the one installed in {installed}:"
+                " work in another folder, or install by pip install -e ."
+            )
         return (
             f"the compiled CPU kernels were not built ({BUILD_VARIABLE}=0, or a source tree that is not installed);"
             " reinstall with a C++ compiler and without that variable"
@@ -60,6 +68,15 @@ def _load(wanted: str | None) -> str | None:
         facts.update(library.facts())
         return None
     return reason
+
+
+def _installed_elsewhere() -> Path | None:
+    """The folder of an installed package, where Python took another one: that of a source tree which it was started in."""
+    for installed in metadata.distributions(name="segnext-kernels"):
+        place = Path(str(installed.locate_file("segnext_kernels")))
+        if (place / "__init__.py").exists() and not place.samefile(_HERE):
+            return place
+    return None
 
 
 def _worth_using(features: list[str]) -> list[str]:

@@ -176,5 +176,5 @@ def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Ten
     step = 2 if x.dtype == torch.bfloat16 else 1
     panels = -(-bias.shape[0] // PANEL)
     shape = (panels, inputs, PANEL) if step == 1 else (panels, -(-inputs // step), PANEL, step)
-    check_shape(op, f"{name}, packed,", weight, shape)
+    check_shape(op, f"{name}, packed (segnext_kernels.pack),", weight, shape)
     return weight.contiguous(), bias

@@ -18,7 +18,7 @@ from bench.__main__ import main
 from bench.measure import Runner, error, exact, measure
 from bench.report import as_json, markdown, rows
 from segnext import speed
-from segnext_kernels import _select
+from segnext_kernels import _load, _select
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_report_without_matplotlib_says_so(one_small_case, monkeypatch, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
-def test_unknown_case_is_an_error(capsys):
+def test_unknown_case_is_an_error(monkeypatch, capsys):
     for arguments, problem in (
         (["report", "--without", "torch.compiled"], "--without torch.compiled: no contender is called so"),
         (["report", "--without", "fused"], "--without fused leaves nothing of ours to report for"),
@@ -263,6 +263,10 @@ def test_unknown_case_is_an_error(capsys):
         with pytest.raises(SystemExit):
             main(arguments)
         assert f"argument {arguments[1]}: 0 is not positive" in capsys.readouterr().err
+    monkeypatch.setattr(_load, "failure", "they were not built")
+    assert main(["report", "--case", "nothing"]) == 2
+    assert "there are no kernels to measure: they were not built" in capsys.readouterr().err
+    monkeypatch.undo()
     assert main(["report", "--case", "nothing"]) == 2
     assert "no benchmark case fits 'nothing'" in capsys.readouterr().err
 

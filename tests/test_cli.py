@@ -103,7 +103,7 @@ def test_expected_errors_are_one_line(tmp_path, weights, capsys, arguments, mess
         (["demo", "--size", "xl"], "xl"),
         (["demo", "--image-size", "16x64"], "at least 32 pixels"),
         (["info", "--image-size", "512"], "HEIGHTxWIDTH"),
-        (["train", "--data", "d", "--scale", "512"], "'512' is not two whole numbers, as 2048x512"),
+        (["train", "--data", "d", "--scale", "512"], "'512' is not two whole numbers, as 512x512"),
         (["demo", "--seed", "x"], "--seed: x is no whole number"),
         (["info", "--classes", "1.5"], "--classes: 1.5 is no whole number"),
         (["demo", "--seconds", "long"], "--seconds: long is no number"),

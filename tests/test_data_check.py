@@ -49,7 +49,17 @@ def test_healthy_tree(tree, capsys):
     assert rows["share"] == ["of", "pixels", "train", "val"]
     assert rows["road"] == ["46.667%", "33.333%"] and rows["sky"] == ["53.333%", "66.667%"]  # of 15 and 3 labelled pixels
     assert rows["car"] == ["0.000%", "0.000%"]
+    assert rows["without"] == ["a", "class", "16.667%", "25.000%"]  # of 18 and 4 pixels
     assert "never in train: car\n" in printed and "never in val: car\n" in printed
+
+
+def test_masks_that_cannot_be_read_have_no_shares(tree, capsys):
+    for mask in tree.glob("*/masks/*.png"):
+        save(mask, np.full((2, 2, 3), 9, np.uint8))
+    assert run("check", tree) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("docs/training.md shows how colours become labels") == 4
+    assert "share of pixels" not in printed and "never in" not in printed
 
 
 def test_report(tree):
@@ -123,7 +133,7 @@ def test_only_the_splits_that_are_asked_for(tree, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["{}/absent"], "absent/classes.txt: no such file"),
+        (["{}/absent"], "absent: no such folder"),
         (["{}", "--split", "test"], "test: no such folder"),
         (["{}", "--dataset", "camvid"], "there is no data set 'camvid', only folder"),
         (["{}", "--dataset", "camvid", "--split", "val"], "there is no data set 'camvid', only folder"),

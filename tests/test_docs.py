@@ -39,7 +39,14 @@ PUBLIC = {
     ],
     "models.html": [f"segnext.{name}" for name in segnext.__all__],
 }
-SNIPPETS = {"README.md": 4, "docs/gpu.md": 1, "docs/index.md": 1, "docs/models.md": 1, "docs/training.md": 2}
+SNIPPETS = {
+    "README.md": 4,
+    "docs/gpu.md": 1,
+    "docs/index.md": 1,
+    "docs/models.md": 1,
+    "docs/operators.md": 2,
+    "docs/training.md": 2,
+}
 OF_TORCHRUN = {"--nnodes", "--rdzv-endpoint"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -173,6 +180,7 @@ def given() -> dict[str, object]:
         "segnext": segnext,
         "sk": segnext_kernels,
         "x": x,
+        "conv": nn.Conv2d(4, 8, 3),
         "y": torch.rand_like(x),
         "weights": segnext_kernels.nn.AttentionModule(4).strip_weights(),
         "weight": torch.rand(4, 1, 3, 3),

@@ -202,6 +202,10 @@ def test_packed_weights_keep_their_order(dtype):
     assert all(tensor.is_contiguous() for tensor in fused.state_dict().values())
 
 
+def test_a_fused_model_prints_what_it_is():
+    assert str(segnext.fuse(small.model().eval())).startswith("FusedSegNeXt(Config(channels=")
+
+
 @pytest.mark.parametrize("prepare", [lambda model: model, segnext.fuse], ids=["plain", "fused"])
 def test_what_is_no_batch_of_normalised_images_is_refused(prepare):
     model = prepare(small.model().eval())

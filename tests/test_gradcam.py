@@ -255,7 +255,7 @@ def run(folder, *arguments) -> int:
 def test_figure_of_two_photos_and_two_models(files, capsys):
     options = (*CONVNEXT, "convnext.pth", "--compare-class", "sports car")
     code = run(files, "a.png", "b.png", "--class", "car", "--weights", "whole.pth", *options, "--out", "out.png")
-    assert code == 0 and capsys.readouterr().out == ""
+    assert code == 0 and capsys.readouterr().out == f"wrote {files / 'out.png'}\n"
     sheet = Image.open(files / "out.png")
     heights = [27, 60]  # of the rows: 40 * 64 / 96 and 40 * 96 / 64
     assert sheet.size == (3 * (WIDTH + GAP) + GAP, GAP + sum(heights) + 2 * (LINE + GAP) + LINE)

@@ -197,7 +197,12 @@ BAD = [
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, 1.0, s, a), TypeError, "kernel_size must be an int, got float"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, k, None, a), TypeError, "stride must be an int, got NoneType"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, k, s, "tanh"), ValueError, "activation must be one of none, gelu, relu"),
-    ("conv_act", lambda x, w, b, k, s, a: (x, w[:, 1:], b, k, s, a), ValueError, "weight, packed, must be"),
+    (
+        "conv_act",
+        lambda x, w, b, k, s, a: (x, w[:, 1:], b, k, s, a),
+        ValueError,
+        r"weight, packed \(segnext_kernels.pack\), must be",
+    ),
     ("conv_act", lambda x, w, b, k, s, a: (x, w.bfloat16(), b, k, s, a), TypeError, "must have x's dtype"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b.half(), k, s, a), TypeError, "must be a float32 tensor"),
     ("spatial_attention", lambda x, w: (x, w[1:]), ValueError, "21 tensors"),
@@ -206,7 +211,7 @@ BAD = [
     ("spatial_attention", lambda x, w: (x, [*w[:4], w[4][..., 1:-1], *w[5:]]), ValueError, r"weights\[6\] must be"),
     ("spatial_attention", lambda x, w: (x, [*w[:20], w[20][1:]]), ValueError, "scale must be"),
     ("mlp", lambda x, *w: (x, *w[:2], w[2][..., 1:], *w[3:]), ValueError, "depthwise must be"),
-    ("mlp", lambda x, *w: (x, *w[:4], w[0], *w[5:]), ValueError, "fc2, packed, must be"),
+    ("mlp", lambda x, *w: (x, *w[:4], w[0], *w[5:]), ValueError, r"fc2, packed \(segnext_kernels.pack\), must be"),
     ("mlp", lambda x, *w: (x, w[0][:0], w[1][:0], w[2][:0], w[3][:0], *w[4:]), ValueError, "fc1 must have at least one output"),
     ("mlp", lambda x, *w: (x, *w[:6], w[5], None), ValueError, "norm_weight and norm_bias must be given together"),
     ("mlp", lambda x, *w: (x, *w[:6], w[5], w[5][1:]), ValueError, "norm_bias must be"),
@@ -287,13 +292,13 @@ def test_no_inputs_are_refused(dtype):
 @packed_dtypes
 def test_weights_that_are_not_packed_are_refused(dtype):
     x, weight = torch.randn(1, 64, 4, 4, dtype=dtype), torch.randn(64, 64, 1, 1, dtype=dtype)
-    with pytest.raises(ValueError, match="conv_act: weight, packed, must be"):
+    with pytest.raises(ValueError, match=r"conv_act: weight, packed \(segnext_kernels.pack\), must be"):
         kernels.conv_act(x.contiguous(memory_format=torch.channels_last), weight, torch.zeros(64))
 
 
 def test_sizes_that_overflow_are_refused():
     x, (weight, bias, *_) = channels_last(conv_act((1, 32, 4, 4, 32), torch.float32))
-    with pytest.raises(ValueError, match="conv_act: weight, packed, must be"):
+    with pytest.raises(ValueError, match=r"conv_act: weight, packed \(segnext_kernels.pack\), must be"):
         kernels.conv_act(x, weight, bias, 2**63 - 1)
     x, rest = channels_last(MAKE["hamburger"]((1, 32, 4, 4, 32), torch.float32))
     with pytest.raises(ValueError, match="hamburger: steps must be between 0 and 1048576"):

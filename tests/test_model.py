@@ -281,3 +281,9 @@ def test_encoder_alone():
 def test_config_is_frozen():
     with pytest.raises(AttributeError):
         Config((8, 16, 40, 64), (1, 1, 2, 1)).rank = 4
+
+
+def test_predict_refuses_a_model_in_training_mode():
+    """Whose norms would learn from the images."""
+    with pytest.raises(RuntimeError, match=r"predict: the model is in training mode, call its eval\(\) first"):
+        small.model().train().predict(torch.zeros(1, 3, 32, 32))

@@ -160,6 +160,10 @@ def test_report_is_readable():
         "  blocks.1.mlp: act is GELU by tanh, the fused operator has the erf form",
     ]
     assert str(patch(Attention(4))).splitlines() == ["swapped: 1", "  the model itself: msca_strips", "left alone: 0"]
+    assert str(patch(Attention(4, (3, 5)))).splitlines()[3:] == [
+        "swapped, but still in plain PyTorch: 1",
+        "  the model itself: the compiled kernels have branch sizes (7, 11, 21), this one (3, 5)",
+    ]
 
 
 def test_only_modules_are_patched():

@@ -381,6 +381,19 @@ def test_a_library_that_cannot_be_used_is_told(monkeypatch):
             assert "reinstall it" in load()
 
 
+def test_an_installation_that_a_source_tree_hides_is_told(monkeypatch, tmp_path):
+    """Python looks first in the folder that it is started in."""
+    (tmp_path / "segnext_kernels").mkdir()
+    (tmp_path / "segnext_kernels" / "__init__.py").touch()
+    installed = SimpleNamespace(locate_file=lambda name: tmp_path / name)
+    monkeypatch.setattr(_load.metadata, "distributions", lambda name: [installed])
+    monkeypatch.setitem(sys.modules, "segnext_kernels._cpu", None)
+    with pytest.warns(UserWarning, match=f"before the one installed in {tmp_path}.*: work in another folder"):
+        assert "no kernels were compiled" in _load._load(None)
+    monkeypatch.setattr(_load.metadata, "distributions", lambda name: [])
+    assert "were not built" in _load._load(None)
+
+
 def test_metadata_may_be_missing():
     """In a source tree, or what a bundler made."""
     code = """

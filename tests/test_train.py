@@ -382,6 +382,11 @@ def test_a_resumption_follows_the_recipe(tmp_path, data):
     assert {group["weight_decay"] for group in state} == {0, 0.25}
 
 
+def test_a_folder_without_a_training_is_told(tmp_path):
+    with pytest.raises(RecipeError, match="nothing holds no training to go on with"):
+        resume(tmp_path / "nothing")
+
+
 def test_a_resumption_tells_what_cannot_be_otherwise(tmp_path, data):
     interrupt(tmp_path / "run", data, SHORT)
     stages, beside = recipes.read(tmp_path / "run" / "recipe.json")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from . import data, export, look, models, training
+from .options import Parser
 
 EXTRAS = {  # what they have more than "models"
     "train": ("matplotlib", "pycocotools", "scipy", "tensorboard"),
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("segnext", description="Semantic segmentation with SegNeXt.")
+def _parser() -> Parser:
+    parser = Parser("segnext", description="Semantic segmentation with SegNeXt.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     for group in (models, training, export, look, data):

@@ -123,6 +123,7 @@ def _gradcam(device: str | None, **given) -> int:
     from ..gradcam import gradcam
 
     gradcam(device=device or options.best_device(), **given)
+    print(f"wrote {given['out']}")
     return 0
 
 
@@ -130,6 +131,7 @@ def _compare(device: str | None, **given) -> int:
     from ..compare import compare
 
     compare(device=device or options.best_device(), **given)
+    print(f"wrote {given['out']}")
     return 0
 
 

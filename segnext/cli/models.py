@@ -102,6 +102,7 @@ def _predict(inputs: list[Path], device: str | None, **given) -> int:
     from ..predict import predict
 
     broken = predict(inputs, device=device or options.best_device(), **given)
+    print(f"wrote into {given['out']}")
     if broken:
         print(f"segnext: {len(broken)} of the files could not be read and were skipped", file=sys.stderr)
     return 1 if broken else 0

@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from ..recipes import Recipe
 
 SIZES, HEADS = ("t", "s", "b", "l"), ("ham", "msca")
 MOST_RANK = 1024
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage, which is a screenful here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help says more)\n")
 
 
 def command(commands, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
@@ -99,7 +106,7 @@ def image_size(text: str, least: int = 1) -> tuple[int, int]:
 def _pair(text: str) -> tuple[int, int]:
     parts = text.split("x")
     if len(parts) != 2 or not all(map(str.isdecimal, parts)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers, as 2048x512")
+        raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers, as 512x512")
     return int(parts[0]), int(parts[1])
 
 
@@ -150,7 +157,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         else:
             kind = field.type.removesuffix(" | None")
             parse = _or_none(_PARSERS[kind]) if kind != field.type else _PARSERS[kind]
-            group.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=_METAVARS[kind], help=help)
+            metavar = "LONGxSHORT" if field.name == "scale" else _METAVARS[kind]
+            group.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=help)
 
 
 def overridden(stages: tuple[Recipe, ...], options: dict[str, Any]) -> tuple[Recipe, ...]:
@@ -183,4 +191,4 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "Pair": _pair,
     "tuple[float, float]": _two_numbers,
 }
-_METAVARS = {"str": "NAME", "int": "N", "float": "X", "Pair": "NxN", "tuple[float, float]": "X,X"}
+_METAVARS = {"str": "NAME", "int": "N", "float": "X", "Pair": "HxW", "tuple[float, float]": "X,X"}

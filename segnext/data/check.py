@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..images import ImageError, read_image
+from ..palette import IGNORED
 from .pairs import DataError, MissingError, Pairs, require_same_size
 from .registry import kind
 from .workers import deaths_told, each
@@ -40,6 +41,11 @@ class Report:
         """Every class' share of the pixels that have one."""
         counts = self.pixels[: len(self.classes)].double()
         return (counts / counts.sum().clamp_min(1)).tolist()
+
+    @property
+    def ignored(self) -> float:
+        """The share of all pixels that have none."""
+        return self.pixels[IGNORED].item() / max(self.pixels.sum().item(), 1)
 
     def __str__(self) -> str:
         heights, widths = ([size[side] for size in self.sizes] or [0] for side in (0, 1))
@@ -119,13 +125,16 @@ def summary(reports: dict[str, Report]) -> str:
     lines = []
     for split, report in reports.items():
         lines += [f"{split}: {report}", *(f"  {fault}" for fault in report.faults)]
-    shares = {split: report.shares for split, report in reports.items() if report.classes}
+    shares = {split: report.shares for split, report in reports.items() if report.pixels.any()}
     if shares:
         classes = next(report.classes for report in reports.values() if report.classes)
         width = max(len("share of pixels"), *map(len, classes)) + 2
         lines += ["", f"{'share of pixels':<{width}}" + "".join(f"{split:>10}" for split in shares)]
         for name, *row in zip(classes, *shares.values(), strict=True):
             lines.append(f"{name:<{width}}" + "".join(f"{share:>10.3%}" for share in row))
+        ignored = [reports[split].ignored for split in shares]
+        if any(ignored):
+            lines += ["", f"{'without a class':<{width}}" + "".join(f"{share:>10.3%}" for share in ignored)]
     for split in shares:
         absent = [name for name, share in zip(classes, shares[split], strict=True) if not share]
         if absent:

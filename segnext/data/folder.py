@@ -24,6 +24,8 @@ def folder(root: Path, split: str) -> Pairs:
     indices, not in JPEG or another format that changes values) are line numbers of classes.txt counted from 0, or 255 where the
     pixel is to be ignored.
     """
+    if not root.is_dir():
+        raise MissingError(f"{root}: no such folder")
     classes = read_classes(root / "classes.txt")
     place = root / split
     if not place.is_dir():

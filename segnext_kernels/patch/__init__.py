@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,10 +23,12 @@ class Patched:
     Attributes:
         swapped: the operator that each swapped module runs on now, by the module's name in the model ("" is the model itself).
         left: why a module was left alone that resembles one that can be swapped, by its name.
+        uncompiled: why no compiled kernel serves a swapped module, which then gains little, by its name.
     """
 
     swapped: dict[str, str]
     left: dict[str, str]
+    uncompiled: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -35,6 +37,8 @@ class Patched:
             f"left alone: {len(self.left)}",
             *_grouped(self.left),
         ]
+        if self.uncompiled:
+            lines += [f"swapped, but still in plain PyTorch: {len(self.uncompiled)}", *_grouped(self.uncompiled)]
         return "\n".join(lines)
 
 
@@ -85,7 +89,9 @@ def patch(model: nn.Module) -> Patched:
         # DataParallel makes, it would use the parameters of the first.
         module.__class__ = fused_class(kind, type(module))
     return Patched(
-        {name: kind.operator for name, _, kind in swapped}, {name: reason for name, _, _, reason in found if reason is not None}
+        {name: kind.operator for name, _, kind in swapped},
+        {name: reason for name, _, _, reason in found if reason is not None},
+        {name: reason for name, module, kind in swapped if (reason := kind.uncompiled(module)) is not None},
     )
 
 

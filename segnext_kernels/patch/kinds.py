@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modules import silent
+from .._select import COMPILED_BRANCHES
 from .._validate import accumulator
 from ..dwconv_gelu import dwconv_gelu
 from ..msca_strips import msca_strips
@@ -39,6 +40,11 @@ class Kind:
     def why_not(module: nn.Module) -> str | None:
         """What in the module's structure the fused method does not have, None if it has all."""
         raise NotImplementedError
+
+    @staticmethod
+    def uncompiled(module: nn.Module) -> str | None:
+        """Why no compiled kernel serves the fused method of a module of this kind, None if one does."""
+        return None
 
     @staticmethod
     def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
@@ -106,6 +112,16 @@ class Attention(Kind):
             if reason is not None:
                 return reason
         return None
+
+    @staticmethod
+    def uncompiled(module: nn.Module) -> str | None:
+        _, *strips, _ = module.children()
+        sizes = tuple(max(row.kernel_size) for row in strips[::2])
+        return (
+            None
+            if sizes == COMPILED_BRANCHES
+            else f"the compiled kernels have branch sizes {COMPILED_BRANCHES}, this one {sizes}"
+        )
 
     @staticmethod
     def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
