@@ -541,7 +541,7 @@ def test_a_folder_decides_on_its_scale(tmp_path, size, crop, scale, monkeypatch)
         (["--data", "{data}", "--recipe", "ade20k", "--iterations", "10"], "a warm-up of 1500 is not shorter"),
         (["--data", "{data}", "{data}"], "1 trainings: give one folder"),
         (["--data", "{data}/absent"], "absent"),
-        (["--resume", "{data}"], "recipe.json: No such file"),
+        (["--resume", "{data}"], "holds no training to go on with"),
         (["--resume", "{data}", "--batch", "3"], "--resume goes by the folder's own recipe"),
         (["--data", "{data}", "--weights", "ade20k-t", "--encoder", "imagenet"], "ade20k-t is a whole model"),
         (["--resume", "{data}", "--recipe", "scratch"], "--resume goes by the folder's own recipe"),
