@@ -56,7 +56,7 @@ def fetch(name: str) -> Path:
             if not digest.startswith(expected):
                 raise WeightsError(f"{url} has the wrong content: its SHA-256 begins with {digest[:8]}, not {expected}")
     except (OSError, HTTPException) as error:
-        raise WeightsError(f"cannot fetch {url} to {path}: {error}") from error
+        raise WeightsError(f"cannot fetch {url}: {error}. A copy that is there already is taken from {path}") from error
     return path
 
 

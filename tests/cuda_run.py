@@ -23,8 +23,11 @@ CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
 KERNELS = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 GLUE = ("module.cpp", "host_run.cpp", "traffic.cpp")
+# Null pointers end the program all the same, pointers that wrap around are never used, and the others see nothing with -O0: a
+# sixth of the time.
+UNSEEN = "-fno-sanitize=null,pointer-overflow,object-size,vptr"
 SANITIZERS = {  # of kernels
-    "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", UNSEEN],
     "thread": ["-g1", "-fsanitize=thread"],
 }
 

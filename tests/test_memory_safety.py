@@ -10,16 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_run
 import pytest
 from operators import compiled
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 COMPILER = shutil.which("g++")  # whatever CXX says: its own libasan.so is asked for
-
-# Null pointers end the program all the same, pointers that wrap around are never used, and the others see nothing with -O0: a
-# sixth of the time.
-UNSEEN = "-fno-sanitize=null,pointer-overflow,object-size,vptr"
 
 FILLED = """
 import checks, torch
@@ -44,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
     command = [COMPILER, "-O0", "-g1", "-std=c++20", "-fPIC", "-march=native", "-w", f"-I{CSRC}", *includes]
     module = folder / "raw_kernels.o"
     subprocess.run([*command, "-c", HERE / "raw_kernels.cpp", "-o", module], check=True)
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", UNSEEN]
+    sanitizers = [flag for flag in cuda_run.SANITIZERS["address"] if "sanitize" in flag]
     # The module comes last, so that of functions that all have the kernels' are taken.
     sources = [*sorted((CSRC / "cpu").glob("*.cpp")), module]
     subprocess.run([*command, *sanitizers, "-shared", *sources, "-o", folder / "raw_kernels.so"], check=True)
