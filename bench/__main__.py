@@ -29,12 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
-        unbuilt = segnext_kernels.build_info()["missing"].get("cpu")
-        if (
-            unbuilt is not None
-            and getattr(arguments, "device", "cpu") == "cpu"
-            and arguments.run not in (_cuda_static, _triton_static)
-        ):
+        if arguments.device == "cpu" and (unbuilt := segnext_kernels.build_info()["missing"].get("cpu")):
             raise ValueError(f"there are no kernels to measure: {unbuilt}")
         if arguments.out:  # before hours of measuring
             check_folder(arguments.out)
@@ -77,8 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     ahead.set_defaults(run=_triton_static)
     for command in (static, ahead):
-        command.set_defaults(threads=None)
+        command.set_defaults(threads=None, device=None)
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown here")
+    for command in (growth, space, around):
+        command.set_defaults(device="cpu")
     for command in (timing, growth, space, around):
         command.add_argument("--threads", type=positive, help="for PyTorch's intra-operator parallelism, and other runtimes")
         command.add_argument("--out", type=Path, metavar="DIR", help="also write Markdown, JSON and plots here")

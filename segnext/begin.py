@@ -1,11 +1,12 @@
-"""What a training begins with: the recipe with what it leaves open, the model, the weights of the classes."""
+"""What a training begins with, and must have kept to go on: the recipe with what it leaves open, the model, the classes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from .data.pairs import DataError, Pairs
 from .data.workers import deaths_told
 from .images import image_size
 from .model import SegNeXt, create
-from .recipes import Recipe
+from .recipes import Recipe, RecipeError
 from .trainer import precision
 from .weights import WeightsError, check, load, load_encoder
 
 LARGEST = 512  # short side and crop of training on one's own pictures, which may be larger
+FIXED = ("dataset", "train", "size", "head", "encoder", "weights", "dropout", "drop_path", "seed")  # once a training has begun
 COUNTED = 500  # pictures whose labels are counted for class weights
 
 
@@ -38,6 +40,17 @@ def resolved(recipe: Recipe, pairs: Pairs, device: torch.device) -> Recipe:
     files = {name: getattr(recipe, name) for name in ("weights", "encoder")}
     files = {name: str(Path(file).absolute()) for name, file in files.items() if file and Path(file).is_file()}
     return replace(recipe, **files, precision=precision(recipe.precision, device))
+
+
+def require_same(state: Mapping[str, Any], recipe: Recipe, pairs: Pairs, folder: Path, root: Path) -> None:
+    """Raises a RecipeError where the training in the folder, which left ``state``, cannot be gone on with."""
+    if list(state["meta"]["classes"]) != list(pairs.classes):
+        raise RecipeError(f"the names of the classes in {root} are others than when the training in {folder} began")
+    fields = {name: (state["recipe"][name], getattr(recipe, name)) for name in FIXED}
+    if changed := [f"{name} was {was} and is {now}" for name, (was, now) in fields.items() if was != now]:
+        raise RecipeError(
+            f"the recipe is another than when the training in {folder} began: {', '.join(changed)}; these cannot change"
+        )
 
 
 def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:

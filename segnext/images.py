@@ -30,7 +30,6 @@ TURNS = {  # by EXIF's orientation, how a picture becomes upright
 
 NO_PHOTOS = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG")  # by PIL's names, of which it reads some, and knows the endings
 
-
 LOSSY = {  # formats, and compressions of TIFF, by PIL's names
     "JPEG": "JPEG",
     "MPO": "JPEG",

@@ -50,7 +50,8 @@ def overlay(image: Tensor, labels: Tensor, palette: Sequence[Colour], alpha: flo
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """DejaVu Sans, Matplotlib's or the system's, which has most alphabets; else Pillow's own, which has English letters."""
     name, matplotlib = "DejaVuSans.ttf", find_spec("matplotlib")
-    places = [] if matplotlib is None else [Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / name]
+    origin = matplotlib and matplotlib.origin  # none of a mere folder of that name
+    places = [Path(origin).parent / "mpl-data" / "fonts" / "ttf" / name] if origin else []
     for place in (*places, name):
         try:
             return ImageFont.truetype(place, size)

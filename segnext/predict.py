@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from segnext_kernels import upsample_argmax
@@ -18,11 +17,11 @@ from .checkpoint import check_folder
 from .data.augment import fit_factor
 from .distributed import memory_told
 from .fuse import inference_model
-from .images import ImageError, image_files, normalise, read_image, write_png
+from .images import ImageError, image_files, read_image, write_png
 from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
 from .recipes import RecipeError
-from .views import View
+from .views import View, resized
 from .weights import load
 
 LONGEST = 255  # bytes in the name of a file, on any file system that is common
@@ -138,10 +137,7 @@ def segment(model: nn.Module, image: Tensor, short_side: int | None = None) -> T
 
 def seen(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
     """What the model is given of a picture uint8 [3, H, W], see :func:`segment`: float32 [1, 3, h, w], on its device."""
-    images, size = image[None].to(next(model.parameters()).device), seen_size(model, image, short_side)
-    if size != tuple(image.shape[-2:]):
-        images = functional.resize(images, list(size), antialias=True)
-    return normalise(images).contiguous(memory_format=torch.channels_last)
+    return resized(image[None].to(next(model.parameters()).device), seen_size(model, image, short_side))
 
 
 def seen_size(model: nn.Module, image: Tensor, short_side: int | None = None) -> tuple[int, int]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed, recipes
-from .begin import build, class_weights, resolved
+from .begin import build, class_weights, require_same, resolved
 from .data import open_dataset
 from .data.augment import augmentation
 from .data.pairs import Pairs
@@ -29,7 +28,6 @@ from .trainer import Step, Trainer, can_be_graphed
 from .weights import described, load
 
 SMOOTHED = 20  # steps over which the shown loss is a mean
-FIXED = ("dataset", "train", "size", "head", "encoder", "weights", "dropout", "drop_path", "seed")  # once a training has begun
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,8 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
         machine: what is to be otherwise than before: ``device``, ``workers``, ``accumulate``, ``cuda_graph``.
 
     Raises:
-        RecipeError: the folder holds no training, or one of other classes than the data have; and what :func:`train` raises.
+        RecipeError: the folder holds no training, or one that began with other classes or another model than the data and the
+            recipe have now; and what :func:`train` raises.
     """
     out = Path(out)
     if not (out / "recipe.json").exists():
@@ -170,7 +169,7 @@ def _stage(
     val = None if recipe.val is None else open_dataset(recipe.dataset, root, recipe.val)
     state = last(folder)
     if state is not None:
-        _require_same(state, recipe, pairs, folder, root)
+        require_same(state, recipe, pairs, folder, root)
     with distributed.first_here_first():
         model = build(recipe, pairs, before) if state is None else described({**state["meta"], "scale": recipe.scale})
     with distributed.memory_told(device, _ways(recipe, machine, device)):
@@ -197,16 +196,6 @@ def _stage(
             if run is not None and begin is not None:
                 begin()
             _loop(trainer, run, val, best, losses, due, machine)
-
-
-def _require_same(state: Mapping[str, Any], recipe: Recipe, pairs: Pairs, folder: Path, root: Path) -> None:
-    """Raises a RecipeError where the training that left ``state`` cannot be gone on with."""
-    if list(state["meta"]["classes"]) != list(pairs.classes):
-        raise RecipeError(f"the names of the classes in {root} are others than when the training in {folder} began")
-    began = recipes.from_dict(state["recipe"])
-    if changed := [name for name in FIXED if getattr(began, name) != getattr(recipe, name)]:
-        were = ", ".join(f"{name} was {getattr(began, name)} and is {getattr(recipe, name)}" for name in changed)
-        raise RecipeError(f"the recipe is another than when the training in {folder} began: {were}; these cannot change")
 
 
 def _ways(recipe: Recipe, machine: Machine, device: torch.device) -> str:

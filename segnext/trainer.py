@@ -133,7 +133,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "done": self.done,
             "seconds": self.seconds,
-            "recipe": asdict(self.recipe),  # which the folder has too; here it is for people
+            "recipe": asdict(self.recipe),  # as it was; the folder's may be edited
         }
 
     def load(self, state: dict[str, Any]) -> None:

@@ -81,9 +81,7 @@ def _probabilities(model: nn.Module, image: Tensor, view: View) -> Iterator[Tens
 def _logits(model: nn.Module, image: Tensor, view: View, ratio: float) -> Tensor:
     """Logits of the resized picture [1, C, h, w], at the model's stride or, of windows, at every pixel."""
     size = view.size(tuple(image.shape[-2:]), ratio)
-    if size != tuple(image.shape[-2:]):
-        image = functional.resize(image, list(size), antialias=True)
-    image = normalise(image).contiguous(memory_format=torch.channels_last)
+    image = resized(image, size)
     if view.window is None or (view.window[0] >= size[0] and view.window[1] >= size[1]):
         return model(image)
     logits, count = None, image.new_zeros(1, 1, *size)
@@ -96,6 +94,13 @@ def _logits(model: nn.Module, image: Tensor, view: View, ratio: float) -> Tensor
             logits[:, :, rows, columns] += part
             count[:, :, rows, columns] += 1
     return logits / count
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """What a model takes: uint8 [B, 3, H, W] at that (height, width), normalised, channels_last."""
+    if size != tuple(images.shape[-2:]):
+        images = functional.resize(images, list(size), antialias=True)
+    return normalise(images).contiguous(memory_format=torch.channels_last)
 
 
 def windows(size: int, window: int, stride: int) -> list[slice]:

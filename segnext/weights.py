@@ -30,8 +30,9 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
     """Builds the whole model from a checkpoint alone, on the CPU, in float32 and in evaluation mode.
 
     Args:
-        path_or_name: a .pth, .pt or .safetensors file in the official or mmsegmentation's layout, or the name of hosted weights
-            such as "ade20k-t" (see :data:`segnext.hosted.HOSTED`), fetched once and kept in torch.hub's folder.
+        path_or_name: a file in the official or mmsegmentation's layout that ends in .pth, .pt, .ckpt, .tar or .safetensors, or
+            the name of hosted weights such as "ade20k-t" (see :data:`segnext.hosted.HOSTED`), fetched once and kept in
+            torch.hub's folder.
         rank: of the Ham head's matrix decomposition. No tensor shows it: unless given, it comes from the checkpoint's own
             description where there is one, else it is the paper's.
 
@@ -106,7 +107,8 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
     """Writes a checkpoint that :func:`load` takes: the state, and beside it the configuration and what rides along.
 
     Args:
-        path: ends in .pth, .pt or .safetensors. A file that was there is replaced only once the new one is complete.
+        path: ends in .pth, .pt, .ckpt, .tar or .safetensors. A file that was there is replaced only once the new one is
+            complete.
 
     Raises:
         TypeError: the model is no SegNeXt, compiled or not.

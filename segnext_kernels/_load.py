@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-INTERFACE = 3  # of the operators' arguments: another number whenever a schema changes, which setup.py compiles in
+INTERFACE = 3  # of the libraries: another number whenever a schema or what they tell changes, which setup.py compiles in
 
 # From the best to the plainest, with the processor features (GCC's names) that each library was compiled for.
 _LIBRARIES = {

@@ -180,7 +180,7 @@ def _is_whole(number: object) -> bool:
 
 def _is_size(number: object) -> bool:
     """Whether it is a length, NumPy's too."""
-    return (_is_whole(number) or isinstance(number, Integral) and not isinstance(number, bool)) and number >= 0
+    return isinstance(number, (Integral, torch.SymInt)) and not isinstance(number, bool) and number >= 0
 
 
 def whole(op: str, name: str, number: int) -> None:

@@ -8,7 +8,7 @@ import small
 import torch
 from PIL import Image
 
-from segnext import SegNeXt, WeightsError, load, save
+from segnext import SegNeXt, WeightsError, load, save, views
 from segnext import predict as predict_module
 from segnext.images import normalise, read_image
 from segnext.palette import generated_palette
@@ -187,7 +187,7 @@ def test_rank_is_passed_on(tmp_path, weights, monkeypatch):
 
 def test_scale_is_the_checkpoints_unless_given(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(predict_module, "normalise", lambda images: shown.append(tuple(images.shape[-2:])) or normalise(images))
+    monkeypatch.setattr(views, "normalise", lambda images: shown.append(tuple(images.shape[-2:])) or normalise(images))
     small.photo(520, 780).save(tmp_path / "a.png")
     for trained, given in (((400, 96), None), ((96, 96), None), (None, None), ((96, 96), 0), ((96, 96), 40)):
         save(small_model(scale=trained), tmp_path / "w.pth")

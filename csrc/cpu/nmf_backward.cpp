@@ -202,7 +202,7 @@ class NmfBackward : public Nmf<A> {
   }
 
   void write_grad_x(const Matrices& grad_x) {
-    constexpr int64_t kDepth = 256, kDeep = 64;  // of which a product of several pairs has enough, and of one pair alone
+    constexpr int64_t kDepth = 256, kDeep = 64;  // enough for a product of several pairs, and for one pair alone
     const int64_t count = 2 * Base::kept_steps_ + 1;
     const int64_t most = s_.rank < kDeep ? std::clamp<int64_t>(kDepth / s_.rank, 1, count) : 1;
     Base::parallel_(x_.batch * s_.chunks, [&](Share& items) {

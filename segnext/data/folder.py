@@ -48,19 +48,20 @@ def folder(root: Path, split: str) -> Pairs:
 def read_classes(path: Path) -> list[str]:
     """The class names in a file of one a line; blank lines at the end are left out, others are called by their number."""
     try:
-        classes = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except FileNotFoundError:
         raise MissingError(f"{path}: no such file; it names the classes, one a line") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file in UTF-8") from None
+    classes = [line.strip() or f"class {number}" for number, line in enumerate(lines)]  # some numbers may be unused
     if not 2 <= len(classes) <= IGNORED:
         raise DataError(
             f"{path}: there must be 2 to {IGNORED} classes, one a line (what is no object is one too);"
             f" this file names {len(classes)}"
         )
-    if twice := sorted(name for name, times in Counter(classes).items() if name and times > 1):  # some numbers may be unused
+    if twice := sorted(name for name, times in Counter(classes).items() if times > 1):
         raise DataError(f"{path}: {', '.join(twice)}: more than one class of this name")
-    return [name or f"class {number}" for number, name in enumerate(classes)]
+    return classes
 
 
 def _by_stem(place: Path) -> tuple[dict[str, Path], list[str]]:

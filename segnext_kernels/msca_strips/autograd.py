@@ -27,23 +27,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(operators, ctx, grad_out):
     x, *weights = ctx.saved_tensors
     need_x, need_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
-    if transformed():
-        pull = torch.func.vjp(reference.msca_strips, x, weights)[1]
-        return pull(grad_out)
-    if is_batch_of_gradients(grad_out):
-        return _reference_backward(grad_out, x, weights, need_x, need_weights)
+    if transformed() or is_batch_of_gradients(grad_out):  # torch cannot map an operator that returns a list
+        return torch.func.vjp(reference.msca_strips, x, weights)[1](grad_out)
     grad_x, grad_weights = operators.msca_strips_backward(like_layout(grad_out, x), x, weights, need_x, need_weights)
     return grad_x if need_x else None, grad_weights if need_weights else [None] * len(weights)
-
-
-def _reference_backward(grad_out, x, weights, need_x, need_weights):
-    """Through plain PyTorch, since torch cannot map an operator that returns a list."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights)]
-        y = reference.msca_strips(leaves[0], leaves[1:])
-    wanted = leaves[:1] * need_x + leaves[1:] * need_weights
-    found = list(torch.autograd.grad(y, wanted, grad_out))
-    return found.pop(0) if need_x else None, found or [None] * len(weights)
 
 
 def autocast(dtype, x, weights):

@@ -117,11 +117,9 @@ class Attention(Kind):
     def uncompiled(module: nn.Module) -> str | None:
         _, *strips, _ = module.children()
         sizes = tuple(max(row.kernel_size) for row in strips[::2])
-        return (
-            None
-            if sizes == COMPILED_BRANCHES
-            else f"the compiled kernels have branch sizes {COMPILED_BRANCHES}, this one {sizes}"
-        )
+        if sizes == COMPILED_BRANCHES:
+            return None
+        return f"the compiled kernels have branch sizes {COMPILED_BRANCHES}, this one {sizes}"
 
     @staticmethod
     def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
