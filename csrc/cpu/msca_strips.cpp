@@ -86,7 +86,7 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, Share&
 }  // namespace
 
 void msca_strips_forward(const Image& x, const StripFilters& filters, const Image& y, const Parallel& parallel) {
-  constexpr int64_t kLeast = 2 * kReach / kStripRows;
+  constexpr int64_t kLeast = (2 * kReach + kStripRows - 1) / kStripRows;
   with_accumulator(x.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
     const int64_t count = Groups<A>(x).items * items_per_group(x);

@@ -8,7 +8,8 @@
 
 namespace segnext {
 
-inline constexpr int kStripRows = 4;  // output rows computed together, so that a row read from the ring serves several
+// Output rows computed together, so that a row read from the ring serves several; as many sums of two pixels as registers hold.
+inline constexpr int kStripRows = kRegisters == 32 ? 8 : 4;
 inline constexpr int kWindow = kStripRows + 2 * kReach;
 // Pixels more between rows: at distances of whole pages they would share few places in a cache.
 inline constexpr int kApart = 1;
@@ -97,7 +98,7 @@ SEGNEXT_ALONE void column_tile(const A* const* rows, const A* taps, int64_t w, c
 // on few pixels, where the window's rows are then in the first cache.
 template <class A>
 void column_pass(const Window<A>& window, const A* taps, int64_t width, const StripRows<A>& out) {
-  constexpr int kPixels = kRegisters == 32 ? 4 : 2;
+  constexpr int kPixels = 2;
   for_tiles<kTile>(width, [&](int64_t first, auto size) {
     constexpr int tile = size < kPixels ? size : kPixels;
     for_branches([&](auto b) {
