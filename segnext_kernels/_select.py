@@ -21,6 +21,7 @@ OPERATORS = (
     *INFERENCE_OPERATORS,
 )
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+ON_CPU = BACKENDS[2:]  # the others refuse every tensor there, which need not be found at each call
 COMPILED_BRANCHES = (7, 11, 21)
 CUDA_OPERATORS = ("msca_strips", "dwconv_gelu")
 TRITON_OPERATORS = (*CUDA_OPERATORS, "nmf", "scale_add", "upsample_argmax", "upsample_cross_entropy")
@@ -115,10 +116,9 @@ def select(operator: str, backend: str | None, x: Tensor, **details) -> str:
     if backend is None:
         if operator == "scale_add" and x.device.type == "cuda" and torch.compiler.is_compiling():
             return "reference"  # which torch.compile fuses with what is around it
-        # GPU kernels refuse tensors elsewhere, which need not be said at every call
-        elsewhere = x.device.type == "cpu" and not _triton.interpreted
-        candidates = BACKENDS[BACKENDS.index("cpu") :] if elsewhere else BACKENDS
-        return next(name for name in candidates if why_not(name, operator, x, **details) is None)
+        for name in ON_CPU if x.device.type == "cpu" and not _triton.interpreted else BACKENDS:
+            if why_not(name, operator, x, **details) is None:
+                return name
     reason = why_not(backend, operator, x, **details)
     if reason is not None:
         raise ValueError(f"{operator}: backend {backend!r} cannot serve this call: {reason}")

@@ -58,20 +58,20 @@ def msca_strips(x: Tensor, weights: Sequence[Tensor], op: str = "msca_strips", b
             f" for every branch (2 + 4 B tensors), got {len(weights)}"
         )
     check_filters(op, weights, x, lambda i: f"weights[{before + i}]")
-    channels, sizes = x.shape[1], []
-    for i, row_filter in enumerate(weights[2::4]):
-        size = row_filter.shape[-1] if row_filter.dim() == 4 else 0
+    channels, sizes, shapes = x.shape[1], [], [weight.shape for weight in weights]
+    for i, row_filter in enumerate(shapes[2::4]):
+        size = row_filter[3] if len(row_filter) == 4 else 0
         if size % 2 == 0:
             raise ValueError(
                 f"{op}: weights[{before + 2 + 4 * i}] must be a row filter [{channels}, 1, 1, k] with odd k,"
-                f" got {list(row_filter.shape)}"
+                f" got {list(row_filter)}"
             )
         sizes.append(size)
     bias = (channels,)
     expected = [(channels, 1, 5, 5), bias]
     for size in sizes:
         expected += [(channels, 1, 1, size), bias, (channels, 1, size, 1), bias]
-    if [weight.shape for weight in weights] != expected:
+    if shapes != expected:
         for i, (weight, shape) in enumerate(zip(weights, expected, strict=True), before):
             check_shape(op, f"weights[{i}]", weight, shape)
     return tuple(sizes)

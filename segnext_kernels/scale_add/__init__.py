@@ -44,7 +44,7 @@ def scale_add(x: Tensor, y: Tensor, scale: Tensor, keep: Tensor | None = None, *
     """
     dtype = _validate.scale_add(x, y, scale, keep)
     x = _register.cast_tensor(_validate.dense_image(x), dtype)
-    y, scale = _register.like_layout(y, x), scale.to(dtype)
+    y, scale = _register.like_layout(y, x), _register.cast_tensor(scale, dtype)
     keep = None if keep is None else keep.to(_validate.accumulator(dtype)).contiguous()
     served = _select.select("scale_add", backend, x)
     if served == "reference":
