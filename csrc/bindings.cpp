@@ -14,7 +14,8 @@ using segnext::ResidualScale;
 using segnext::StripFilters;
 using segnext::Targets;
 
-Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
+Tensor msca_strips(const Tensor& given, const std::vector<Tensor>& weights) {
+  const Tensor x = arranged(given);
   const Image in = image(x, "x");
   const Filters filters = strip_filters(weights, in);
   Tensor y = torch::stable::empty_like(x);
@@ -22,9 +23,10 @@ Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
   return y;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_out, const Tensor& x,
+std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& given_grad, const Tensor& given,
                                                              const std::vector<Tensor>& weights, bool need_x,
                                                              bool need_weights) {
+  const Tensor x = arranged(given), grad_out = arranged(given_grad);
   const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
   const Filters filters = strip_filters(weights, in);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
@@ -39,7 +41,8 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
   return {grad_x, grads};
 }
 
-Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+Tensor dwconv_gelu(const Tensor& given, const Tensor& weight, const Tensor& bias) {
+  const Tensor x = arranged(given);
   const Image in = image(x, "x");
   const Dtype dtype = filter_dtype(weight, in);
   const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
@@ -48,11 +51,12 @@ Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, const Tensor& given, const Tensor& weight,
                                                         const Tensor& bias, bool need_x, bool need_weights) {
+  const Tensor x = arranged(given);
   const Image in = image(x, "x");
-  const Tensor arranged = arranged_like(grad_out, in, "grad_out");
-  const Image grad = image_like(arranged, in, "grad_out");
+  const Tensor gradient = arranged_like(grad_out, in, "grad_out");
+  const Image grad = image_like(gradient, in, "grad_out");
   const Dtype dtype = filter_dtype(weight, in);
   const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
@@ -73,7 +77,8 @@ ResidualScale residual_scale(const Tensor& scale, const std::optional<Tensor>& k
   return {scale.data_ptr(), keep ? data_of(*keep, "keep") : nullptr};
 }
 
-Tensor scale_add(const Tensor& x, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& keep) {
+Tensor scale_add(const Tensor& given, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& keep) {
+  const Tensor x = arranged(given);
   const Image in = image(x, "x");
   const Tensor s = filter(scale, {in.channels}, "scale", in.dtype), add = arranged_like(y, in, "y");
   Tensor out = torch::stable::empty_like(x);
@@ -81,11 +86,12 @@ Tensor scale_add(const Tensor& x, const Tensor& y, const Tensor& scale, const st
   return out;
 }
 
-std::tuple<Tensor, Tensor> scale_add_backward(const Tensor& grad_out, const Tensor& y, const Tensor& scale,
+std::tuple<Tensor, Tensor> scale_add_backward(const Tensor& grad_out, const Tensor& given, const Tensor& scale,
                                               const std::optional<Tensor>& keep, bool need_y, bool need_scale) {
+  const Tensor y = arranged(given);
   const Image in = image(y, "y");
-  const Tensor arranged = arranged_like(grad_out, in, "grad_out");
-  const Image grad = image(arranged, "grad_out");
+  const Tensor gradient = arranged_like(grad_out, in, "grad_out");
+  const Image grad = image(gradient, "grad_out");
   const Tensor s = filter(scale, {in.channels}, "scale", grad.dtype);
   Tensor grad_y = need_y ? torch::stable::empty_like(y) : empty(y);
   Tensor grad_scale = need_scale ? gradient_of(scale) : empty(scale);
@@ -119,28 +125,6 @@ void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps, const std:
                   gradient);
 }
 
-// y and, if `keep`, the factors for backward, which are not rounded then.
-std::tuple<Tensor, Tensor> nmf_kept(const Matrices& in, const Tensor& x, const Tensor& bases, const void* projection,
-                                    int64_t steps, const std::string& gradient, bool keep, bool round_factors) {
-  check_nmf(bases, in, steps, gradient);
-  const bool one_step = gradient == "one_step";
-  Tensor y = torch::stable::empty_like(x);
-  const int64_t size = keep ? segnext::nmf_factors_size(in, bases.size(2), steps, one_step) : 0;
-  Tensor factors = torch::stable::new_empty(bases, {size});
-  if (x.numel() == 0) return {y, torch::stable::zero_(factors)};
-  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, round_factors, one_step, keep ? factors.data_ptr() : nullptr,
-                       projection, matrices_like(y, in, "y"), parallel());
-  return {y, factors};
-}
-
-Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient, bool round_factors) {
-  return std::get<0>(nmf_kept(matrices(x, "x"), x, bases, nullptr, steps, gradient, false, round_factors));
-}
-
-std::tuple<Tensor, Tensor> nmf_and_factors(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
-  return nmf_kept(matrices(x, "x"), x, bases, nullptr, steps, gradient, true, false);
-}
-
 const void* projection_of(const Tensor& projection, const Tensor& bases, const Matrices& x) {
   STD_TORCH_CHECK(projection.is_cpu() && projection.is_contiguous() && has_shape(projection, {x.rows, x.rows}) &&
                       projection.scalar_type() == bases.scalar_type(),
@@ -148,17 +132,42 @@ const void* projection_of(const Tensor& projection, const Tensor& bases, const M
   return data_of(projection, "projection");
 }
 
+// y and, if `keep`, the factors for backward, which are not rounded then.
+std::tuple<Tensor, Tensor> nmf_kept(const Tensor& given, const Tensor& bases, const Tensor* projection, int64_t steps,
+                                    const std::string& gradient, bool keep, bool round_factors) {
+  const Tensor x = arranged(given);
+  const Matrices in = matrices(x, "x");
+  check_nmf(bases, in, steps, gradient);
+  const void* filters = projection != nullptr ? projection_of(*projection, bases, in) : nullptr;
+  const bool one_step = gradient == "one_step";
+  Tensor y = torch::stable::empty_like(x);
+  const int64_t size = keep ? segnext::nmf_factors_size(in, bases.size(2), steps, one_step) : 0;
+  Tensor factors = torch::stable::new_empty(bases, {size});
+  if (x.numel() == 0) return {y, torch::stable::zero_(factors)};
+  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, round_factors, one_step, keep ? factors.data_ptr() : nullptr,
+                       filters, matrices_like(y, in, "y"), parallel());
+  return {y, factors};
+}
+
+Tensor nmf(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient, bool round_factors) {
+  return std::get<0>(nmf_kept(x, bases, nullptr, steps, gradient, false, round_factors));
+}
+
+std::tuple<Tensor, Tensor> nmf_and_factors(const Tensor& x, const Tensor& bases, int64_t steps, const std::string& gradient) {
+  return nmf_kept(x, bases, nullptr, steps, gradient, true, false);
+}
+
 std::tuple<Tensor, Tensor> nmf_projected(const Tensor& x, const Tensor& bases, const Tensor& projection, int64_t steps,
                                          const std::string& gradient, bool keep, bool round_factors) {
-  const Matrices in = matrices(x, "x");
-  return nmf_kept(in, x, bases, projection_of(projection, bases, in), steps, gradient, keep, round_factors);
+  return nmf_kept(x, bases, &projection, steps, gradient, keep, round_factors);
 }
 
 // The gradients of x, the bases and, if there is one, the projection.
-std::tuple<Tensor, Tensor, Tensor> nmf_gradients(const Tensor& grad_out, const Tensor& x, const Tensor& bases,
+std::tuple<Tensor, Tensor, Tensor> nmf_gradients(const Tensor& given_grad, const Tensor& given, const Tensor& bases,
                                                  const std::optional<Tensor>& factors, const Tensor* projection, int64_t steps,
                                                  const std::string& gradient, bool need_x, bool need_bases,
                                                  bool need_projection) {
+  const Tensor x = arranged(given), grad_out = arranged(given_grad);
   const Matrices in = matrices(x, "x"), grad = matrices_like(grad_out, in, "grad_out");
   check_nmf(bases, in, steps, gradient);
   const bool one_step = gradient == "one_step";
@@ -189,10 +198,13 @@ std::tuple<Tensor, Tensor, Tensor> nmf_projected_backward(const Tensor& grad_out
                                                           const Tensor& projection, const Tensor& factors, int64_t steps,
                                                           const std::string& gradient, bool need_x, bool need_bases,
                                                           bool need_projection) {
-  return nmf_gradients(grad_out, x, bases, factors, &projection, steps, gradient, need_x, need_bases, need_projection);
+  // Without factors where the forward was recorded for calls without gradient, as in a program exported under no_grad.
+  const std::optional<Tensor> kept = factors.numel() > 0 ? std::optional(factors) : std::nullopt;
+  return nmf_gradients(grad_out, x, bases, kept, &projection, steps, gradient, need_x, need_bases, need_projection);
 }
 
-Tensor upsample_argmax(const Tensor& logits, int64_t height, int64_t width) {
+Tensor upsample_argmax(const Tensor& given, int64_t height, int64_t width) {
+  const Tensor logits = arranged(given);
   const Image in = image(logits, "logits");
   STD_TORCH_CHECK(in.channels > 0 && height >= 0 && width >= 0 && (height == 0 || width == 0 || in.height * in.width > 0),
                   "segnext_kernels: logits and size must not be empty");
@@ -215,16 +227,18 @@ Targets targets(const Tensor& target, const std::optional<Tensor>& weight, int64
           weight ? data_of(*weight, "weight") : nullptr, ignore_index};
 }
 
-Tensor upsample_cross_entropy(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+Tensor upsample_cross_entropy(const Tensor& given, const Tensor& target, const std::optional<Tensor>& weight,
                               int64_t ignore_index) {
+  const Tensor logits = arranged(given);
   const Image in = image(logits, "logits");
   const double loss = segnext::upsample_cross_entropy_forward(in, targets(target, weight, ignore_index, in), parallel());
   const ScalarType accumulator = in.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   return torch::stable::fill_(torch::stable::new_empty(logits, {}, accumulator), loss);
 }
 
-Tensor upsample_cross_entropy_backward(const Tensor& grad_out, const Tensor& logits, const Tensor& target,
+Tensor upsample_cross_entropy_backward(const Tensor& grad_out, const Tensor& given, const Tensor& target,
                                        const std::optional<Tensor>& weight, int64_t ignore_index) {
+  const Tensor logits = arranged(given);
   const Image in = image(logits, "logits");
   const ScalarType accumulator = in.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.numel() == 1 && grad_out.scalar_type() == accumulator,

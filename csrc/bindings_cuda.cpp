@@ -50,7 +50,8 @@ std::vector<Tensor> gradients_of(const std::vector<Tensor>& weights) {
 
 Tensor floats(const Tensor& x, int64_t count) { return torch::stable::new_empty(x, {count}, ScalarType::Float); }
 
-Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
+Tensor msca_strips(const Tensor& given, const std::vector<Tensor>& weights) {
+  const Tensor x = arranged(given);
   const Image in = image(x, "x");
   const OnDevice stream(x, weights);
   const Filters filters = strip_filters(weights, in);
@@ -59,13 +60,14 @@ Tensor msca_strips(const Tensor& x, const std::vector<Tensor>& weights) {
   return y;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_out, const Tensor& x,
+std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_out, const Tensor& given,
                                                              const std::vector<Tensor>& weights, bool need_x,
                                                              bool need_weights) {
+  const Tensor x = arranged(given);
   const Image in = image(x, "x");
   const OnDevice stream(x, with(weights, grad_out));
-  const Tensor arranged = arranged_like(grad_out, in, "grad_out");
-  const Image grad = image_like(arranged, in, "grad_out");
+  const Tensor gradient = arranged_like(grad_out, in, "grad_out");
+  const Image grad = image_like(gradient, in, "grad_out");
   const Filters filters = strip_filters(weights, in);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   const std::vector<Tensor> grads = gradients_of(need_weights ? weights : std::vector<Tensor>());
@@ -77,7 +79,8 @@ std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& grad_
   return {grad_x, grads};
 }
 
-Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+Tensor dwconv_gelu(const Tensor& given, const Tensor& weight, const Tensor& bias) {
+  const Tensor x = arranged(given);
   const Image in = image(x, "x");
   const OnDevice stream(x, {weight, bias});
   const Dtype dtype = filter_dtype(weight, in);
@@ -87,12 +90,13 @@ Tensor dwconv_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, const Tensor& given, const Tensor& weight,
                                                         const Tensor& bias, bool need_x, bool need_weights) {
+  const Tensor x = arranged(given);
   const Image in = image(x, "x");
   const OnDevice stream(x, {weight, bias, grad_out});
-  const Tensor arranged = arranged_like(grad_out, in, "grad_out");
-  const Image grad = image_like(arranged, in, "grad_out");
+  const Tensor gradient = arranged_like(grad_out, in, "grad_out");
+  const Image grad = image_like(gradient, in, "grad_out");
   const Dtype dtype = filter_dtype(weight, in);
   const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);

@@ -27,6 +27,12 @@ Image pixels(const Tensor& t, const char* name) {
   return x;
 }
 
+// t pixel by pixel: itself or a copy, for the reason of arranged().
+Tensor in_pixels(const Tensor& t) {
+  const bool other = t.dim() == 4 && t.numel() > 0 && !dense(t, {0, 2, 3, 1});
+  return other ? torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast) : t;
+}
+
 const float* floats(const Tensor& t, const Shape& shape, const char* name, const char* of = "") {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && has_shape(t, shape),
                   "segnext_kernels: ", of, name, " must be contiguous float32 ", text(shape), " on the CPU");
@@ -48,8 +54,9 @@ Tensor empty_pixels(const Tensor& like, int64_t images, int64_t channels, int64_
   return torch::stable::transpose(torch::stable::transpose(t, 1, 3), 2, 3);
 }
 
-Tensor conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t kernel_size, int64_t stride,
+Tensor conv_act(const Tensor& given, const Tensor& weight, const Tensor& bias, int64_t kernel_size, int64_t stride,
                 const std::string& activation) {
+  const Tensor x = arranged(given);
   const Image in = image(x, "x");
   STD_TORCH_CHECK(in.dtype == Dtype::kFloat32 || in.dtype == Dtype::kBFloat16,
                   "segnext_kernels: x must be float32 or bfloat16");
@@ -70,8 +77,9 @@ Tensor conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias, int64
 }
 
 // weights: of the first projection, 14 strips, the gate, the second projection, scale; packed weights are followed by a bias.
-Tensor spatial_attention(const Tensor& x, const std::vector<Tensor>& weights) {
+Tensor spatial_attention(const Tensor& given, const std::vector<Tensor>& weights) {
   constexpr size_t kStrips = kStripTensors;
+  const Tensor x = in_pixels(given);
   const Image in = pixels(x, "x");
   STD_TORCH_CHECK(weights.size() == kStrips + 7, "segnext_kernels: spatial_attention takes ", kStrips + 7, " weights");
   const Filters strips = strip_filters({weights.begin() + 2, weights.begin() + 2 + kStrips}, in);
@@ -85,9 +93,10 @@ Tensor spatial_attention(const Tensor& x, const std::vector<Tensor>& weights) {
   return y;
 }
 
-Tensor mlp(const Tensor& x, const Tensor& fc1, const Tensor& bias1, const Tensor& depthwise, const Tensor& depthwise_bias,
+Tensor mlp(const Tensor& given, const Tensor& fc1, const Tensor& bias1, const Tensor& depthwise, const Tensor& depthwise_bias,
            const Tensor& fc2, const Tensor& bias2, const std::optional<Tensor>& norm_weight,
            const std::optional<Tensor>& norm_bias, double eps) {
+  const Tensor x = in_pixels(given);
   const Image in = pixels(x, "x");
   const int64_t hidden = bias1.numel();
   STD_TORCH_CHECK(hidden > 0, "segnext_kernels: fc1 must have at least one output");
@@ -115,23 +124,26 @@ GroupNorm group_norm(const Tensor& weight, const Tensor& bias, int64_t groups, d
           static_cast<float>(eps)};
 }
 
-Tensor group_norm_relu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
+Tensor group_norm_relu(const Tensor& given, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
                        const std::optional<Tensor>& residual) {
+  const Tensor x = in_pixels(given);
   const Image in = pixels(x, "x");
   const GroupNorm norm = group_norm(weight, bias, groups, eps, in);
   Image add{};
+  const Tensor added = residual ? in_pixels(*residual) : x;
   if (residual) {
-    add = image_like(*residual, in, "residual");
-    pixels(*residual, "residual");
+    add = image_like(added, in, "residual");
+    pixels(added, "residual");
   }
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() > 0) segnext::group_norm_relu_forward(in, norm, add, pixels(y, "y"), parallel());
   return y;
 }
 
-Tensor hamburger(const Tensor& x, const Tensor& ham_in, const Tensor& bias, const Tensor& bases, int64_t steps,
+Tensor hamburger(const Tensor& given, const Tensor& ham_in, const Tensor& bias, const Tensor& bases, int64_t steps,
                  const Tensor& ham_out, const Tensor& norm_weight, const Tensor& norm_bias, int64_t groups, double eps,
                  bool round_factors) {
+  const Tensor x = in_pixels(given);
   const Image in = pixels(x, "x");
   const int64_t C = in.channels;
   STD_TORCH_CHECK(bases.dim() == 3 && bases.size(0) == in.images && bases.size(1) == C && bases.size(2) > 0,
@@ -149,11 +161,12 @@ Tensor hamburger(const Tensor& x, const Tensor& ham_in, const Tensor& bias, cons
   return y;
 }
 
-Tensor resize_concat_conv(const std::vector<Tensor>& maps, const std::vector<Tensor>& weights, const Tensor& bias) {
+Tensor resize_concat_conv(std::vector<Tensor> maps, const std::vector<Tensor>& weights, const Tensor& bias) {
   STD_TORCH_CHECK(!maps.empty() && maps.size() == weights.size(), "segnext_kernels: as many maps as weights are needed");
   std::vector<Image> images;
   std::vector<const void*> pointers;
   for (size_t i = 0; i < maps.size(); ++i) {
+    maps[i] = in_pixels(maps[i]);
     images.push_back(pixels(maps[i], "maps"));
     STD_TORCH_CHECK(images[i].dtype == images[0].dtype && images[i].images == images[0].images,
                     "segnext_kernels: maps must have one dtype and batch size");

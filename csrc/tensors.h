@@ -62,6 +62,15 @@ inline bool dense(const Tensor& t, std::initializer_list<int> order) {
   return true;
 }
 
+// t as the kernels take it: itself if it is contiguous or its second dimension lies innermost, as in channels_last, else a
+// copy. The public functions bring no other, but graphs that were traced or exported are called with whatever there is.
+inline Tensor arranged(const Tensor& t) {
+  if (t.numel() == 0) return t;
+  if (t.dim() == 4) return dense(t, {0, 1, 2, 3}) || dense(t, {0, 2, 3, 1}) ? t : torch::stable::contiguous(t);
+  if (t.dim() == 3) return dense(t, {0, 1, 2}) || dense(t, {0, 2, 1}) ? t : torch::stable::contiguous(t);
+  return t;
+}
+
 inline Image image(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(on_device(t) && t.dim() == 4, "segnext_kernels: ", name, " must be a tensor [N, C, H, W] on ", kDevice);
   const bool contiguous = t.numel() == 0 || dense(t, {0, 1, 2, 3});
@@ -78,7 +87,8 @@ inline Image image_like(const Tensor& t, const Image& x, const char* name) {
 }
 
 // t, or a copy of it, in x's layout and its own dtype: a traced graph may bring another layout than was traced.
-inline Tensor arranged_like(const Tensor& t, const Image& x, const char* name) {
+inline Tensor arranged_like(const Tensor& given, const Image& x, const char* name) {
+  const Tensor t = arranged(given);
   const Image other = image(t, name);
   STD_TORCH_CHECK(other.images == x.images && other.channels == x.channels && other.height == x.height &&
                       other.width == x.width && (other.dtype == Dtype::kFloat64) == (x.dtype == Dtype::kFloat64),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _select, _validate
+from ._register import no_derivative
 
 
 def call(operator: str, backend: str | None, validate: Callable, reference: Callable, *args) -> Tensor:
@@ -25,16 +26,15 @@ def call(operator: str, backend: str | None, validate: Callable, reference: Call
     kernel = getattr(torch.ops.segnext_kernels, operator)
     if backend is None and _ready(operator, args):
         try:
-            return kernel(*args)
+            with torch._C._AutoDispatchBelowAutograd():  # for nothing of it needs a gradient
+                return kernel(*args)
         except RuntimeError:
             pass
     args = _without_autocast(validate, args)
     if _select.select(operator, backend, _first(args[0])) == "reference":
         return _without_autocast(reference, args)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
-        raise NotImplementedError(
-            f"{operator} serves inference and has no derivative: call it under torch.no_grad(), or train the unfused model"
-        )
+        raise no_derivative(operator)
     return kernel(*args)
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def on_images(function: Callable[..., Tensor], x: Tensor, *args) -> Tensor:
+    """A function of images [N, C, H, W] and more, of one [C, H, W] too, which convolutions take as well."""
+    return function(x[None], *args)[0] if x.dim() == 3 else function(x, *args)
 
 
 def silent(name: str, child: nn.Module) -> str | None:

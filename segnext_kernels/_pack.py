@@ -19,16 +19,19 @@ def pack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Returns:
         float32 [panels, inputs, 32], or bfloat16 [panels, inputs / 2 rounded up, 32, 2]; a convolution's inputs are k * k
-        pixels of C channels each.
+        pixels of C channels each. How many outputs of the last panel count tells the bias, and in bfloat16 an odd number
+        of inputs looks like the next even one: only what does not fit otherwise is refused where it is used.
 
     Raises:
-        TypeError: another dtype, or weight is no tensor.
+        TypeError: another dtype, or weight is no tensor of floating-point numbers.
         ValueError: weight has another shape.
     """
     if dtype not in PACKED_DTYPES:
         raise TypeError(f"pack: dtype must be float32 or bfloat16, got {dtype}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"pack: weight must be a tensor, got {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"pack: weight must be of floating-point numbers, got {weight.dtype}")
     if weight.dim() not in (2, 4) or weight.shape[2:3] != weight.shape[3:4]:
         raise ValueError(f"pack: weight must be [outputs, inputs] or [outputs, channels, k, k], got {list(weight.shape)}")
     if weight.dim() == 4:

@@ -53,13 +53,15 @@ def register(
     if triton is not None:
         _triton.define(backward_schema, triton.backward, backward_fake)
     for lib in libraries:
-        refuse = _no_double_backward(_name(schema))
+        refuse = partial(_no_double_backward, _name(schema))
         torch.library.register_autograd(f"{lib.ns}::{_name(backward_schema)}", refuse, lib=lib)
 
 
 def register_inference(schema: str, fake: Callable, triton: ModuleType | None = None) -> None:
-    """Registers an operator that serves inference alone; ``_inference.call`` refuses what needs a gradient."""
+    """Registers an operator that serves inference alone: its backward, which programs that were traced or exported can come to,
+    refuses. ``_inference.call`` does so before."""
     _define(schema, fake)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name(schema)}", partial(_no_derivative, _name(schema)), lib=library)
     if triton is not None:
         _triton.define(schema, triton.forward, fake)
 
@@ -79,13 +81,22 @@ def _name(schema: str) -> str:
     return schema[: schema.index("(")]
 
 
-def _no_double_backward(name: str) -> Callable:
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"{name} has no second derivative in the fused kernels; call it with backend='reference' for double backward"
-        )
+def _no_double_backward(name: str, ctx, *grads):
+    raise NotImplementedError(
+        f"{name} has no second derivative in the fused kernels: call it with backend='reference' for double backward, or"
+        " unpatch the model"
+    )
 
-    return backward
+
+def _no_derivative(name: str, ctx, *grads):
+    raise no_derivative(name)
+
+
+def no_derivative(name: str) -> NotImplementedError:
+    """What to raise where a gradient is asked for."""
+    return NotImplementedError(
+        f"{name} serves inference and has no derivative: call it under torch.no_grad(), or train the unfused model"
+    )
 
 
 def _register_autocast(lib: torch.library.Library, name: str, device: str, cast: Callable) -> None:

@@ -175,12 +175,9 @@ def floats(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor
 
 
 def _is_whole(number: object) -> bool:
-    return isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
-
-
-def _is_size(number: object) -> bool:
-    """Whether it is a length, NumPy's too."""
-    return isinstance(number, (Integral, torch.SymInt)) and not isinstance(number, bool) and number >= 0
+    """Whether it is a whole number, NumPy's too, or what torch.compile or torch.jit.trace have in its place."""
+    traced = isinstance(number, Tensor) and torch.jit.is_tracing()
+    return traced or (isinstance(number, (Integral, torch.SymInt)) and not isinstance(number, bool))
 
 
 def whole(op: str, name: str, number: int) -> None:
@@ -190,14 +187,14 @@ def whole(op: str, name: str, number: int) -> None:
 
 
 def check_sequence(op: str, name: str, tensors: Sequence[Tensor]) -> None:
-    if not isinstance(tensors, (list, tuple)):
+    if not isinstance(tensors, (list, tuple, torch.nn.ParameterList)):
         raise TypeError(f"{op}: {name} must be a list or tuple of tensors, got {type(tensors).__name__}")
 
 
 def _logits(op: str, logits: Tensor, size: Sequence[int]) -> None:
     """Checks an image that can be resized to ``size``."""
     check_tensor(op, "logits", logits, "[N, C, h, w]")
-    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(map(_is_size, size)):
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(_is_whole(n) and n >= 0 for n in size):
         raise ValueError(f"{op}: size must be two whole numbers (H, W), got {size!r}")
     if logits.shape[1] == 0 or (0 in logits.shape[2:] and 0 not in size):
         raise ValueError(f"{op}: empty logits {list(logits.shape)} cannot be resized to {list(size)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from ._validate import (
     check_sequence,
     check_shape,
     check_tensor,
-    check_updates,
     dense_image,
     floats,
     msca_strips,
@@ -118,7 +118,6 @@ def hamburger(
     ham_in, bias = packed(op, "ham_in", ham_in, bias, channels, x)
     check_shape(op, "the bias of ham_in", bias, (channels,))
     check_bases(op, bases, tuple(x.shape[:2]), (x.dtype, torch.float32), x)
-    check_updates(op, steps, round_factors)
     ham_out = floats(op, "ham_out", ham_out, (channels, channels), x)
     norm = group_norm(op, {"norm_weight": norm_weight, "norm_bias": norm_bias}, groups, eps, x)
     return x, ham_in, bias, bases.float().contiguous(), steps, ham_out, *norm, groups, eps, round_factors
@@ -135,7 +134,7 @@ def group_norm(op: str, factors: dict[str, Tensor], groups: int, eps: float, x: 
 
 
 def number(op: str, name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 

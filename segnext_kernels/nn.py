@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._modules import is_depthwise
+from ._modules import is_depthwise, on_images
 from ._select import COMPILED_BRANCHES
-from ._validate import accumulator, check_gradient, check_updates, transformed, whole
+from ._validate import accumulator, check_gradient, check_tensor, check_updates, transformed, whole
 from .dwconv_gelu import dwconv_gelu
 from .msca_strips import msca_strips
 from .nmf import nmf
@@ -80,7 +80,7 @@ class AttentionModule(nn.Module):
     def _strips(self, x: Tensor) -> Tensor:
         convolutions = self._depthwise()
         if all(is_depthwise(one, size) for one, size in zip(convolutions, DEPTHWISE.values(), strict=True)):
-            return msca_strips(x, _tensors(convolutions))
+            return on_images(msca_strips, x, _tensors(convolutions))
         first, *branches = convolutions
         a = first(x)
         return a + sum(columns(rows(a)) for rows, columns in zip(branches[::2], branches[1::2], strict=True))
@@ -109,7 +109,7 @@ class DWConvGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not is_depthwise(self.dwconv, (3, 3)):
             return F.gelu(self.dwconv(x))
-        return dwconv_gelu(x, self.dwconv.weight, self.dwconv.bias)
+        return on_images(dwconv_gelu, x, self.dwconv.weight, self.dwconv.bias)
 
 
 class NMF2D(nn.Module):
@@ -147,12 +147,14 @@ class NMF2D(nn.Module):
         whole("NMF2D", "rank", rank)
         if rank < 1:
             raise ValueError(f"NMF2D: rank must be at least 1, got {rank}")
+        whole("NMF2D", "seed", seed)
         for steps in (train_steps, eval_steps):
             check_updates("NMF2D", steps, round_factors)
         self.rank, self.train_steps, self.eval_steps = rank, train_steps, eval_steps
         self.bases, self.seed, self.gradient, self.round_factors = bases, seed, gradient, round_factors
 
     def forward(self, x: Tensor, bases: Tensor | None = None, projection: Tensor | None = None) -> Tensor:
+        check_tensor("NMF2D", "x", x, "[N, C, H, W]")
         if bases is None:
             bases = self.initial_bases(x)
         steps = self.train_steps if self.training else self.eval_steps

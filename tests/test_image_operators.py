@@ -13,6 +13,7 @@ from operators import (
     IMAGE_LAYOUTS,
     Sample,
     arranged,
+    assert_same,
     check,
     compiled,
     dtypes,
@@ -218,3 +219,17 @@ def test_a_batch_of_gradients(sample_of, layout, one_thread):
     for i, grad in enumerate(grads):
         for one, expected in zip(found, torch.autograd.grad(y, leaves, grad, retain_graph=True), strict=True):
             torch.testing.assert_close(one[i], expected)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "expanded", "transposed"])
+@compiled
+def test_a_recorded_call_takes_any_strides(sample_of, layout, backend):
+    """Programs that were traced or exported call the operators themselves, forward and backward."""
+    sample = arranged(sample_of((2, 5, 6, 7)).to(torch.float32), layout)
+    answers = []
+    for x in (sample.x, sample.x.contiguous()):
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, *sample.leaves[1:])]
+        rest = (leaves[1:],) if sample.operator == "msca_strips" else leaves[1:]
+        y = getattr(torch.ops.segnext_kernels, sample.operator)(leaves[0], *rest)
+        answers.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert_same(answers[0], answers[1])

@@ -341,3 +341,24 @@ def test_pack_names_what_is_wrong(weight):
 
 def leaves(x, rest) -> list[Tensor]:
     return [leaf for leaf in tree_leaves((x, rest)) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@compiled
+def test_a_recorded_call_has_no_gradient_either(operator, backend):
+    """Programs that were traced or exported call the operators themselves."""
+    x, rest = channels_last(MAKE[operator](SHAPES[4], torch.float32))
+    inputs = leaves(x, ())[0].requires_grad_()
+    y = getattr(torch.ops.segnext_kernels, operator)(x, *rest)
+    with pytest.raises(NotImplementedError, match=f"{operator} serves inference"):
+        torch.autograd.grad(y.sum(), inputs)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@packed_dtypes
+@compiled
+def test_a_recorded_call_takes_any_strides(operator, dtype, backend):
+    x, rest = channels_last(MAKE[operator](SHAPES[4], dtype))
+    function = getattr(torch.ops.segnext_kernels, operator)
+    for layout in ("sliced", "transposed", "contiguous"):
+        assert_same([function(tree_map(lambda image: arrange(image, layout), x), *rest)], [function(x, *rest)])  # noqa: B023

@@ -25,6 +25,20 @@ checks.check_all_operators()
 print("agreed")
 """
 
+# Scratch memory of sizes that no call has any more, then of another one, which must be kept for the next call all the same
+SCRATCH = """
+#include "cpu/image.h"
+int main() {
+  using segnext::FreeBlocks;
+  for (double size = 64; size < 1 << 20; size *= 2.1) FreeBlocks::give(FreeBlocks::take(size));
+  for (int i = 0; i < 2; ++i) FreeBlocks::give({::operator new(30 << 20, std::align_val_t{64}), 30 << 20});
+  const auto block = FreeBlocks::take(4 << 20);
+  FreeBlocks::give(block);
+  void* other = ::operator new(block.size, std::align_val_t{64});  // which would get what was freed
+  return FreeBlocks::take(4 << 20).data == block.data && other != block.data ? 0 : 1;
+}
+"""
+
 sanitizers = pytest.mark.skipif(
     COMPILER is None or platform.system() != "Linux", reason="needs g++ with its sanitizers, on Linux"
 )
@@ -77,3 +91,10 @@ def test_no_memory_is_taken_for_zero(backend):
     environment = {**os.environ, "PYTHONPATH": str(HERE), "MALLOC_PERTURB_": "165", "GLIBC_TUNABLES": tunables}
     done = subprocess.run([sys.executable, "-c", FILLED], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout.strip()) == (0, "agreed"), done.stderr[-4000:]
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+def test_scratch_memory_of_the_latest_sizes_is_kept(tmp_path):
+    command = [COMPILER, "-O0", "-std=c++20", "-w", f"-I{CSRC}", "-x", "c++", "-", "-o", tmp_path / "scratch"]
+    subprocess.run(command, check=True, input=SCRATCH, text=True)
+    assert subprocess.run([tmp_path / "scratch"]).returncode == 0

@@ -11,6 +11,7 @@ import small
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import segnext
 import segnext_kernels
@@ -287,3 +288,10 @@ def test_predict_refuses_a_model_in_training_mode():
     """Whose norms would learn from the images."""
     with pytest.raises(RuntimeError, match=r"predict: the model is in training mode, call its eval\(\) first"):
         small.model().train().predict(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_flops_can_be_counted_by_torch(grad):
+    with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+        small.model()(torch.rand(1, 3, 64, 64))
+    assert counter.get_total_flops() > 0

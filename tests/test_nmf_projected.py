@@ -211,3 +211,22 @@ def test_rounded_factors(dtype, layout, backend):
 
 def test_explained_as_nmf():
     assert "nmf_projected" not in segnext_kernels.explain("nmf", torch.ones(1, 2, 3))
+
+
+@compiled
+def test_a_program_exported_without_gradient_has_one(backend):
+    """It keeps no factors, so backward computes them again."""
+    sample = projected(2, 33, 45, 5, 2).to(torch.float32)
+    x, bases, projection = sample.leaves
+
+    class Program(torch.nn.Module):
+        def forward(self, x):
+            return nmf(x, bases.detach(), 2, projection=projection.detach())
+
+    with torch.no_grad():
+        program = torch.export.export(Program(), (x,)).module()
+    answers = []
+    for function in (program, Program()):
+        leaf = x.detach().clone().requires_grad_()
+        answers.append(torch.autograd.grad(function(leaf).square().sum(), leaf))
+    assert_same(answers[0], answers[1])

@@ -298,3 +298,16 @@ def test_convolutions_that_were_changed_are_called(kind, name, change):
     else:
         convolution.weight.data.zero_()
     assert not torch.allclose(module(x), found)
+
+
+@pytest.mark.parametrize("make", [AttentionModule, DWConvGELU])
+def test_one_image_as_convolutions_take_it(make):
+    module, x = make(5), images(5, 9, 11)
+    assert torch.equal(module(x), module(x[None])[0])
+
+
+def test_nmf2d_names_what_it_takes():
+    with pytest.raises(ValueError, match=r"NMF2D: x must be \[N, C, H, W\], got shape \[4, 9, 10\]"):
+        NMF2D(3)(images(4, 9, 10))
+    with pytest.raises(TypeError, match="NMF2D: seed must be an int, got float"):
+        NMF2D(3, seed=1.5)

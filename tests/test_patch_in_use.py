@@ -13,6 +13,7 @@ from operators import error
 from standins import SWAPPED, Attention, Mlp, Network, image, labels, step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 
 from segnext_kernels import patch, unpatch
 
@@ -192,3 +193,27 @@ def test_copies_as_the_class_makes_them(make):
     twin = make(module)
     assert type(twin) is type(module)
     assert torch.equal(twin(x), module(x))
+
+
+@pytest.mark.parametrize("part", ["conv0_1", "dwconv"])
+@pytest.mark.parametrize("how", ["hook", "prune"])
+def test_hooks_that_would_not_run_are_told(part, how):
+    module = Attention(8) if part == "conv0_1" else Mlp(8, 8)
+    patch(module)
+    convolution = module.conv0_1 if part == "conv0_1" else module.dwconv
+    if how == "hook":
+        convolution.register_forward_hook(lambda *_: None)
+    else:
+        prune.l1_unstructured(convolution, "weight", 0.5)
+    with pytest.raises(RuntimeError, match="^Conv2d in .* got hooks, as of pruning, .*: call segnext_kernels.unpatch before"):
+        module(image())
+    unpatch(module)
+    module(image())
+
+
+@pytest.mark.parametrize("make", [lambda: Attention(8), lambda: Mlp(8, 8)], ids=["Attention", "Mlp"])
+def test_one_image_as_convolutions_take_it(make):
+    module, x = make(), image()[0]
+    plain = module(x)
+    patch(module)
+    assert error(module(x), plain) <= 1e-5

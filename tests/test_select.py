@@ -310,7 +310,7 @@ def test_operators_called_directly_stay_within_their_memory(backend):
         "too few weights": lambda: operators.msca_strips(x, weights[:-1]),
         "too few channels": lambda: operators.msca_strips(x, [w[:2] for w in weights]),
         "other dtype": lambda: operators.msca_strips(x, [w.half() for w in weights]),
-        "strides": lambda: operators.msca_strips(x[..., ::2], weights),
+        "no image": lambda: operators.msca_strips(x[0], weights),
         "smaller gradient": lambda: operators.msca_strips_backward(x[:1], x, weights, True, True),
         "short filter": lambda: operators.dwconv_gelu(x, weight[:2], bias),
         "short bias": lambda: operators.dwconv_gelu_backward(x, x, weight, bias[:1], True, True),

@@ -46,23 +46,20 @@ class FreeBlocks {
   };
 
   static Block take(size_t size) {
-    for (Block& kept : mine().blocks_) {
-      if (kept.size < size || kept.size > 2 * size) continue;
-      mine().total_ -= kept.size;
-      return std::exchange(kept, {});
+    FreeBlocks& free = mine();
+    for (int i = free.count_ - 1; i >= 0; --i) {
+      if (free.blocks_[i].size >= size && free.blocks_[i].size <= 2 * size) return free.remove(i);
     }
     return {::operator new(size, kAlignment), size};
   }
 
+  // Where there is no room for it, those go that have waited longest: they are of sizes that calls no longer have.
   static void give(Block block) {
     FreeBlocks& free = mine();
-    for (Block& kept : free.blocks_) {
-      if (!kKeep || kept.data != nullptr || free.total_ + block.size > kMost) continue;
-      kept = block;
-      free.total_ += block.size;
-      return;
-    }
-    ::operator delete(block.data, kAlignment);
+    if (!kKeep || block.size > kMost) return ::operator delete(block.data, kAlignment);
+    while (free.count_ == kCount || free.total_ + block.size > kMost) ::operator delete(free.remove(0).data, kAlignment);
+    free.blocks_[free.count_++] = block;
+    free.total_ += block.size;
   }
 
  private:
@@ -72,6 +69,7 @@ class FreeBlocks {
   static constexpr bool kKeep = true;
 #endif
   static constexpr size_t kMost = 64 << 20;
+  static constexpr int kCount = 16;
   static constexpr std::align_val_t kAlignment{64};
 
   static FreeBlocks& mine() {
@@ -79,10 +77,17 @@ class FreeBlocks {
     return blocks;
   }
   ~FreeBlocks() {
-    for (Block& kept : blocks_) ::operator delete(kept.data, kAlignment);
+    while (count_ > 0) ::operator delete(remove(0).data, kAlignment);
+  }
+  Block remove(int i) {
+    const Block block = blocks_[i];
+    std::copy(blocks_ + i + 1, blocks_ + count_--, blocks_ + i);
+    total_ -= block.size;
+    return block;
   }
 
-  Block blocks_[16] = {};
+  Block blocks_[kCount];  // the oldest first
+  int count_ = 0;
   size_t total_ = 0;
 };
 

@@ -14,7 +14,7 @@ struct Runs {
   bool channels_last;
 
   explicit Runs(const Image& x) : channels(x.channels), pixels(x.height * x.width), channels_last(x.channels_last) {
-    per_run = channels_last ? 256 : 4096;
+    per_run = channels_last ? 256 : 256 * kLanes<A>;
     cuts = (pixels + per_run - 1) / per_run;
     per_image = channels_last ? cuts : channels * cuts;
     items = x.images * per_image;

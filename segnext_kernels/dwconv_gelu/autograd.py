@@ -6,14 +6,15 @@ import torch
 
 from .. import _triton
 from .._register import cast_filters, cast_floating, gradient_of, like_layout, register
+from .._validate import dense_image
 
 
 def _fake(x, weight, bias):
-    return torch.empty_like(x)
+    return torch.empty_like(dense_image(x))
 
 
 def _backward_fake(grad_out, x, weight, bias, need_x, need_weights):
-    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    grad_x = torch.empty_like(dense_image(x)) if need_x else x.new_empty(0)
     if not need_weights:
         return grad_x, x.new_empty(0), x.new_empty(0)
     return grad_x, gradient_of(weight), gradient_of(bias)

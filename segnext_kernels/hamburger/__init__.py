@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _inference, _validate_inference
+from .._validate import check_updates
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -58,5 +59,6 @@ def hamburger(
     Source:
         "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), figure 2; ``Hamburger`` of the official code.
     """
+    check_updates("hamburger", steps, round_factors)  # of which the kernel would take other types than the others do
     args = (x, ham_in, bias, bases, steps, ham_out, norm_weight, norm_bias, groups, eps, round_factors)
     return _inference.call("hamburger", backend, _validate_inference.hamburger, _reference.hamburger, *args)

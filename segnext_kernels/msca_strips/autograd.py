@@ -6,16 +6,16 @@ import torch
 
 from .. import _triton
 from .._register import cast_filters, cast_floating, gradient_of, is_batch_of_gradients, like_layout, register
-from .._validate import transformed
+from .._validate import dense_image, transformed
 from . import reference
 
 
 def _fake(x, weights):
-    return torch.empty_like(x)
+    return torch.empty_like(dense_image(x))
 
 
 def _backward_fake(grad_out, x, weights, need_x, need_weights):
-    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    grad_x = torch.empty_like(dense_image(x)) if need_x else x.new_empty(0)
     return grad_x, [gradient_of(w) for w in weights] if need_weights else []
 
 

@@ -11,17 +11,18 @@ import torch
 
 from .. import _triton
 from .._register import cast_floating, like_layout, register
+from .._validate import dense_matrix
 
 
 def _fake(x, bases, steps, gradient, round_factors=False):
-    return torch.empty_like(x)
+    return torch.empty_like(dense_matrix(x))
 
 
 def _fake_and_factors(x, bases, steps, gradient):
     """The factors are numbers in the kernels' own order, the rank in whole vectors (nmf_factors_size in csrc/cpu/nmf.cpp)."""
     (batch, rows, columns), rank = x.shape, (bases.shape[2] + 15) // 16 * 16
     kept = steps if gradient == "exact" else 0
-    return torch.empty_like(x), bases.new_empty(batch * ((2 * kept + 3) * columns + (2 * kept + 1) * rows) * rank)
+    return torch.empty_like(dense_matrix(x)), bases.new_empty(batch * ((2 * kept + 3) * columns + (2 * kept + 1) * rows) * rank)
 
 
 def _projected_fake(x, bases, projection, steps, gradient, keep, round_factors):
@@ -31,7 +32,7 @@ def _projected_fake(x, bases, projection, steps, gradient, keep, round_factors):
 
 def _backward_fake(grad_out, x, bases, factors, steps, gradient, need_x, need_bases):
     return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(dense_matrix(x)) if need_x else x.new_empty(0),
         torch.empty_like(bases) if need_bases else bases.new_empty(0),
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .._modules import silent
+from .._modules import on_images, silent
 from .._select import COMPILED_BRANCHES
 from .._validate import accumulator
 from ..dwconv_gelu import dwconv_gelu
@@ -131,7 +131,7 @@ class Attention(Kind):
         *convolutions, mixing = self.children()
         _unreplaced(self, *convolutions)
         weights = [tensor for convolution in convolutions for tensor in (convolution.weight, bias(convolution))]
-        return mixing(msca_strips(x, weights)) * x
+        return mixing(on_images(msca_strips, x, weights)) * x
 
 
 class MLP(Kind):
@@ -172,7 +172,7 @@ class MLP(Kind):
     def fused(self: nn.Module, x: Tensor) -> Tensor:
         convolution = inner(self.dwconv)
         _unreplaced(self, convolution, self.act)
-        x = dwconv_gelu(self.fc1(x), convolution.weight, bias(convolution))
+        x = on_images(dwconv_gelu, self.fc1(x), convolution.weight, bias(convolution))
         return self.drop(self.fc2(self.drop(x)))
 
 
@@ -296,8 +296,14 @@ def normal(*shape: int, dtype: torch.dtype) -> Tensor:
 def _unreplaced(module: nn.Module, *children: nn.Module) -> None:
     """What was checked when the module was patched, as far as it costs nothing at every call."""
     for child in children:
+        name, parent = type(child).__name__, type(module).__base__.__name__
         if type(child) not in (nn.Conv2d, nn.GELU):
             raise RuntimeError(
-                f"{type(child).__name__} took a place in {type(module).__base__.__name__} after it was patched, where the fused"
-                " operator would ignore it: call segnext_kernels.unpatch, replace, and patch again"
+                f"{name} took a place in {parent} after it was patched, where the fused operator would ignore it: call"
+                " segnext_kernels.unpatch, replace, and patch again"
+            )
+        if silent(name, child) is not None:
+            raise RuntimeError(
+                f"{name} in {parent} got hooks, as of pruning, or another forward after it was patched, which the fused"
+                " operator would ignore: call segnext_kernels.unpatch before, and patch again"
             )

@@ -7,14 +7,15 @@ import torch
 
 from .. import _triton
 from .._register import like_layout, register
+from .._validate import dense_image
 
 
 def _fake(x, y, scale, keep):
-    return torch.empty_like(x)
+    return torch.empty_like(dense_image(x))
 
 
 def _backward_fake(grad_out, y, scale, keep, need_y, need_scale):
-    return torch.empty_like(y) if need_y else y.new_empty(0), scale.new_empty(scale.shape if need_scale else 0)
+    return torch.empty_like(dense_image(y)) if need_y else y.new_empty(0), scale.new_empty(scale.shape if need_scale else 0)
 
 
 def _setup_context(ctx, inputs, output):

@@ -16,8 +16,9 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int], *, backend: str | Non
 
         labels = F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
 
-    up to rounding, the lowest class where several are highest, any where a logit is nan or infinite (but a class whose
-    logits are all -inf has no pixel). The upsampled values are computed in float32 (float64 for float64). Has no derivative.
+    up to rounding, the lowest class where several are highest, any where a logit, or the difference of two beside each other,
+    is nan or infinite (but a class whose logits are all -inf has no pixel). The upsampled values are computed in float32
+    (float64 for float64). Has no derivative.
 
     Args:
         logits: [N, C, h, w], C > 0, float32, float64, bfloat16 or float16; contiguous or channels_last are used as they are,

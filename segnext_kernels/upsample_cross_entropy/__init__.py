@@ -27,8 +27,9 @@ def upsample_cross_entropy(
         z = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
         loss = F.cross_entropy(z, target, weight, ignore_index=ignore_index)
 
-    but for the 0, which PyTorch makes nan, and for infinite logits, of which the loss may be nan where PyTorch's is not (mask a
-    class by a large negative number). Only the arguments are kept for backward, which computes the upsampled logits again.
+    but for the 0, which PyTorch makes nan, and for infinite logits, or two beside each other whose difference is infinite, of
+    which the loss may be nan where PyTorch's is not (mask a class by a large negative number). Only the arguments are kept for
+    backward, which computes the upsampled logits again.
     Accumulates in float32 (float64 for float64), losses in float64. Autocast leaves the arguments as they are.
 
     Args:

@@ -6,7 +6,7 @@ import torch
 
 from .. import _triton
 from .._register import register
-from .._validate import accumulator
+from .._validate import accumulator, dense_image
 
 
 def _fake(logits, target, weight, ignore_index):
@@ -14,7 +14,7 @@ def _fake(logits, target, weight, ignore_index):
 
 
 def _backward_fake(grad_out, logits, target, weight, ignore_index):
-    return torch.empty_like(logits)
+    return torch.empty_like(dense_image(logits))
 
 
 def _setup_context(ctx, inputs, output):
