@@ -116,14 +116,15 @@ class Case:
         return self.operator.partition("_")[0] if self.model else self.operator
 
     def inputs(self, layout: str | None = None, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The inputs, rounded to the case's dtype and cast to ``dtype``; the first and those of its shape in the layout.
+        """The inputs, rounded to the case's dtype and cast to ``dtype``; the first, those of its shape and
+        filters in the layout.
 
         They are drawn on the CPU and lie on the default device.
         """
         given, drawn = self.input_dtype or self.dtype, _drawn(self.setup, device())
         inputs = [tensor.to(given).to(dtype or given) if tensor.is_floating_point() else tensor for tensor in drawn]
-        shape = inputs[0].shape
-        inputs = [lay_out(tensor, layout or "contiguous") if tensor.shape == shape else tensor for tensor in inputs]
+        first, layout = inputs[0], layout or "contiguous"
+        inputs = [lay_out(one, layout) if one.dim() == 4 or one.shape == first.shape else one for one in inputs]
         return [tensor.requires_grad_(self.gradients and tensor.is_floating_point()) for tensor in inputs]
 
     def grad_out(self, y: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def hamburger_case(channels: int, side: int, rank: int, dtype: torch.dtype) -> C
     """The Hamburger of [1, channels, side, side] with seven steps.
 
     Counted is what :func:`segnext_kernels.hamburger` computes: W_in on all pixels, the decomposition's products with x (two a
-    step, and two more) and the last one, of the factors.
+    step, and one more) and the last one, of the factors.
     """
     steps = 7
 

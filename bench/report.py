@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def row(measurement: Measurement, peers: list[Measurement], limits: dict[str, fl
         "gflops_per_s": work.flops / seconds / 1e9,
         "ceiling_share": share,
         "ceiling": bound,
-        "ratios": {peer.contender.label: measurement.ratio(peer) for peer in peers},
+        "ratios": {peer.contender.label: measurement.ratio(peer) for peer in peers if not math.isnan(peer.error)},
     }
 
 
@@ -124,7 +125,8 @@ def _section(title: str, table: list[Row]) -> str:
     for r in ours:
         others = {p["label"]: p for p in table if p["case"] == r["case"] and not p["ours"]}
         cells = [f"{output.short(others[p]['seconds'] * 1e3)} ({r['ratios'][p]:.2f}x)" if p in others else "" for p in peers]
-        errors = [f"{r['error']:.1e}", f"{max((p['error'] for p in others.values()), default=0):.1e}"]
+        worst = max((p["error"] for p in others.values()), key=lambda error: (math.isnan(error), error), default=0)
+        errors = [f"{r['error']:.1e}", f"{worst:.1e}"]
         rates = [f"{r['gbytes_per_s']:.1f}", f"{r['gflops_per_s']:.0f}", f"{r['ceiling_share']:.2f} {r['ceiling'][0].upper()}"]
         lines.append([r["case"], r["label"], output.short(r["seconds"] * 1e3), *cells, _fastest(r), *errors, *rates])
     parts = [f"### {title}", "", output.table(header, lines, text_columns=2)]

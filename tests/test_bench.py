@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import case as bench_case
-from bench import cases, ceilings, environment, loop, memory, operators
+from bench import cases, ceilings, environment, inference, loop, memory, operators
 from bench.__main__ import main
 from bench.measure import Runner, error, exact, measure
 from bench.report import as_json, markdown, rows
@@ -216,6 +216,22 @@ def test_ratios_compare_ours_with_every_peer():
         {},
     ]
     assert "The fastest peer takes 1.50 to 3.00 times as long as ours." in markdown(as_json(table, LIMITS, {}))
+
+
+def test_a_peer_whose_answer_is_nan_is_no_peer():
+    case = operators.nmf_case(4, 6, 2, 1)
+    results = measure(case, "forward", seconds=0, contenders=case.contenders[:4])
+    results[3].error = float("nan")
+    table = rows(results, LIMITS)
+    assert [list(row["ratios"]) for row in table[:2]] == [["PyTorch contiguous"]] * 2
+    assert "| nan |" in markdown(as_json(table, LIMITS, {}))
+
+
+def test_filters_lie_as_images_do():
+    """PyTorch would arrange them anew in every call."""
+    for layout, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        _, weight, _ = inference.conv_act_case(4, 8, 5, 3, 1, torch.float32).inputs(layout)
+        assert weight.is_contiguous(memory_format=memory_format)
 
 
 def test_report_prints_a_table_and_writes_files(one_small_case, tmp_path, capsys):
