@@ -17,13 +17,14 @@ from .data.loader import mixed_seed, one_by_one
 from .data.pairs import DataError, Pairs
 from .data.workers import deaths_told
 from .images import image_size
-from .model import SegNeXt, create
+from .model import SHOWN, SegNeXt, create
 from .recipes import Recipe, RecipeError
 from .trainer import precision
 from .weights import WeightsError, check, load, load_encoder
 
 LARGEST = 512  # short side and crop of training on one's own pictures, which may be larger
-FIXED = ("dataset", "train", "size", "head", "encoder", "weights", "dropout", "drop_path", "seed")  # once a training has begun
+# Fields of the recipe that cannot change once a training has begun
+FIXED = ("dataset", "train", "size", "head", "rank", "encoder", "weights", "dropout", "drop_path", "seed")
 COUNTED = 500  # pictures whose labels are counted for class weights
 
 
@@ -46,7 +47,9 @@ def require_same(state: Mapping[str, Any], recipe: Recipe, pairs: Pairs, folder:
     """Raises a RecipeError where the training in the folder, which left ``state``, cannot be gone on with."""
     if list(state["meta"]["classes"]) != list(pairs.classes):
         raise RecipeError(f"the names of the classes in {root} are others than when the training in {folder} began")
-    fields = {name: (state["recipe"][name], getattr(recipe, name)) for name in FIXED}
+    if (before := state.get("pictures", len(pairs))) != len(pairs) and distributed.rank() == 0:
+        print(f"{root} has {len(pairs)} pictures where it had {before}: they come in another order from here on")
+    fields = {name: (state["recipe"].get(name), getattr(recipe, name)) for name in FIXED}
     if changed := [f"{name} was {was} and is {now}" for name, (was, now) in fields.items() if was != now]:
         raise RecipeError(
             f"the recipe is another than when the training in {folder} began: {', '.join(changed)}; these cannot change"
@@ -64,11 +67,15 @@ def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:
     """
     torch.manual_seed(mixed_seed(recipe.seed))
     count, weights = len(pairs.classes), before or recipe.weights
-    begin = None if weights is None else load(weights)
-    of_ham = ("rank", "gradient", "bases")  # which no field of the recipe says
+    begin = None if weights is None else load(weights, rank=recipe.rank)
+    of_ham = ("rank", "gradient", "bases")
     kept = {} if begin is None else {name: getattr(begin.config, name) for name in of_ham}
+    if recipe.rank is not None:
+        kept["rank"] = recipe.rank
     model = create(recipe.size, count, recipe.head, drop_path=recipe.drop_path, dropout=recipe.dropout, **kept)
-    model.classes, model.palette, model.scale = pairs.classes, pairs.palette, recipe.scale
+    model.classes, model.palette = pairs.classes, pairs.palette
+    for name, value in shown(recipe).items():
+        setattr(model, name, value)
     if begin is not None:
         _take_over(model, begin, weights)
     elif recipe.encoder is not None:
@@ -77,6 +84,11 @@ def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:
         except WeightsError as error:
             raise WeightsError(f"{error}; to train from random weights: --recipe scratch, or --encoder none") from error
     return model
+
+
+def shown(recipe: Recipe) -> dict[str, Any]:
+    """How evaluation shows pictures, which a model and its checkpoints keep."""
+    return {name: getattr(recipe, name) for name in SHOWN}
 
 
 def _take_over(model: SegNeXt, begin: SegNeXt, name: str | Path) -> None:

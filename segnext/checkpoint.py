@@ -56,7 +56,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = next((checkpoint[name] for name in STATES if isinstance(checkpoint.get(name), dict)), checkpoint)
         state.pop("n_averaged", None)  # of torch's AveragedModel
     if not state or not isinstance(state, dict) or not all(map(_is_named_tensor, state.items())):
-        raise WeightsError(f"{path} holds no state_dict of named tensors")
+        raise WeightsError(f"{path} holds no state_dict of named tensors, as torch.save(model.state_dict(), file) writes it")
     meta = checkpoint.get("meta")
     return official(state), meta if isinstance(meta, dict) else {}
 
@@ -69,13 +69,16 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state under the official names of a whole model.
 
     mmsegmentation's depthwise convolutions sit one level higher; an encoder's checkpoint may lack the prefix and carry a
-    classifier ``head.*``, which stays beside the encoder.
+    classifier ``head.*``, which stays beside the encoder. A second head, which helped in training, is left out, and counters of
+    batch norms that are not there, as PyTorch wrote them before it counted, are zero.
     """
     while (prefix := next(iter(state)).partition(".")[0] + ".") in WRAPPERS and all(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     state = {re.sub(r"\.mlp\.dwconv\.(weight|bias)$", r".mlp.dwconv.dwconv.\1", key): value for key, value in state.items()}
     if any(key.startswith("decode_head.") for key in state):
-        return state
+        state = {key: value for key, value in state.items() if not key.startswith("auxiliary_head.")}
+        counters = {key.removesuffix("running_var") + "num_batches_tracked" for key in state if key.endswith(".running_var")}
+        return {**dict.fromkeys(counters, torch.zeros((), dtype=torch.int64)), **state}
     encoder = {key.removeprefix("backbone."): value for key, value in state.items()}
     return {key if key.startswith("head.") else f"backbone.{key}": value for key, value in encoder.items()}
 

@@ -19,6 +19,7 @@ from .data.pairs import require_same_size
 from .figure import at_width, figure, fitting_legend, model_title, require_new_png
 from .fuse import inference_model
 from .images import read_image, write_png
+from .model import SHOWN
 from .palette import IGNORED, generated_palette, overlay, photo_image
 from .predict import InputError, class_names, require_photographs, seen_size, segment
 from .weights import load
@@ -101,7 +102,8 @@ def compare(
         raise WeightsError(f"{weights} and {other} have the same classes in another order; they cannot be compared")
     table = _table(dataset, len(classes))
     palette = ours.palette or generated_palette(len(classes))
-    theirs.scale = ours.scale
+    for name in SHOWN:
+        setattr(theirs, name, getattr(ours, name))
     models = theirs.to(device), inference_model(ours, torch.device(device))
     rows, occurring = [], set()
     for photo, mask in zip(photos, truth, strict=True):

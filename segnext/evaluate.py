@@ -24,7 +24,7 @@ from .images import write_png
 from .model import SegNeXt
 from .palette import comparison
 from .palette import legend as drawn_legend
-from .predict import require_photographs
+from .predict import SCALE, require_photographs
 from .recipes import Recipe, RecipeError
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
@@ -164,7 +164,7 @@ def evaluate_weights(
         weights, rank: as for :func:`segnext.load`.
         data: the data set's folder.
         recipe: its data set, split ``val``, scale and windows are used. Without a scale (the recipes "folder" and "scratch")
-            pictures are resized to the scale that the checkpoint was trained on, if it says that.
+            pictures are shown as the checkpoint says, or at the paper's scale where it doesn't, as in prediction.
         multi_scale, flip: look at every picture in six sizes, and mirrored.
         workers: as for :func:`evaluate`.
         json_file: gets the figures.
@@ -179,7 +179,10 @@ def evaluate_weights(
         OSError: nothing can be written there.
     """
     with distributed.processes(device) as device:
+        asked = recipe.scale
         model, pairs, recipe = opened(weights, data, recipe, rank)
+        if asked is None and model.scale is None and distributed.rank() == 0:
+            print(f"{weights} does not say at which scale it was trained: pictures are resized to the paper's, {SCALE}")
         if json_file is not None and distributed.rank() == 0:
             if Path(json_file).is_dir():
                 raise RecipeError(f"{json_file} is a folder; name a file for the figures")
@@ -211,7 +214,9 @@ def opened(weights: str | Path, data: str | Path, recipe: Recipe, rank: int | No
         raise WeightsError(f"{weights} tells {model.config.num_classes} classes apart, {recipe.dataset} in {data} has {count}")
     _same_order(model.classes or pairs.classes, pairs.classes, weights, data)
     if recipe.scale is None:
-        recipe = replace(recipe, scale=model.scale)
+        own = recipe.window is not None or model.window is None
+        windows = {} if own else {"window": model.window, "stride": model.stride}
+        recipe = replace(recipe, scale=model.scale or SCALE, multiple=max(recipe.multiple, model.multiple), **windows)
     return model, pairs, recipe
 
 

@@ -15,7 +15,7 @@ from segnext_kernels.nn import NMF2D, PointwiseConv2d
 
 from .distributed import SyncBatchNorm2d
 from .heads import Hamburger, HamHead, Head
-from .model import SegNeXt, require_images
+from .model import SHOWN, SegNeXt, require_images
 from .mscan import MLP, MSCAN, Block, DropPath, LayerNorm2d, SpatialAttention
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -268,7 +268,8 @@ class FusedSegNeXt(nn.Module):
     def __init__(self, model: SegNeXt, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.dtype = model.config, dtype
-        self.classes, self.palette, self.scale = model.classes, model.palette, model.scale
+        for name in ("classes", "palette", *SHOWN):
+            setattr(self, name, getattr(model, name))
         self.backbone = FusedMSCAN(model.backbone, dtype)
         self.decode_head = FusedHead(model.decode_head, model.config.channels[1:], dtype)
         # glibc gives the memory of every large tensor back to the system, whose fresh pages then take a tenth of a small

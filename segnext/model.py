@@ -79,6 +79,9 @@ def require_images(images: Tensor, channels: int) -> None:
         raise TypeError(f"the model takes normalised images of a floating-point dtype, got {images.dtype}")
 
 
+SHOWN = ("scale", "multiple", "window", "stride")  # what a model, a recipe and a checkpoint call how pictures are shown
+
+
 class SegNeXt(nn.Module):
     """Images to class logits.
 
@@ -88,7 +91,9 @@ class SegNeXt(nn.Module):
     Attributes:
         classes: the classes' names, or None where nobody gave them.
         palette: the classes' colours as (red, green, blue) of 0..255, or None.
-        scale: (long, short) sides that the pictures it was trained on, resized, just fitted into, or None.
+        scale, multiple, window, stride: how evaluation shows it pictures, as :class:`segnext.recipes.Recipe` has them: resized
+            to just fit into (long, short) sides, or None where nobody said; both sides a multiple of a number; through a
+            sliding window (height, width), so far apart, or None.
 
     Source: SegNeXt (NeurIPS 2022); names, initialisation and behaviour of the official code, but for the decomposition's bases,
     which in evaluation are the same at every call unless ``config.bases`` is "random".
@@ -100,6 +105,9 @@ class SegNeXt(nn.Module):
         self.classes: list[str] | None = None
         self.palette: list[tuple[int, int, int]] | None = None
         self.scale: tuple[int, int] | None = None
+        self.multiple = 1
+        self.window: tuple[int, int] | None = None
+        self.stride: tuple[int, int] | None = None
         self.backbone = MSCAN(config.channels, config.depths, config.mlp_ratios, config.in_channels, config.drop_path)
         args = (config.channels[1:], config.decoder_channels, config.num_classes, config.dropout)
         if config.head == "ham":

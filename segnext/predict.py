@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from segnext_kernels import upsample_argmax
 
 from .checkpoint import check_folder
 from .data.augment import fit_factor
@@ -21,7 +20,7 @@ from .images import ImageError, image_files, read_image, write_png
 from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
 from .recipes import RecipeError
-from .views import View, resized
+from .views import MULTI_SCALE, View, label_map, resized
 from .weights import load
 
 LONGEST = 255  # bytes in the name of a file, on any file system that is common
@@ -40,6 +39,8 @@ def predict(
     rank: int | None = None,
     alpha: float = 0.5,
     short_side: int | None = None,
+    multi_scale: bool = False,
+    flip: bool = False,
     device: str | torch.device = "cpu",
 ) -> list[Path]:
     """Segments image files and the images in folders; for each writes NAME_overlay.png and NAME_mask.png, once legend.png.
@@ -50,7 +51,7 @@ def predict(
         out: folder, made if it isn't there.
         rank: of the decomposition, where the checkpoint doesn't say it.
         alpha: how much of the overlay is the classes' colour, 0..1.
-        short_side: see :func:`segment`.
+        short_side, multi_scale, flip: see :func:`segment`.
 
     Returns:
         The files that could not be read, or for which memory was too small. Each was named on stderr and skipped.
@@ -78,7 +79,7 @@ def predict(
             try:
                 image = read_image(photo)
                 with memory_told(torch.device(device), f"a smaller --short-side for {photo}"):
-                    labels = segment(model, image, short_side)
+                    labels = segment(model, image, short_side, multi_scale=multi_scale, flip=flip)
             except (ImageError, RecipeError) as error:
                 broken.append(photo)
                 bar.write(f"skipped: {error}", file=sys.stderr)
@@ -117,37 +118,53 @@ def require_photographs(config: Config, weights: str | Path) -> None:
         raise InputError(f"{weights} takes {config.in_channels} channels; photographs have 3")
 
 
-def segment(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
-    """The label map of one picture of any size.
+def segment(
+    model: nn.Module, image: Tensor, short_side: int | None = None, *, multi_scale: bool = False, flip: bool = False
+) -> Tensor:
+    """The label map of one picture of any size, which the model is shown as evaluation by its recipe does.
+
+    So the picture is resized to the scale that the model was trained on, or to the paper's where the model doesn't say that,
+    and looked at through windows where the recipe has them. Where that scale is a window's, as of iSAID, whose training
+    pictures were cut out of larger ones, pictures that are larger keep their size.
 
     Args:
         model: in eval mode; its device is used.
         image: uint8 [3, H, W].
-        short_side: the model sees the picture shrunk to this many pixels on its shorter side and at most four times as many on
-            the longer, which bounds time and memory; smaller pictures are not enlarged, 0 leaves every size as it is. None for
-            the scale that the model was trained on, to which evaluation enlarges smaller pictures too; where the model doesn't
-            say that, for 512.
+        short_side: instead of all that, the model sees the picture whole, shrunk to this many pixels on its shorter side and at
+            most four times as many on the longer, which bounds time and memory; smaller pictures are not enlarged, 0 leaves
+            every size as it is.
+        multi_scale, flip: look at the picture in six sizes, 0.5 to 1.75 times that, and mirrored.
 
     Returns:
         Labels int64 [H, W], at the full size of the picture.
     """
-    with torch.inference_mode():
-        return upsample_argmax(model(seen(model, image, short_side)), image.shape[-2:])[0]
+    view = _tested(model, image, short_side)
+    return label_map(model, image, replace(view, ratios=MULTI_SCALE if multi_scale else (1.0,), flip=flip))
 
 
 def seen(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
-    """What the model is given of a picture uint8 [3, H, W], see :func:`segment`: float32 [1, 3, h, w], on its device."""
+    """What the model is given of a picture uint8 [3, H, W] that is shown whole: float32 [1, 3, h, w], on its device."""
     return resized(image[None].to(next(model.parameters()).device), seen_size(model, image, short_side))
 
 
 def seen_size(model: nn.Module, image: Tensor, short_side: int | None = None) -> tuple[int, int]:
     """The (height, width) that :func:`seen` makes of a picture."""
-    size = tuple(image.shape[-2:])
-    trained = getattr(model, "scale", None)
-    if short_side is None and trained is not None:
-        return View(trained).size(size)
-    bound = SCALE if short_side is None else (4 * short_side, short_side)
-    return size if short_side == 0 or fit_factor(size, bound) >= 1 else View(bound).size(size)
+    return _whole(model, image, short_side).size(tuple(image.shape[-2:]))
+
+
+def _whole(model: nn.Module, image: Tensor, short_side: int | None) -> View:
+    if short_side is None:
+        return View(getattr(model, "scale", None) or SCALE, getattr(model, "multiple", 1))
+    bound = (4 * short_side, short_side)
+    return View(None if short_side == 0 or fit_factor(tuple(image.shape[-2:]), bound) >= 1 else bound)
+
+
+def _tested(model: nn.Module, image: Tensor, short_side: int | None) -> View:
+    view, window = _whole(model, image, short_side), getattr(model, "window", None)
+    if short_side is not None or window is None:
+        return view
+    larger = view.scale == window and fit_factor(tuple(image.shape[-2:]), window) < 1
+    return replace(view, scale=None if larger else view.scale, window=window, stride=model.stride)
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:

@@ -51,6 +51,7 @@ class Recipe:
     val: str | None = _about("split to evaluate on; none for no evaluation", "val")
     size: str = _about("of the model: t, s, b, l", "t")
     head: str = _about("of the model: ham, msca", "ham")
+    rank: int | None = _about("of the Ham head's decomposition; none for that of the weights, or the paper's", None)
     encoder: str | None = _about(
         "weights that the encoder starts from: imagenet for the hosted ones of the model's size, a file, or none", "imagenet"
     )
@@ -151,7 +152,7 @@ _RANGES = {
     "weight_decay": (0, math.inf), "balance": (0, math.inf),
 }  # fmt: skip
 _POSITIVE = (
-    "batch", "iterations", "seconds", "crop", "scale", "ratio", "max_share", "lr", "head_lr", "power", "log_every",
+    "rank", "batch", "iterations", "seconds", "crop", "scale", "ratio", "max_share", "lr", "head_lr", "power", "log_every",
     "save_every", "evaluate_every", "window", "stride", "multiple",
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed, recipes
-from .begin import build, class_weights, require_same, resolved
+from .begin import build, class_weights, require_same, resolved, shown
 from .data import open_dataset
 from .data.augment import augmentation
 from .data.pairs import Pairs
@@ -24,6 +24,7 @@ from .fuse import inference_model
 from .model import SegNeXt
 from .recipes import Recipe, RecipeError
 from .run import Run, last, opened
+from .signals import stop_asked
 from .trainer import Step, Trainer, can_be_graphed
 from .weights import described, load
 
@@ -73,11 +74,7 @@ def train(
         FloatingPointError: the loss is no longer finite. Checkpoints are of before.
     """
     out, stages = Path(out), tuple(stages)
-    roots = [Path(root).absolute() for root in data] * (len(stages) if len(data) == 1 else 1)
-    if len(roots) != len(stages):
-        raise RecipeError(
-            f"the recipe is {len(stages)} trainings: give one folder of data for each, or one for all, not {len(data)}"
-        )
+    roots = _roots(stages, data)
     with distributed.processes(machine.device) as device:
         if distributed.from_first(_holds_training(out)):
             raise RecipeError(f"{out} holds a training already; go on with it by --resume {out}, or choose another --out")
@@ -90,18 +87,28 @@ def train(
         return _stages(stages, roots, out, device, machine, pairs, begin)
 
 
+def _roots(stages: Sequence[Recipe], data: Sequence[str | Path]) -> list[Path]:
+    roots = [Path(root).absolute() for root in data] * (len(stages) if len(data) == 1 else 1)
+    if len(roots) != len(stages):
+        raise RecipeError(
+            f"the recipe is {len(stages)} trainings: give one folder of data for each, or one for all, not {len(data)}"
+        )
+    return roots
+
+
 def _holds_training(out: Path) -> bool:
     """Whether a checkpoint is there, or in the folder of a training of several that began there."""
     folders = [out, *(out.glob("*/") if (out / "recipe.json").exists() else ())]
     return any((folder / name).exists() for folder in folders for name in ("last.pth", "model.pth"))
 
 
-def resume(out: str | Path, **machine) -> SegNeXt | None:
+def resume(out: str | Path, data: Sequence[str | Path] = (), **machine) -> SegNeXt | None:
     """Goes on with a training that ended before its end, from its last checkpoint: with as many processes as before it ends
     with the same weights, to the bit, as if nothing had happened (on GPUs if the recipe is ``deterministic``).
 
     Args:
         out: the training's folder.
+        data: where the data sets are now, as for :func:`train`; by default where they were.
         machine: what is to be otherwise than before: ``device``, ``workers``, ``accumulate``, ``cuda_graph``.
 
     Raises:
@@ -117,7 +124,13 @@ def resume(out: str | Path, **machine) -> SegNeXt | None:
     recipes.require_fields(Machine, beside["machine"], f"{out / 'recipe.json'}: a machine")
     machine = Machine(**{**beside["machine"], **machine})
     with distributed.processes(machine.device) as device:
-        return _stages(stages, [Path(root) for root in beside["data"]], out, device, machine)
+        if not data:
+            return _stages(stages, [Path(root) for root in beside["data"]], out, device, machine)
+        roots = _roots(stages, data)
+        pairs = [open_dataset(stage.dataset, root, stage.train) for stage, root in zip(stages, roots, strict=True)]
+        if distributed.rank() == 0:
+            recipes.write(out / "recipe.json", stages, **{**beside, "data": list(map(str, roots))})
+        return _stages(stages, roots, out, device, machine, pairs)
 
 
 def _stages(
@@ -171,7 +184,7 @@ def _stage(
     if state is not None:
         require_same(state, recipe, pairs, folder, root)
     with distributed.first_here_first():
-        model = build(recipe, pairs, before) if state is None else described({**state["meta"], "scale": recipe.scale})
+        model = build(recipe, pairs, before) if state is None else described({**state["meta"], **shown(recipe)})
     with distributed.memory_told(device, _ways(recipe, machine, device)):
         trainer = Trainer(
             model.to(device),
@@ -221,24 +234,38 @@ def _loop(
         print(_headline(trainer, val), flush=True)
     if due:
         best = _look(trainer, run, val, best, machine.workers)
-    for step in with_bar(trainer, silent=run is None):
-        losses.append(step.loss)
-        ended = step.progress >= 1
-        save = step.number % recipe.save_every == 0 or ended
-        look = val is not None and (step.number % recipe.evaluate_every == 0 or ended)
-        if save or look:
-            trainer.require_finite()
-        if run is not None and (step.number % recipe.log_every == 0 or ended):
-            run.log_step(step, sum(losses) / len(losses))
-            losses.clear()
-        if run is not None and save:
-            run.save(trainer, best, losses, due=look)  # first, so that an evaluation that fails costs no steps
-        if look:
-            best = _look(trainer, run, val, best, machine.workers)
-            if run is not None and save:
-                run.save(trainer, best, losses)
-        if run is not None and look and not ended:
-            run.draw()
+    ended = look = False
+    with stop_asked() as asked:
+        try:
+            for step in with_bar(trainer, silent=run is None):
+                losses.append(step.loss)
+                ended = step.progress >= 1
+                save = step.number % recipe.save_every == 0 or ended
+                look = val is not None and (step.number % recipe.evaluate_every == 0 or ended)
+                if save or look:
+                    trainer.require_finite()
+                if run is not None and (step.number % recipe.log_every == 0 or ended):
+                    run.log_step(step, sum(losses) / len(losses))
+                    losses.clear()
+                if run is not None and save:
+                    run.save(trainer, best, losses, due=look)  # first, so that an evaluation that fails costs no steps
+                if look:
+                    best, look = _look(trainer, run, val, best, machine.workers), False
+                    if run is not None and save:
+                        run.save(trainer, best, losses)
+                    if run is not None and not ended:
+                        run.draw()
+                if asked and run is not None:  # the other processes wait for this one, and end with it
+                    break
+        except (EOFError, ConnectionError, RuntimeError):
+            if not asked:  # else it may be that the processes that read pictures were told to stop, too
+                raise
+        if asked and not ended:
+            if run is not None:
+                trainer.require_finite()
+                run.save(trainer, best, losses, due=look)
+                print(f"stopped after step {trainer.done}, which {run.folder / 'last.pth'} holds: --resume goes on", flush=True)
+            raise KeyboardInterrupt
     if run is not None:
         run.draw()
         run.save_weights(trainer, "model.pth")

@@ -132,6 +132,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "done": self.done,
+            "pictures": len(self.dataset),
             "seconds": self.seconds,
             "recipe": asdict(self.recipe),  # as it was; the folder's may be edited
         }

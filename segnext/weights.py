@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from . import hosted
 from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, plain, read, suffix, writing
 from .classifier import Classifier
 from .heads import GROUPS
-from .model import SIZES, Config, SegNeXt
+from .model import SHOWN, SIZES, Config, SegNeXt
 from .mscan import MSCAN
 
 __all__ = ["WeightsError", "load", "load_classifier", "load_encoder", "save"]
@@ -37,7 +38,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
             description where there is one, else it is the paper's.
 
     Returns:
-        The model, with ``classes``, ``palette`` and ``scale`` where the checkpoint names them.
+        The model, with ``classes``, ``palette`` and how it is shown pictures where the checkpoint names them.
 
     Raises:
         WeightsError: the checkpoint cannot be had or read, or its keys or shapes do not make a SegNeXt.
@@ -58,7 +59,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
     check(state, model, path)
     model.to_empty(device="cpu").load_state_dict(state)
     model.classes, model.palette = _legend(meta, config.num_classes)
-    model.scale = _scale(meta.get("scale"))
+    _show(model, meta)
     return model.eval()
 
 
@@ -138,20 +139,21 @@ def about(model: SegNeXt) -> dict[str, Any]:
     classes, palette, count = model.classes, model.palette, model.config.num_classes
     classes = None if classes is None else [str(name) for name in classes]
     palette = None if palette is None else [tuple(int(value) for value in colour) for colour in palette]
-    scale = None if model.scale is None else plain(tuple(model.scale))
+    values = {name: getattr(model, name) for name in SHOWN}
+    shown = {name: plain(value if np.ndim(value) == 0 else tuple(value)) for name, value in values.items()}
     found = [None if given is None else len(given) for given in (classes, palette)]
     if not {*found} <= {None, count}:
         raise ValueError(f"a model of {count} classes must have as many names and colours, got {found[0]} and {found[1]}")
     if palette is not None and not all(map(_is_colour, palette)):
         raise ValueError(f"a palette's colours must be three numbers from 0 to 255, got {palette}")
-    return {"segnext": asdict(model.config), "classes": classes, "palette": palette, "scale": scale}
+    return {"segnext": asdict(model.config), "classes": classes, "palette": palette, **shown}
 
 
 def described(meta: Mapping[str, Any]) -> SegNeXt:
     """The model, with random weights, that :func:`about` described."""
     model = SegNeXt(Config(**meta["segnext"]))
-    for name in ("classes", "palette", "scale"):
-        setattr(model, name, meta.get(name))
+    model.classes, model.palette = meta.get("classes"), meta.get("palette")
+    _show(model, meta)
     return model
 
 
@@ -236,7 +238,16 @@ def _is_colour(value: Any) -> bool:
     )
 
 
-def _scale(sides: Any) -> tuple[int, int] | None:
+def _show(model: SegNeXt, meta: Mapping[str, Any]) -> None:
+    """Gives the model what a checkpoint says of how it is shown pictures, as far as it makes sense."""
+    model.scale, multiple = _pair(meta.get("scale")), meta.get("multiple")
+    model.multiple = multiple if isinstance(multiple, int) and multiple > 0 else 1
+    window, stride = (_pair(meta.get(name)) for name in ("window", "stride"))
+    if window is not None and stride is not None:
+        model.window, model.stride = window, stride
+
+
+def _pair(sides: Any) -> tuple[int, int] | None:
     fits = isinstance(sides, (list, tuple)) and len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)
     return tuple(sides) if fits else None
 

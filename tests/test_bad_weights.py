@@ -23,7 +23,7 @@ BAD_STATES = {
         r"backbone\.block3\.0\.mlp\.fc1\.weight, .* is missing",
     ),
     "missing, size unknown": (lambda s: s.pop(STEM), f"{STEM}, which tells the model's size, is missing"),
-    "unexpected": (lambda s: s.update({"auxiliary_head.w": torch.ones(1)}), r"unexpected auxiliary_head\.w$"),
+    "unexpected": (lambda s: s.update({"another_head.w": torch.ones(1)}), r"unexpected another_head\.w$"),
     "misshapen": (lambda s: s.update({"backbone.norm2.bias": torch.ones(3)}), r"norm2\.bias \[3\] instead of \[16\]$"),
     "misshapen, size unknown": (lambda s: s.update({CONV_SEG: torch.tensor(1.0)}), f"{CONV_SEG}, .* misshapen"),
     "no channels": (lambda s: s.update({"backbone.norm1.weight": torch.ones(0)}), r"backbone\.norm1\.weight, .* misshapen"),

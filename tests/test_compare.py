@@ -47,7 +47,9 @@ def files(tmp_path_factory):
     root = folders.folder(tmp_path_factory.mktemp("compare"), train=0, val=2, size=(HEIGHT, WIDTH))
     save_segformer(root / "segformer")
     save_segformer(root / "segformer_3", 3)
-    segnext.save(small.labelling(list(folders.CLASSES)), root / "small.pth")
+    model = small.labelling(list(folders.CLASSES))
+    model.scale = (WIDTH, HEIGHT)
+    segnext.save(model, root / "small.pth")
     return root
 
 

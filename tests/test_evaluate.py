@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import segnext
 from segnext import cli
 from segnext import evaluate as evaluate_module
 from segnext.data import open_dataset
-from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, evaluate_weights, table, view_of
+from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, evaluate_weights, opened, table, view_of
 from segnext.predict import InputError
 from segnext.recipes import RECIPES, RecipeError
 from segnext.views import MULTI_SCALE, View, label_map
@@ -251,3 +252,18 @@ def test_models_of_other_channels_are_told(tmp_path, data):
     segnext.save(small.model(num_classes=10, in_channels=4), tmp_path / "four.pth")
     with pytest.raises(InputError, match="takes 4 channels; photographs have 3"):
         evaluate_weights(tmp_path / "four.pth", data, RECIPES["folder"][0])
+
+
+def test_a_checkpoint_says_how_it_is_shown_pictures(tmp_path, data, capsys, monkeypatch):
+    (recipe,) = RECIPES["folder"]
+    model = small.model(num_classes=10)
+    segnext.save(model, tmp_path / "plain.pth")
+    assert view_of(opened(tmp_path / "plain.pth", data, recipe)[2]) == View((2048, 512))
+    monkeypatch.setattr(evaluate_module, "evaluate", lambda *_, **__: Scores(torch.eye(10, dtype=torch.int64)))
+    evaluate_weights(tmp_path / "plain.pth", data, recipe)
+    assert "plain.pth does not say at which scale it was trained" in capsys.readouterr().out
+    model.scale, model.multiple, model.window, model.stride = (64, 32), 4, (16, 24), (8, 8)
+    segnext.save(model, tmp_path / "windows.pth")
+    assert view_of(opened(tmp_path / "windows.pth", data, recipe)[2]) == View((64, 32), 4, (16, 24), (8, 8))
+    given = replace(recipe, scale=(40, 20), window=(9, 9), stride=(9, 9))
+    assert view_of(opened(tmp_path / "windows.pth", data, given)[2]) == View((40, 20), 1, (9, 9), (9, 9))

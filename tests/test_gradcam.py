@@ -29,7 +29,9 @@ def picture(height: int = 64, width: int = 96) -> torch.Tensor:
 
 
 def segmenter(**changes) -> segnext.SegNeXt:
-    return small.labelling(CLASSES, **changes)
+    model = small.labelling(CLASSES, **changes)
+    model.scale = (96, 64)  # that of the pictures here
+    return model
 
 
 def classifier(num_classes: int = 7) -> Classifier:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from segnext import SegNeXt, WeightsError, load, save, views
 from segnext import predict as predict_module
+from segnext.cli import main
 from segnext.images import normalise, read_image
 from segnext.palette import generated_palette
 from segnext.predict import InputError, find_images, predict, seen_size, segment, unique_names
@@ -38,7 +39,7 @@ def files(folder) -> set[str]:
 @pytest.mark.parametrize("ending", ["jpg", "png"])
 def test_writes_overlay_mask_and_legend(tmp_path, weights, size, ending):
     small.photo(*size).save(tmp_path / f"street.{ending}")
-    assert predict([tmp_path / f"street.{ending}"], weights, tmp_path / "new" / "out") == []
+    assert predict([tmp_path / f"street.{ending}"], weights, tmp_path / "new" / "out", short_side=0) == []
     out = tmp_path / "new" / "out"
     assert files(out) == {"street_overlay.png", "street_mask.png", "legend.png"}
     mask, shown = Image.open(out / "street_mask.png"), Image.open(out / "street_overlay.png")
@@ -95,7 +96,7 @@ def test_too_large_a_picture_is_skipped(tmp_path, weights, capsys, monkeypatch, 
     for name, side in (("large", 40), ("small", 32)):
         Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
 
-    def segment(model, image, short_side):
+    def segment(model, image, *_, **__):
         if image.shape[1] == 40:
             raise error
         return torch.zeros(image.shape[1:], dtype=torch.int64)
@@ -213,3 +214,33 @@ def test_short_side_bounds_what_the_model_sees(short_side, seen):
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
     labels = segment(model, torch.zeros(3, 90, 121, dtype=torch.uint8), short_side)
     assert sizes == [seen] and labels.shape == (90, 121)
+
+
+def test_windows_of_the_checkpoint(tmp_path):
+    """A picture is shown as evaluation by the recipe shows it, and whole where a short side is given."""
+    picture = torch.from_numpy(np.array(small.photo(90, 121))).permute(2, 0, 1)
+    save(small_model(scale=(96, 64), multiple=8, window=(32, 40), stride=(20, 24)), tmp_path / "w.pth")
+    model = load(tmp_path / "w.pth")
+    assert (model.scale, model.multiple, model.window, model.stride) == ((96, 64), 8, (32, 40), (20, 24))
+    for flags in ({}, {"multi_scale": True}, {"flip": True}):
+        view = View((96, 64), 8, (32, 40), (20, 24), views.MULTI_SCALE if "multi_scale" in flags else (1.0,), "flip" in flags)
+        assert torch.equal(segment(model, picture, **flags), views.label_map(model, picture, view))
+    assert torch.equal(segment(model, picture, 50), views.label_map(model, picture, View((200, 50))))
+
+
+def test_pictures_larger_than_cut_ones_keep_their_size():
+    model, sizes = small_model(scale=(48, 48), window=(48, 48), stride=(32, 32)), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    segment(model, torch.zeros(3, 90, 121, dtype=torch.uint8))
+    assert sizes == [(48, 48)] * 3 * 4
+    sizes.clear()
+    segment(model, torch.zeros(3, 24, 20, dtype=torch.uint8))
+    assert sizes == [(48, 40)]
+
+
+def test_flip_and_sizes_by_the_command(tmp_path, weights, monkeypatch):
+    small.photo(40, 60).save(tmp_path / "a.png")
+    seen = []
+    monkeypatch.setattr(predict_module, "label_map", lambda model, image, view: seen.append(view) or torch.zeros(40, 60).long())
+    assert main(["predict", str(tmp_path / "a.png"), "--weights", str(weights), "--out", str(tmp_path / "out"), "--flip"]) == 0
+    assert seen[0].flip and seen[0].ratios == (1.0,)

@@ -32,7 +32,9 @@ LIMIT = 100_000
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "small.pth"
-    save(small.labelling(CLASSES), path)
+    model = small.labelling(CLASSES)
+    model.scale = (56, 40)
+    save(model, path)
     return path
 
 
@@ -227,3 +229,26 @@ def test_a_port_in_use(weights, capsys):
     assert "cannot be used: Address already in use; --port names another" in capsys.readouterr().err
     assert main(["serve", "--weights", str(weights), "--port", "70000"]) == 2
     assert "port 70000 cannot be used: ports end at 65535" in capsys.readouterr().err
+
+
+def test_the_mask_has_the_size_of_the_file(client, session):
+    added = send(client, small.encoded(Image.new("RGB", (SHOWN_SIDE + 100, 10), "grey"))).json()
+    assert (added["width"], added["original"]) == (SHOWN_SIDE, [SHOWN_SIDE + 100, 10])
+    mask = Image.open(BytesIO(client.get(f"api/photos/{added['key']}/mask.png").content))
+    assert mask.size == (SHOWN_SIDE + 100, 10)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (torch.OutOfMemoryError("x"), 507, "the memory of cpu is too small; try a smaller --short-side"),
+        (ValueError("x"), 500, "the server failed: ValueError"),
+    ],
+)
+def test_failures_are_told_as_everything_else(client, session, monkeypatch, error, status, says):
+    def fail(images):
+        raise error
+
+    monkeypatch.setattr(session.fast, "forward", fail)
+    answer = send(client, small.encoded(Image.new("RGB", (30, 20), "grey")))
+    assert (answer.status_code, answer.json()) == (status, {"detail": says})

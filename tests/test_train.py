@@ -580,3 +580,68 @@ def test_data_errors_come_before_training(tmp_path, data):
     with pytest.raises(DataError, match="scene_1.png: there is no mask"):
         train([SHORT], [data], tmp_path / "run", HERE)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_training_that_is_asked_to_stop_loses_no_step(tmp_path, data, trained, monkeypatch, capsys, number):
+    before, log_step = signal.getsignal(number), run.Run.log_step
+
+    def ask(self, step, loss):
+        log_step(self, step, loss)
+        if step.number == 4:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(run.Run, "log_step", ask)
+    with pytest.raises(KeyboardInterrupt):
+        train([replace(SHORT, save_every=100)], [data], tmp_path / "run", HERE)
+    assert signal.getsignal(number) == before
+    assert f"stopped after step 4, which {tmp_path / 'run' / 'last.pth'} holds: --resume goes on" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["done"] == 4
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert same(weights(tmp_path / "run" / "model.pth"), weights(trained / "model.pth"))
+
+
+def test_a_second_signal_stops_at_once(tmp_path, data, monkeypatch):
+    def ask(self, step, loss):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(run.Run, "log_step", ask)
+    with pytest.raises(KeyboardInterrupt):
+        train([replace(SHORT, save_every=100)], [data], tmp_path / "run", HERE)
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_data_that_were_moved(tmp_path, data, trained, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Run, "log_step", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            train([SHORT], [data], out, HERE)
+    data.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="no such folder"):
+        resume(out)
+    with pytest.raises(DataError, match="no such folder"):
+        resume(out, [tmp_path / "nowhere"])
+    assert cli.main(["train", "--resume", str(out), "--data", str(tmp_path / "moved")]) == 0
+    assert json.loads((out / "recipe.json").read_text())["data"] == [str(tmp_path / "moved")]
+    assert same(weights(out / "model.pth"), weights(trained / "model.pth"))
+
+
+def test_other_pictures_are_told(tmp_path, data, capsys):
+    out, pictures = tmp_path / "run", sorted((data / "train" / "images").iterdir())
+    train([SHORT], [data], out, HERE)
+    (out / "model.pth").unlink()
+    (data / "train" / "masks" / pictures[0].name).with_suffix(".png").unlink()
+    pictures[0].unlink()
+    resume(out)
+    told = f"has {len(pictures) - 1} pictures where it had {len(pictures)}: they come in another order"
+    assert told in capsys.readouterr().out
+
+
+def test_the_rank_can_be_given(tmp_path, data):
+    pairs, file = open_dataset("folder", data, "train"), tmp_path / "w.pth"
+    segnext.save(segnext.create("t", 10), file)
+    assert build(replace(SHORT, rank=5), pairs).config.rank == 5
+    assert build(replace(SHORT, rank=7, weights=str(file)), pairs).config.rank == 7

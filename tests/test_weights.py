@@ -322,3 +322,14 @@ def test_what_is_saved_can_be_loaded(tmp_path):
     with pytest.raises(TypeError, match="^save: model must be a SegNeXt, got FusedSegNeXt$"):
         segnext.save(segnext.fuse(model), tmp_path / "fused.pth")
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_second_head_and_missing_counters(tmp_path):
+    """As mmsegmentation trains some models with, and as PyTorch wrote batch norms before it counted."""
+    model = small.model()
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert len(state) < len(model.state_dict())
+    torch.save({"state_dict": {**state, "auxiliary_head.conv_seg.weight": torch.ones(3)}}, tmp_path / "w.pth")
+    loaded = segnext.load(tmp_path / "w.pth").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    assert all(loaded[key] == 0 for key in loaded.keys() - state.keys())

@@ -29,9 +29,14 @@ def add(commands) -> None:
         "--short-side",
         type=options.count,
         metavar="PIXELS",
-        help="larger photographs are shown to the network shrunk to this on the shorter side, which bounds time and memory;"
-        " 0 for never (default: all are resized to what the checkpoint was trained on; where it doesn't say that, 512)",
+        help="larger photographs are shown to the network whole, shrunk to this on the shorter side, which bounds time and"
+        " memory; 0 for never (default: as evaluation shows them, resized to what the checkpoint was trained on, or to 512"
+        " where it doesn't say that, and through the windows of its recipe)",
     )
+    predict.add_argument(
+        "--multi-scale", action="store_true", help="look at every photograph in six sizes, 0.5 to 1.75 times that"
+    )
+    predict.add_argument("--flip", action="store_true", help="and mirrored")
     add_device(predict)
 
     demo = command(commands, "demo", _demo, "train from scratch on drawn scenes or on your photographs, and look at it")

@@ -103,7 +103,7 @@ def image_size(text: str, least: int = 1) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _pair(text: str) -> tuple[int, int]:
+def pair(text: str) -> tuple[int, int]:
     parts = text.split("x")
     if len(parts) != 2 or not all(map(str.isdecimal, parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers, as 512x512")
@@ -188,7 +188,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": lambda text: number(int, text),
     "float": lambda text: number(float, text),
-    "Pair": _pair,
+    "Pair": pair,
     "tuple[float, float]": _two_numbers,
 }
 _METAVARS = {"str": "NAME", "int": "N", "float": "X", "Pair": "HxW", "tuple[float, float]": "X,X"}

@@ -11,6 +11,7 @@ from . import options
 from .options import command
 
 RECIPE = "folder"  # unless another is named
+SHOWN = {"scale": "LONGxSHORT", "window": "HxW", "stride": "HxW"}  # how evaluation shows pictures
 
 
 def add(commands) -> None:
@@ -59,6 +60,9 @@ def add(commands) -> None:
         "--multi-scale", action="store_true", help="look at every picture in six sizes, 0.5 to 1.75 times the recipe's"
     )
     evaluate.add_argument("--flip", action="store_true", help="and mirrored")
+    for name, metavar in SHOWN.items():
+        text = f"instead of the recipe's {name}"
+        evaluate.add_argument(f"--{name}", type=options.pair, metavar=metavar, default=argparse.SUPPRESS, help=text)
     evaluate.add_argument("--json", type=Path, metavar="FILE", dest="json_file", help="writes the figures there")
     evaluate.add_argument(
         "--save-pictures",
@@ -90,11 +94,12 @@ def _train(
     given = {"workers": workers, "accumulate": accumulate, "cuda_graph": cuda_graph, "device": device}
     given = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
-        if recipe or data or out or fields:
+        if recipe or out or fields:
             raise recipes.RecipeError(
-                "--resume goes by the folder's own recipe, data and place: give nothing else but the machine's options"
+                "--resume goes by the folder's own recipe and place: give nothing else but --data, where that was moved, and"
+                " the machine's options"
             )
-        train.resume(resume, **given)
+        train.resume(resume, data or (), **given)
         return 0
     if not data:
         raise recipes.RecipeError("give --data ROOT, or --resume RUN")
@@ -111,9 +116,10 @@ def _evaluate(recipe: str, split: str | None, device: str | None, **given) -> in
     from ..evaluate import evaluate_weights
 
     chosen = recipes.tested(recipe)
+    shown = {name: given.pop(name) for name in SHOWN if name in given}
     if split is None and recipes.recipes(recipe)[-1].val is None:
         print(f"{recipe} trains on {chosen.train} and evaluates nothing; if that has pictures of val, the figures are too good")
-    evaluate_weights(recipe=replace(chosen, val=split or chosen.val), device=device or options.best_device(), **given)
+    evaluate_weights(recipe=replace(chosen, val=split or chosen.val, **shown), device=device or options.best_device(), **given)
     return 0
 
 

@@ -98,7 +98,9 @@ class Memory(Dataset):
 def require_same_size(image: Tensor, labels: Tensor, mask_file: Any) -> None:
     """Raises a DataError where an image [3, H, W] and its labels [H, W] differ in size."""
     if image.shape[1:] != labels.shape:
-        raise DataError(f"{mask_file}: the mask is {_size(labels)} pixels, its image {_size(image)}")
+        turned = tuple(image.shape[:0:-1]) == tuple(labels.shape)
+        hint = "; cameras note in EXIF that an image is to be turned, and it is, but a mask without that note is not"
+        raise DataError(f"{mask_file}: the mask is {_size(labels)} pixels, its image {_size(image)}{hint if turned else ''}")
 
 
 def _size(picture: Tensor) -> str:

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from ..gradcam import LAYERS
 from ..images import ImageError
+from ..recipes import RecipeError
 from .session import Gone, Session
 
 PAGE = Path(__file__).parent / "page"
@@ -57,6 +58,16 @@ def create_app(session: Session, most_bytes: int) -> FastAPI:
     @app.exception_handler(Gone)
     async def gone(_: Request, error: Gone) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 404)
+
+    @app.exception_handler(RecipeError)
+    async def too_large(_: Request, error: RecipeError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 507)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(
+            {"detail": f"the server failed: {type(error).__name__}"}, 500, HEADERS
+        )  # and says more where it runs
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, error: ClientDisconnect) -> Response:

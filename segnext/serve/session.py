@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from segnext_kernels import upsample_argmax
 
+from ..distributed import memory_told
 from ..figure import model_title
 from ..fuse import FusedSegNeXt, inference_model
 from ..gradcam import heat_image, heat_map
@@ -91,7 +92,7 @@ class Session:
         image = shrunk(original, SHOWN_SIDE)
         images = seen(self.fast, original, self.short_side)
         laps.lap("resize, normalise")
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_told(self.device, "a smaller --short-side"):
             logits = timed(self.fast, images, laps)
             labels = upsample_argmax(logits, image.shape[-2:])[0].to(torch.uint8).cpu().numpy()
         laps.lap("labels")
@@ -119,10 +120,12 @@ class Session:
 
     def heat(self, photo: Photo, category: int, layer: str, pixel: tuple[int, int] | None) -> Image.Image:
         """Grad-CAM's map of a class over the photograph; with a pixel, of the region around it."""
-        return heat_image(photo.image, heat_map(self.model, photo.image, category, layer, pixel, self.short_side))
+        with memory_told(self.device, "a smaller --short-side"):
+            return heat_image(photo.image, heat_map(self.model, photo.image, category, layer, pixel, self.short_side))
 
     def mask(self, photo: Photo) -> Image.Image:
-        return mask_image(torch.from_numpy(photo.labels), self.palette)
+        """Index-colour, at the full size of the file, which may be larger than what the page shows."""
+        return mask_image(upsample_argmax(photo.logits, photo.original)[0], self.palette)
 
     def picture(self, photo: Photo) -> Image.Image:
         return photo_image(photo.image)
