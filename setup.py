@@ -15,7 +15,7 @@ from setuptools.command.build_py import build_py
 COMPILE_VARIABLE = "SEGNEXT_KERNELS_COMPILE"  # 0: install without compiled kernels
 INTERFACE = "-DSEGNEXT_" + re.search(r"(?m)^INTERFACE = \d+", Path("segnext_kernels/_load.py").read_text())[0].replace(" ", "")
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
-FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-ffp-contract=fast"]
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi", "-ffp-contract=fast"]
 FLAGS += ["-g0"]  # Python's own flags ask for debug information: 10 of 12 MB, and a fifth of the time
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]

@@ -46,20 +46,23 @@ class FreeBlocks {
   };
 
   static Block take(size_t size) {
-    FreeBlocks& free = mine();
-    for (int i = free.count_ - 1; i >= 0; --i) {
-      if (free.blocks_[i].size >= size && free.blocks_[i].size <= 2 * size) return free.remove(i);
+    for (Block& kept : mine().blocks_) {
+      if (kept.size < size || kept.size > 2 * size) continue;
+      mine().total_ -= kept.size;
+      return std::exchange(kept, {});
     }
     return {::operator new(size, kAlignment), size};
   }
 
-  // Where there is no room for it, those go that have waited longest: they are of sizes that calls no longer have.
   static void give(Block block) {
     FreeBlocks& free = mine();
-    if (!kKeep || block.size > kMost) return ::operator delete(block.data, kAlignment);
-    while (free.count_ == kCount || free.total_ + block.size > kMost) ::operator delete(free.remove(0).data, kAlignment);
-    free.blocks_[free.count_++] = block;
-    free.total_ += block.size;
+    for (Block& kept : free.blocks_) {
+      if (!kKeep || kept.data != nullptr || free.total_ + block.size > kMost) continue;
+      kept = block;
+      free.total_ += block.size;
+      return;
+    }
+    free.keep_instead(block);
   }
 
  private:
@@ -68,27 +71,32 @@ class FreeBlocks {
 #else
   static constexpr bool kKeep = true;
 #endif
-  static constexpr size_t kMost = 64 << 20;
-  static constexpr int kCount = 16;
+  static constexpr size_t kMost = 64 << 20, kCount = 16;
   static constexpr std::align_val_t kAlignment{64};
+
+  // Where there is no room for a block, others go, each in its turn: they may be of sizes that no call has any longer.
+  SEGNEXT_ALONE void keep_instead(Block block) {
+    if (!kKeep || block.size > kMost) return ::operator delete(block.data, kAlignment);
+    Block* place = nullptr;
+    do {
+      place = &blocks_[turn_++ % kCount];
+      total_ -= place->size;
+      ::operator delete(std::exchange(*place, {}).data, kAlignment);
+    } while (total_ + block.size > kMost);
+    *place = block;
+    total_ += block.size;
+  }
 
   static FreeBlocks& mine() {
     thread_local FreeBlocks blocks;
     return blocks;
   }
   ~FreeBlocks() {
-    while (count_ > 0) ::operator delete(remove(0).data, kAlignment);
-  }
-  Block remove(int i) {
-    const Block block = blocks_[i];
-    std::copy(blocks_ + i + 1, blocks_ + count_--, blocks_ + i);
-    total_ -= block.size;
-    return block;
+    for (Block& kept : blocks_) ::operator delete(kept.data, kAlignment);
   }
 
-  Block blocks_[kCount];  // the oldest first
-  int count_ = 0;
-  size_t total_ = 0;
+  Block blocks_[kCount] = {};
+  size_t total_ = 0, turn_ = 0;
 };
 
 // Aligned scratch memory that frees itself.
