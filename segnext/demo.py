@@ -23,11 +23,11 @@ from .data import Memory, Scenes, open_dataset
 from .data.augment import augmentation
 from .evaluate import Scores, evaluate, table
 from .images import write_png
+from .loop import fit
 from .model import create
 from .palette import Colour, comparison, legend, photo_image
 from .predict import segment
 from .recipes import RECIPES
-from .train import fit
 from .weights import save
 
 (SCRATCH,) = RECIPES["scratch"]

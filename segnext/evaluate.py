@@ -214,8 +214,7 @@ def opened(weights: str | Path, data: str | Path, recipe: Recipe, rank: int | No
         raise WeightsError(f"{weights} tells {model.config.num_classes} classes apart, {recipe.dataset} in {data} has {count}")
     _same_order(model.classes or pairs.classes, pairs.classes, weights, data)
     if recipe.scale is None:
-        own = recipe.window is not None or model.window is None
-        windows = {} if own else {"window": model.window, "stride": model.stride}
+        windows = {"window": model.window, "stride": model.stride} if recipe.window is None else {}
         recipe = replace(recipe, scale=model.scale or SCALE, multiple=max(recipe.multiple, model.multiple), **windows)
     return model, pairs, recipe
 

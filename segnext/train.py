@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from . import distributed, recipes
 from .begin import build, class_weights, require_same, resolved, shown
@@ -19,16 +15,13 @@ from .data import open_dataset
 from .data.augment import augmentation
 from .data.pairs import Pairs
 from .data.workers import deaths_told
-from .evaluate import Scores, algorithms, evaluate, view_of
-from .fuse import inference_model
+from .evaluate import algorithms
+from .loop import loop
 from .model import SegNeXt
 from .recipes import Recipe, RecipeError
-from .run import Run, last, opened
-from .signals import stop_asked
-from .trainer import Step, Trainer, can_be_graphed
+from .run import last, opened
+from .trainer import Trainer, can_be_graphed
 from .weights import described, load
-
-SMOOTHED = 20  # steps over which the shown loss is a mean
 
 
 @dataclass(frozen=True)
@@ -208,7 +201,7 @@ def _stage(
         with deaths_told(), opened(folder, trainer.done, due) if distributed.rank() == 0 else nullcontext() as run:
             if run is not None and begin is not None:
                 begin()
-            _loop(trainer, run, val, best, losses, due, machine)
+            loop(trainer, run, val, best, losses, due, machine.workers)
 
 
 def _ways(recipe: Recipe, machine: Machine, device: torch.device) -> str:
@@ -217,118 +210,3 @@ def _ways(recipe: Recipe, machine: Machine, device: torch.device) -> str:
     parts = next((n for n in range(machine.accumulate + 1, share + 1) if share % n == 0), None)
     first = "a smaller --batch or --crop" if parts is None else f"--accumulate {parts}"
     return first + (", or --no-cuda-graph" if machine.cuda_graph and can_be_graphed(device) else "")
-
-
-def _loop(
-    trainer: Trainer, run: Run | None, val: Pairs | None, best: float, losses: list[float], due: bool, machine: Machine
-) -> None:
-    """Trains to the end; the first process, which has the run, keeps the records.
-
-    Args:
-        best: the largest mIoU so far.
-        losses: of the steps since the last line of train.csv.
-        due: whether the evaluation of the last step has not been.
-    """
-    recipe = trainer.recipe
-    if run is not None and trainer.done == 0:
-        print(_headline(trainer, val), flush=True)
-    if due:
-        best = _look(trainer, run, val, best, machine.workers)
-    ended = look = False
-    with stop_asked() as asked:
-        try:
-            for step in with_bar(trainer, silent=run is None):
-                losses.append(step.loss)
-                ended = step.progress >= 1
-                save = step.number % recipe.save_every == 0 or ended
-                look = val is not None and (step.number % recipe.evaluate_every == 0 or ended)
-                if save or look:
-                    trainer.require_finite()
-                if run is not None and (step.number % recipe.log_every == 0 or ended):
-                    run.log_step(step, sum(losses) / len(losses))
-                    losses.clear()
-                if run is not None and save:
-                    run.save(trainer, best, losses, due=look)  # first, so that an evaluation that fails costs no steps
-                if look:
-                    best, look = _look(trainer, run, val, best, machine.workers), False
-                    if run is not None and save:
-                        run.save(trainer, best, losses)
-                    if run is not None and not ended:
-                        run.draw()
-                if asked and run is not None:  # the other processes wait for this one, and end with it
-                    break
-        except (EOFError, ConnectionError, RuntimeError):
-            if not asked:  # else it may be that the processes that read pictures were told to stop, too
-                raise
-        if asked and not ended:
-            if run is not None:
-                trainer.require_finite()
-                run.save(trainer, best, losses, due=look)
-                print(f"stopped after step {trainer.done}, which {run.folder / 'last.pth'} holds: --resume goes on", flush=True)
-            raise KeyboardInterrupt
-    if run is not None:
-        run.draw()
-        run.save_weights(trainer, "model.pth")
-        print(f"wrote {run.folder / 'model.pth'}" + (f" and {run.folder / 'best.pth'} (mIoU {best:.3f})" if best >= 0 else ""))
-
-
-def _look(trainer: Trainer, run: Run | None, val: Pairs, best: float, workers: int) -> float:
-    """Evaluates, and keeps the scores and the best weights; the best mIoU."""
-    scores = _evaluated(trainer, val, workers)
-    if run is not None:
-        tqdm.write(f"step {trainer.done}: {scores} on {len(val)} pictures of {trainer.recipe.val}")
-        run.log_scores(trainer.done, scores)
-        if scores.miou > best:
-            run.save_weights(trainer, "best.pth")
-    return max(best, scores.miou)
-
-
-def _evaluated(trainer: Trainer, val: Pairs, workers: int) -> Scores:
-    distributed.share_buffers(trainer.model)
-    model = inference_model(trainer.model.eval(), trainer.device)
-    workers = workers if trainer.device.type == "cuda" else 0
-    with distributed.memory_told(trainer.device, "a smaller --scale, --window and --stride for evaluation, or --val none"):
-        view, progress = view_of(trainer.recipe), distributed.rank() == 0
-        return evaluate(model, val, len(val.classes), view, workers=workers, progress=progress)
-
-
-def with_bar(trainer: Trainer, silent: bool = False):
-    """The trainer's steps, with a bar that shows how much is done, the loss, and the share of time spent waiting for data."""
-    recipe = trainer.recipe
-    total, unit = (recipe.iterations, "steps") if recipe.seconds is None else (recipe.seconds, "s")
-    layout = f"training {{percentage:3.0f}}% |{{bar}}| {{n:.0f}}/{{total:.0f}} {unit} [{{elapsed}}<{{remaining}}]{{postfix}}"
-    recent: list[Step] = []
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds; in a file every update is a line
-    with tqdm(total=total, initial=trainer.progress * total, bar_format=layout, mininterval=every, disable=silent) as bar:
-        for step in trainer.steps():
-            recent = [*recent[1 - SMOOTHED :], step]
-            waited = sum(one.waited for one in recent) / sum(one.seconds for one in recent)
-            loss = sum(one.loss for one in recent) / len(recent)
-            bar.set_postfix(loss=f"{loss:.3f}", step=step.number, data=f"{waited:.0%}", refresh=False)
-            bar.update(step.progress * total - bar.n)
-            yield step
-
-
-def fit(
-    model: nn.Module, dataset: Dataset, recipe: Recipe, *, augment=None, class_weights: Tensor | None = None
-) -> list[float]:
-    """Trains a model in place, without a folder, and leaves it in eval mode; see :class:`segnext.trainer.Trainer`.
-
-    Returns:
-        The loss of every step.
-    """
-    trainer = Trainer(model, dataset, recipe, augment=augment, class_weights=class_weights)
-    losses = [step.loss for step in with_bar(trainer)]
-    model.eval()
-    return losses
-
-
-def _headline(trainer: Trainer, val: Pairs | None) -> str:
-    recipe = trainer.recipe
-    length = f"{recipe.iterations} steps" if recipe.seconds is None else f"{recipe.seconds:.0f} s"
-    processes = "" if distributed.world() == 1 else f", {distributed.world()} processes"
-    return (
-        f"SegNeXt-{recipe.size.upper()} on {len(trainer.dataset)} pictures of {recipe.dataset} ({recipe.train})"
-        f"{'' if val is None else f', evaluated on {len(val)} ({recipe.val})'}: {length} of {recipe.batch} at"
-        f" {recipe.crop[0]}x{recipe.crop[1]}, {recipe.precision}, on {trainer.device}{processes}"
-    )

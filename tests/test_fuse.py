@@ -15,9 +15,9 @@ import segnext
 from segnext import distributed
 from segnext.data import Scenes
 from segnext.images import normalise
+from segnext.loop import fit
 from segnext.mscan import Block
 from segnext.recipes import Recipe
-from segnext.train import fit
 
 HEADS = ("ham", "msca")
 SCENE = (64, 96)

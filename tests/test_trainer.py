@@ -20,9 +20,9 @@ from segnext.data import Scenes
 from segnext.data.augment import augmentation
 from segnext.evaluate import evaluate
 from segnext.images import ImageError
+from segnext.loop import fit
 from segnext.optimizer import parameter_groups
 from segnext.recipes import Recipe, RecipeError
-from segnext.train import fit
 from segnext.trainer import Trainer, pixel_loss, precision
 
 SCENES = Scenes(8, (32, 48))

@@ -65,9 +65,7 @@ def create_app(session: Session, most_bytes: int) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(
-            {"detail": f"the server failed: {type(error).__name__}"}, 500, HEADERS
-        )  # and says more where it runs
+        return JSONResponse({"detail": f"the server failed: {type(error).__name__}"}, 500, HEADERS)
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, error: ClientDisconnect) -> Response:
