@@ -17,8 +17,8 @@ from .data.loader import mixed_seed, one_by_one
 from .data.pairs import DataError, Pairs
 from .data.workers import deaths_told
 from .images import image_size
-from .model import SHOWN, SegNeXt, create
-from .recipes import Recipe, RecipeError
+from .model import SegNeXt, create
+from .recipes import SHOWN, Recipe, RecipeError
 from .trainer import precision
 from .weights import WeightsError, check, load, load_encoder
 

@@ -19,9 +19,9 @@ from .data.pairs import require_same_size
 from .figure import at_width, figure, fitting_legend, model_title, require_new_png
 from .fuse import inference_model
 from .images import read_image, write_png
-from .model import SHOWN
 from .palette import IGNORED, generated_palette, overlay, photo_image
 from .predict import InputError, class_names, require_photographs, seen_size, segment
+from .recipes import SHOWN
 from .weights import load
 
 SEGFORMERS = {

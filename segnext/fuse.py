@@ -15,8 +15,9 @@ from segnext_kernels.nn import NMF2D, PointwiseConv2d
 
 from .distributed import SyncBatchNorm2d
 from .heads import Hamburger, HamHead, Head
-from .model import SHOWN, SegNeXt, require_images
+from .model import SegNeXt, require_images
 from .mscan import MLP, MSCAN, Block, DropPath, LayerNorm2d, SpatialAttention
+from .recipes import SHOWN
 
 DTYPES = (torch.float32, torch.bfloat16)
 ALIKE = ((nn.Conv2d, PointwiseConv2d), (nn.BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm))  # in evaluation

@@ -79,9 +79,6 @@ def require_images(images: Tensor, channels: int) -> None:
         raise TypeError(f"the model takes normalised images of a floating-point dtype, got {images.dtype}")
 
 
-SHOWN = ("scale", "multiple", "window", "stride")  # what a model, a recipe and a checkpoint call how pictures are shown
-
-
 class SegNeXt(nn.Module):
     """Images to class logits.
 

@@ -156,6 +156,8 @@ _POSITIVE = (
     "save_every", "evaluate_every", "window", "stride", "multiple",
 )  # fmt: skip
 
+SHOWN = ("scale", "multiple", "window", "stride")  # how evaluation shows pictures; models and checkpoints call it so, too
+
 _VOC = Recipe(dataset="pascal-voc", train="trainaug", iterations=80_000)
 _CONTEXT = Recipe(
     dataset="pascal-context-59", iterations=80_000, crop=(480, 480), scale=(520, 520), window=(480, 480), stride=(320, 320)

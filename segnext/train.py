@@ -117,13 +117,12 @@ def resume(out: str | Path, data: Sequence[str | Path] = (), **machine) -> SegNe
     recipes.require_fields(Machine, beside["machine"], f"{out / 'recipe.json'}: a machine")
     machine = Machine(**{**beside["machine"], **machine})
     with distributed.processes(machine.device) as device:
-        if not data:
-            return _stages(stages, [Path(root) for root in beside["data"]], out, device, machine)
-        roots = _roots(stages, data)
-        pairs = [open_dataset(stage.dataset, root, stage.train) for stage, root in zip(stages, roots, strict=True)]
-        if distributed.rank() == 0:
+        roots = _roots(stages, data or beside["data"])
+
+        def begin() -> None:
             recipes.write(out / "recipe.json", stages, **{**beside, "data": list(map(str, roots))})
-        return _stages(stages, roots, out, device, machine, pairs)
+
+        return _stages(stages, roots, out, device, machine, begin=begin if data else None)
 
 
 def _stages(
@@ -143,7 +142,8 @@ def _stages(
         if not distributed.from_first(finished.exists()):
             data = pairs[i] if pairs else open_dataset(recipe.dataset, root, recipe.train)
             with algorithms(recipe.deterministic), _kernels_tuned(not recipe.deterministic):
-                _stage(recipe, data, root, folder, before, device, machine, begin if i == 0 else None)
+                _stage(recipe, data, root, folder, before, device, machine, begin)
+            begin = None
         elif distributed.rank() == 0:
             print(f"{folder} is trained to its end")
         distributed.barrier()

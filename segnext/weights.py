@@ -19,8 +19,9 @@ from . import hosted
 from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, plain, read, suffix, writing
 from .classifier import Classifier
 from .heads import GROUPS
-from .model import SHOWN, SIZES, Config, SegNeXt
+from .model import SIZES, Config, SegNeXt
 from .mscan import MSCAN
+from .recipes import SHOWN
 
 __all__ = ["WeightsError", "load", "load_classifier", "load_encoder", "save"]
 

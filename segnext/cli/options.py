@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
@@ -103,7 +103,7 @@ def image_size(text: str, least: int = 1) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def pair(text: str) -> tuple[int, int]:
+def _pair(text: str) -> tuple[int, int]:
     parts = text.split("x")
     if len(parts) != 2 or not all(map(str.isdecimal, parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers, as 512x512")
@@ -147,10 +147,10 @@ def device(text: str) -> str:
     return text
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of a recipe; those that are given end up in the namespace, the others don't."""
-    group = parser.add_argument_group("fields of the recipe, to train otherwise than it says")
-    for field in fields(Recipe):
+def add_recipe(parser: argparse.ArgumentParser, purpose: str = "train", names: Sequence[str] | None = None) -> None:
+    """An option for every field of a recipe, or for those named; what is given ends up in the namespace, the rest doesn't."""
+    group = parser.add_argument_group(f"fields of the recipe, to {purpose} otherwise than it says")
+    for field in (field for field in fields(Recipe) if names is None or field.name in names):
         flag, help = f"--{field.name.replace('_', '-')}", field.metadata["help"]
         if field.type == "bool":
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
@@ -188,7 +188,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": lambda text: number(int, text),
     "float": lambda text: number(float, text),
-    "Pair": pair,
+    "Pair": _pair,
     "tuple[float, float]": _two_numbers,
 }
 _METAVARS = {"str": "NAME", "int": "N", "float": "X", "Pair": "HxW", "tuple[float, float]": "X,X"}

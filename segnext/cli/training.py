@@ -11,7 +11,6 @@ from . import options
 from .options import command
 
 RECIPE = "folder"  # unless another is named
-SHOWN = {"scale": "LONGxSHORT", "window": "HxW", "stride": "HxW"}  # how evaluation shows pictures
 
 
 def add(commands) -> None:
@@ -60,9 +59,6 @@ def add(commands) -> None:
         "--multi-scale", action="store_true", help="look at every picture in six sizes, 0.5 to 1.75 times the recipe's"
     )
     evaluate.add_argument("--flip", action="store_true", help="and mirrored")
-    for name, metavar in SHOWN.items():
-        text = f"instead of the recipe's {name}"
-        evaluate.add_argument(f"--{name}", type=options.pair, metavar=metavar, default=argparse.SUPPRESS, help=text)
     evaluate.add_argument("--json", type=Path, metavar="FILE", dest="json_file", help="writes the figures there")
     evaluate.add_argument(
         "--save-pictures",
@@ -74,6 +70,7 @@ def add(commands) -> None:
     options.add_rank(evaluate)
     options.add_workers(evaluate)
     options.add_device(evaluate)
+    options.add_recipe(evaluate, "show pictures", recipes.SHOWN)
 
     command(commands, "recipes", _recipes, "the recipes that train and evaluate know")
 
@@ -116,7 +113,7 @@ def _evaluate(recipe: str, split: str | None, device: str | None, **given) -> in
     from ..evaluate import evaluate_weights
 
     chosen = recipes.tested(recipe)
-    shown = {name: given.pop(name) for name in SHOWN if name in given}
+    shown = {name: given.pop(name) for name in recipes.SHOWN if name in given}
     if split is None and recipes.recipes(recipe)[-1].val is None:
         print(f"{recipe} trains on {chosen.train} and evaluates nothing; if that has pictures of val, the figures are too good")
     evaluate_weights(recipe=replace(chosen, val=split or chosen.val, **shown), device=device or options.best_device(), **given)
