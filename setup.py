@@ -122,11 +122,13 @@ def cuda_extension() -> Extension | None:
         reason = "this torch has no CUDA (FORCE_CUDA=1 builds it nevertheless)"
     elif home is None:
         reason = lacking
-    elif wanted != "1":
+    elif torch.version.cuda is not None:
         version = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+)", version)
         if release is None or release[1] != torch.version.cuda.split(".")[0]:
             reason = f"nvcc is {release[1] if release else 'unknown'}, torch has CUDA {torch.version.cuda}"
+            if wanted == "1":
+                raise SystemExit(f"segnext-kernels: FORCE_CUDA=1, but {reason}, and torch builds for its own alone")
     if reason is not None:
         print(f"segnext-kernels: the CUDA kernels are left out: {reason}")
         return None

@@ -82,7 +82,7 @@ Tensor spatial_attention(const Tensor& given, const std::vector<Tensor>& weights
   const Tensor x = in_pixels(given);
   const Image in = pixels(x, "x");
   STD_TORCH_CHECK(weights.size() == kStrips + 7, "segnext_kernels: spatial_attention takes ", kStrips + 7, " weights");
-  const Filters strips = strip_filters({weights.begin() + 2, weights.begin() + 2 + kStrips}, in);
+  const Filters strips = strip_filters({weights.begin() + 2, weights.begin() + 2 + kStrips}, in, 2);
   auto dense_at = [&](size_t i, const char* name) {
     return packed(weights[i], weights[i + 1], in.channels, in.channels, in, name);
   };

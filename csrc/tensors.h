@@ -129,7 +129,8 @@ struct Filters {
   StripFilters pointers;
 };
 
-inline Filters strip_filters(const std::vector<Tensor>& weights, const Image& x) {
+// `before`: weights of the caller that come before these, for messages.
+inline Filters strip_filters(const std::vector<Tensor>& weights, const Image& x, int before = 0) {
   STD_TORCH_CHECK(weights.size() == kStripTensors,
                   "segnext_kernels: msca_strips takes the 5x5 filter and branches of 7, 11 and 21 taps: 14 tensors");
   Filters filters;
@@ -139,7 +140,7 @@ inline Filters strip_filters(const std::vector<Tensor>& weights, const Image& x)
     if (i == 0) shape = {x.channels, 1, 5, 5};
     if (i > 0 && i % 4 == 0) shape = {x.channels, 1, kStripTaps[i], 1};
     if (i % 4 == 2) shape = {x.channels, 1, 1, kStripTaps[i]};
-    filters.kept.push_back(filter(weights[i], shape, ("weights[" + std::to_string(i) + "]").c_str(), dtype));
+    filters.kept.push_back(filter(weights[i], shape, ("weights[" + std::to_string(before + i) + "]").c_str(), dtype));
     filters.pointers.tensors[i] = filters.kept.back().data_ptr();
   }
   return filters;

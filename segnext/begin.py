@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from . import distributed
 from .data.loader import mixed_seed, one_by_one
 from .data.pairs import DataError, Pairs
-from .data.workers import deaths_told
+from .data.workers import report_dead_workers
 from .images import image_size
 from .model import SegNeXt, create
 from .recipes import SHOWN, Recipe, RecipeError
@@ -68,7 +68,7 @@ def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:
     torch.manual_seed(mixed_seed(recipe.seed))
     count, weights = len(pairs.classes), before or recipe.weights
     begin = None if weights is None else load(weights, rank=recipe.rank)
-    of_ham = ("rank", "gradient", "bases")
+    of_ham = ("rank", "gradient", "bases", "eval_steps")
     kept = {} if begin is None else {name: getattr(begin.config, name) for name in of_ham}
     if recipe.rank is not None:
         kept["rank"] = recipe.rank
@@ -110,7 +110,7 @@ def _take_over(model: SegNeXt, begin: SegNeXt, name: str | Path) -> None:
 def label_counts(dataset: Dataset, workers: int = 0) -> Tensor:
     """How many pixels have every label, int64 [256], in up to 500 pictures, evenly spaced."""
     counts = torch.zeros(256, dtype=torch.int64)
-    with deaths_told():
+    with report_dead_workers():
         for batch in one_by_one(dataset, range(0, len(dataset), math.ceil(len(dataset) / COUNTED)), workers):
             counts += torch.bincount(batch.labels.flatten(), minlength=256)
     return counts

@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import SegnextError
+
 WRAPPERS = ("_orig_mod.", "module.", "model.", "net.")  # torch.compile, DistributedDataParallel, somebody's own, in any order
 STATES = ("state_dict", "state_dict_ema", "model", "model_ema")  # what a checkpoint calls its tensors, beside other things
 TORCH_SUFFIXES, SAFETENSORS_SUFFIX = (".pth", ".pt", ".ckpt", ".tar"), ".safetensors"
 
 
-class WeightsError(RuntimeError):
+class WeightsError(SegnextError, RuntimeError):
     """Weights cannot be had, read, written, or do not fit; the message says why in one sentence."""
 
 
@@ -133,7 +135,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename != str(temporary):
+        if error.filename not in (None, str(temporary)):  # None: a full disk, as a write tells of it
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

@@ -1,4 +1,4 @@
-"""What SegNeXt and SegFormer make of the same photographs, beside the truth, and the ``segnext compare`` command."""
+"""What SegNeXt and SegFormer make of the same photographs, beside the truth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``segnext demo`` command: trains a SegNeXt from scratch, on drawn scenes or on a folder of photographs, and shows it."""
+"""Trains a SegNeXt from scratch, on drawn scenes or on a folder of photographs, and shows it."""
 
 from __future__ import annotations
 

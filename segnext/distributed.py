@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .recipes import RecipeError
+from .errors import DeviceError, SegnextError
 
 
-class PeerError(RuntimeError):
+class PeerError(SegnextError, RuntimeError):
     """Another process of the same training has ended."""
 
 
@@ -26,14 +26,14 @@ def processes(device: str | torch.device) -> Iterator[torch.device]:
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("there is no GPU that torch can use; --device cpu goes without")
+        raise DeviceError("there is no GPU that torch can use; --device cpu goes without")
     if not (dist.is_available() and "RANK" in os.environ and "WORLD_SIZE" in os.environ):
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", local_rank())
         if local_rank() >= torch.cuda.device_count():
-            raise RecipeError(f"there is no GPU for process {local_rank()}, this machine has {torch.cuda.device_count()}")
+            raise DeviceError(f"there is no GPU for process {local_rank()}, this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
@@ -46,14 +46,14 @@ def processes(device: str | torch.device) -> Iterator[torch.device]:
 
 
 @contextmanager
-def memory_told(device: torch.device, ways: str) -> Iterator[None]:
+def explain_out_of_memory(device: torch.device, ways: str) -> Iterator[None]:
     """Turns the end of the memory into a sentence that names what would take less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        raise RecipeError(f"the memory of {device} is too small; try {ways}") from error
+        raise DeviceError(f"the memory of {device} is too small; try {ways}") from error
 
 
 def rank() -> int:
@@ -66,7 +66,7 @@ def local_rank() -> int:
 
 
 @contextmanager
-def first_here_first() -> Iterator[None]:
+def local_main_process_first() -> Iterator[None]:
     """The block runs in the first process of every machine, and then in the others, which find what it fetched."""
     if local_rank() > 0:
         barrier()
@@ -75,7 +75,7 @@ def first_here_first() -> Iterator[None]:
         barrier()
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if _joined() else 1
 
 
@@ -85,14 +85,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all processes, without a gradient; the tensor itself is changed."""
     if _joined():
         dist.all_reduce(tensor)
     return tensor
 
 
-def from_first(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The first process' value of something that can be pickled, in all of them."""
     if not _joined():
         return value
@@ -117,7 +117,7 @@ def synchronise_norms(model: nn.Module) -> nn.Module:
 
     Parameters and their names stay. On GPUs it is torch's ``SyncBatchNorm``, which serves nothing else.
     """
-    if world() == 1:
+    if world_size() == 1:
         return model
     if next(model.parameters()).device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -131,14 +131,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over all processes, each with a batch of the same shape, where torch's own doesn't go."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(x)
         values = x.float()
-        mean = _Sum.apply(values.mean((0, 2, 3))) / world()
+        mean = _Sum.apply(values.mean((0, 2, 3))) / world_size()
         centred = values - mean[:, None, None]
-        variance = _Sum.apply(centred.square().mean((0, 2, 3))) / world()
+        variance = _Sum.apply(centred.square().mean((0, 2, 3))) / world_size()
         with torch.no_grad():
-            count = world() * x.numel() // x.shape[1]
+            count = world_size() * x.numel() // x.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / max(1, count - 1)), self.momentum)
             self.num_batches_tracked += 1
@@ -151,8 +151,8 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return total(x.clone())
+        return all_reduce_sum(x.clone())
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return total(grad.contiguous().clone())
+        return all_reduce_sum(grad.contiguous().clone())

@@ -1,4 +1,4 @@
-"""Pixel accuracy and intersection over union on a labelled data set, and the ``segnext evaluate`` command."""
+"""Pixel accuracy and intersection over union on a labelled data set."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from . import distributed
 from .checkpoint import WeightsError, check_file, check_folder, replacing
 from .data import Pairs, open_dataset
 from .data.loader import one_by_one
-from .data.workers import deaths_told
+from .data.workers import report_dead_workers
 from .fuse import inference_model
 from .images import write_png
 from .model import SegNeXt
 from .palette import comparison
 from .palette import legend as drawn_legend
-from .predict import SCALE, require_photographs
+from .predict import SCALE, require_photographs, tell_scale
 from .recipes import Recipe, RecipeError
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
@@ -122,12 +122,12 @@ def evaluate(
     training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    mine = range(distributed.rank(), len(dataset), distributed.world())
+    mine = range(distributed.rank(), len(dataset), distributed.world_size())
     names = None if look is None else dataset.names
     stream = one_by_one(dataset, mine, (2 if device.type == "cuda" else 0) if workers is None else workers)
     model.eval()
     try:
-        with deaths_told():
+        with report_dead_workers():
             for batch in tqdm(stream, total=len(mine), disable=None if progress else True, unit="photo", leave=False):
                 prediction, truth = label_map(model, batch.images[0], view), batch.labels[0]
                 confusion += confusion_matrix(prediction, truth.to(device), classes)
@@ -136,7 +136,7 @@ def evaluate(
     finally:
         for module, mode in training.items():
             module.training = mode
-    return Scores(distributed.total(confusion).cpu())
+    return Scores(distributed.all_reduce_sum(confusion).cpu())
 
 
 def view_of(recipe: Recipe, multi_scale: bool = False, flip: bool = False) -> View:
@@ -179,10 +179,10 @@ def evaluate_weights(
         OSError: nothing can be written there.
     """
     with distributed.processes(device) as device:
-        asked = recipe.scale
-        model, pairs, recipe = opened(weights, data, recipe, rank)
-        if asked is None and model.scale is None and distributed.rank() == 0:
-            print(f"{weights} does not say at which scale it was trained: pictures are resized to the paper's, {SCALE}")
+        whose = recipe.scale
+        model, pairs, recipe = load_evaluation(weights, data, recipe, rank)
+        if whose is None and distributed.rank() == 0:
+            tell_scale(model, weights)
         if json_file is not None and distributed.rank() == 0:
             if Path(json_file).is_dir():
                 raise RecipeError(f"{json_file} is a folder; name a file for the figures")
@@ -191,7 +191,7 @@ def evaluate_weights(
             _outside(Path(pictures), pairs)
         count, view = len(pairs.classes), view_of(recipe, multi_scale, flip)
         look = None if pictures is None else _writer(Path(pictures), pairs.classes, pairs.palette)
-        with distributed.memory_told(device, f"--device cpu{', or without --multi-scale' if multi_scale else ''}"):
+        with distributed.explain_out_of_memory(device, f"--device cpu{', or without --multi-scale' if multi_scale else ''}"):
             scores = evaluate(
                 inference_model(model, device), pairs, count, view, workers=workers, progress=distributed.rank() == 0, look=look
             )
@@ -204,7 +204,9 @@ def evaluate_weights(
         return scores
 
 
-def opened(weights: str | Path, data: str | Path, recipe: Recipe, rank: int | None = None) -> tuple[SegNeXt, Pairs, Recipe]:
+def load_evaluation(
+    weights: str | Path, data: str | Path, recipe: Recipe, rank: int | None = None
+) -> tuple[SegNeXt, Pairs, Recipe]:
     """A checkpoint, what it is evaluated on, and the recipe with the scale for this; see :func:`evaluate_weights`."""
     pairs = open_dataset(recipe.dataset, Path(data), recipe.val or "val")
     model = load(weights, rank=rank)

@@ -1,4 +1,4 @@
-"""Grad-CAM: where in a photograph a model finds a class, and the ``segnext gradcam`` command."""
+"""Grad-CAM: where in a photograph a model finds a class."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from .checkpoint import replacing
+from .errors import SegnextError
 from .model import MEAN, STD
 
 TURNS = {  # by EXIF's orientation, how a picture becomes upright
@@ -41,7 +42,7 @@ LOSSY = {  # formats, and compressions of TIFF, by PIL's names
 }
 
 
-class ImageError(RuntimeError):
+class ImageError(SegnextError, RuntimeError):
     """A file that is not a whole image; the message names it."""
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -14,7 +17,7 @@ from .evaluate import Scores, evaluate, view_of
 from .fuse import inference_model
 from .recipes import Recipe
 from .run import Run
-from .signals import stop_asked
+from .signals import stop_signals
 from .trainer import Step, Trainer
 
 SMOOTHED = 20  # steps over which the shown loss is a mean
@@ -40,7 +43,7 @@ def loop(
     if due:
         best = _look(trainer, run, val, best, workers)
     ended = look = False
-    with stop_asked() as asked:
+    with stop_signals() as asked:
         try:
             for step in with_bar(trainer, silent=run is None):
                 losses.append(step.loss)
@@ -88,11 +91,22 @@ def _look(trainer: Trainer, run: Run | None, val: Pairs, best: float, workers: i
     return max(best, scores.miou)
 
 
+@contextmanager
+def kernels_tuned(on: bool) -> Iterator[None]:
+    """Convolutions on GPUs, and our Triton kernels, are timed at their first call within the block, or are not."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def _evaluated(trainer: Trainer, val: Pairs, workers: int) -> Scores:
     distributed.share_buffers(trainer.model)
     model = inference_model(trainer.model.eval(), trainer.device)
     workers = workers if trainer.device.type == "cuda" else 0
-    with distributed.memory_told(trainer.device, "a smaller --scale, --window and --stride for evaluation, or --val none"):
+    ways = "a smaller --scale, --window and --stride for evaluation, or --val none"
+    with kernels_tuned(False), distributed.explain_out_of_memory(trainer.device, ways):  # pictures have many sizes
         view, progress = view_of(trainer.recipe), distributed.rank() == 0
         return evaluate(model, val, len(val.classes), view, workers=workers, progress=progress)
 
@@ -131,7 +145,7 @@ def fit(
 def _headline(trainer: Trainer, val: Pairs | None) -> str:
     recipe = trainer.recipe
     length = f"{recipe.iterations} steps" if recipe.seconds is None else f"{recipe.seconds:.0f} s"
-    processes = "" if distributed.world() == 1 else f", {distributed.world()} processes"
+    processes = "" if distributed.world_size() == 1 else f", {distributed.world_size()} processes"
     return (
         f"SegNeXt-{recipe.size.upper()} on {len(trainer.dataset)} pictures of {recipe.dataset} ({recipe.train})"
         f"{'' if val is None else f', evaluated on {len(val)} ({recipe.val})'}: {length} of {recipe.batch} at"

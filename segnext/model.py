@@ -31,7 +31,7 @@ class Config:
         num_classes, in_channels: of the logits and of the images.
         drop_path: stochastic depth of the last block; it grows linearly from 0 in the first.
         dropout: of whole channels before the classifier.
-        bases, gradient: of the matrix decomposition, see :class:`segnext_kernels.nn.NMF2D`.
+        bases, gradient, eval_steps: of the matrix decomposition, see :class:`segnext_kernels.nn.NMF2D`.
     """
 
     channels: tuple[int, ...]
@@ -46,6 +46,7 @@ class Config:
     dropout: float = 0.1
     bases: str = "fixed"
     gradient: str = "exact"
+    eval_steps: int = 7
 
     def __post_init__(self) -> None:
         for declared in fields(self):
@@ -53,7 +54,7 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("num_classes", "in_channels", "rank"):
+        for name in ("num_classes", "in_channels", "rank", "eval_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -108,7 +109,8 @@ class SegNeXt(nn.Module):
         self.backbone = MSCAN(config.channels, config.depths, config.mlp_ratios, config.in_channels, config.drop_path)
         args = (config.channels[1:], config.decoder_channels, config.num_classes, config.dropout)
         if config.head == "ham":
-            self.decode_head = HamHead(*args, ham=NMF2D(config.rank, bases=config.bases, gradient=config.gradient))
+            options = {"eval_steps": config.eval_steps, "bases": config.bases, "gradient": config.gradient}
+            self.decode_head = HamHead(*args, ham=NMF2D(config.rank, **options))
         else:
             self.decode_head = MSCAHead(*args)
 
@@ -154,6 +156,7 @@ def create(
     dropout: float = 0.1,
     bases: str = "fixed",
     gradient: str = "exact",
+    eval_steps: int = 7,
 ) -> SegNeXt:
     """A SegNeXt of the paper with random weights, in training mode.
 
@@ -172,6 +175,7 @@ def create(
         dropout=dropout,
         bases=bases,
         gradient=gradient,
+        eval_steps=eval_steps,
     )
     given = {name: value for name, value in (("rank", rank), ("drop_path", drop_path)) if value is not None}
     return SegNeXt(replace(config, **given))

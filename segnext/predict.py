@@ -1,12 +1,13 @@
-"""From photographs to label maps, and the ``segnext predict`` command."""
+"""From photographs to label maps."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,13 @@ from tqdm import tqdm
 
 from .checkpoint import check_folder
 from .data.augment import fit_factor
-from .distributed import memory_told
+from .distributed import explain_out_of_memory
+from .errors import DeviceError, SegnextError
 from .fuse import inference_model
 from .images import ImageError, image_files, read_image, write_png
 from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
-from .recipes import RecipeError
+from .recipes import SHOWN, Recipe
 from .views import MULTI_SCALE, View, label_map, resized
 from .weights import load
 
@@ -27,7 +29,7 @@ LONGEST = 255  # bytes in the name of a file, on any file system that is common
 SCALE = (2048, 512)  # the paper's, where the checkpoint does not say what the model was trained on
 
 
-class InputError(RuntimeError):
+class InputError(SegnextError, RuntimeError):
     """Inputs that cannot be predicted on at all; the message says which and why."""
 
 
@@ -41,6 +43,7 @@ def predict(
     short_side: int | None = None,
     multi_scale: bool = False,
     flip: bool = False,
+    shown: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Path]:
     """Segments image files and the images in folders; for each writes NAME_overlay.png and NAME_mask.png, once legend.png.
@@ -52,14 +55,19 @@ def predict(
         rank: of the decomposition, where the checkpoint doesn't say it.
         alpha: how much of the overlay is the classes' colour, 0..1.
         short_side, multi_scale, flip: see :func:`segment`.
+        shown: ``scale``, ``multiple``, ``window`` and ``stride`` (see :class:`segnext.SegNeXt`), in place of the checkpoint's.
 
     Returns:
         The files that could not be read, or for which memory was too small. Each was named on stderr and skipped.
 
     Raises:
-        InputError: no inputs, results that would overwrite them or have too long names, a model that is not for photographs.
+        InputError: no inputs, results that would overwrite them or have too long names, a model that is not for photographs,
+            ``shown`` beside ``short_side``.
+        RecipeError: ``shown`` makes no sense.
         WeightsError: from :func:`segnext.load`.
     """
+    if shown and short_side is not None:
+        raise InputError(f"--short-side shows photographs whole and at that size; it goes without --{next(iter(shown))}")
     photos, out = find_images(inputs), Path(out)
     names = unique_names(photos)
     if long := [photo for photo, name in zip(photos, names, strict=True) if len(os.fsencode(f"{name}_overlay.png")) > LONGEST]:
@@ -69,6 +77,11 @@ def predict(
         if photo.name in results and photo.resolve().parent == out.resolve():
             raise InputError(f"{photo} would be overwritten by a result; choose another folder than {out}")
     model = load_for_photographs(weights, rank)
+    recipe = Recipe(**{name: getattr(model, name) for name in SHOWN} | dict(shown or {}))  # which sees to it that they fit
+    for name in SHOWN:
+        setattr(model, name, getattr(recipe, name))
+    if short_side is None:
+        tell_scale(model, weights)
     classes, palette = model.classes, model.palette
     model = inference_model(model, torch.device(device))
     check_folder(out)
@@ -78,9 +91,9 @@ def predict(
         for photo, name in zip(photos, names, strict=True):
             try:
                 image = read_image(photo)
-                with memory_told(torch.device(device), f"a smaller --short-side for {photo}"):
+                with explain_out_of_memory(torch.device(device), f"a smaller --short-side for {photo}"):
                     labels = segment(model, image, short_side, multi_scale=multi_scale, flip=flip)
-            except (ImageError, RecipeError) as error:
+            except (ImageError, DeviceError) as error:
                 broken.append(photo)
                 bar.write(f"skipped: {error}", file=sys.stderr)
             else:
@@ -104,6 +117,12 @@ def load_for_photographs(weights: str | Path, rank: int | None = None) -> SegNeX
     model.classes = class_names(model)
     model.palette = model.palette or generated_palette(len(model.classes))
     return model
+
+
+def tell_scale(model: SegNeXt, weights: str | Path) -> None:
+    """Says so where nobody knows at which scale a model was trained."""
+    if model.scale is None:
+        print(f"{weights} does not say at which scale it was trained: pictures are resized to the paper's, {SCALE}")
 
 
 def class_names(model, names: Sequence[str] = ()) -> list[str]:

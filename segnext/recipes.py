@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import plain, replacing
+from .errors import SegnextError
 
 Pair = tuple[int, int]
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be found, read, or followed; the message names the field."""
+class RecipeError(SegnextError, ValueError):
+    """A recipe, or options of a command, that cannot be found, read, or followed; the message names the field."""
 
 
 def _is(kind: type) -> Callable[[object], bool]:
@@ -210,7 +211,7 @@ def recipes(name: str) -> tuple[Recipe, ...]:
     return read(Path(name))[0]
 
 
-def tested(name: str) -> Recipe:
+def evaluation_recipe(name: str) -> Recipe:
     """The training of a recipe whose data and test mode its model is evaluated with: the last, on "val" if it names no split.
 
     Raises:

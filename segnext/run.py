@@ -168,7 +168,7 @@ def _rewritten(path: Path, columns: Sequence[str], done: int) -> io.TextIOBase:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, done: int, due: bool = False) -> Iterator[Run]:
+def open_run(folder: Path, done: int, due: bool = False) -> Iterator[Run]:
     run = Run(folder, done, due)
     try:
         yield run

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def stop_asked() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Ctrl-C, and SIGTERM, which batch systems send some time before they kill: within the block the first of them goes into
     the list and does nothing else, the next one stops at once.
 

@@ -1,4 +1,4 @@
-"""The paper's table 2 with what is measured on this machine, and the ``segnext table2`` command."""
+"""The paper's table 2 with what is measured on this machine."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def miou_columns(
     weights: Mapping[Model, str | Path], data: str | Path, recipe: str, device: str = "cpu", workers: int | None = None
 ) -> Columns:
     """The mIoU of those models that there are weights of."""
-    from .evaluate import evaluate, opened, view_of
+    from .evaluate import evaluate, load_evaluation, view_of
     from .fuse import inference_model
 
     columns: Columns = {"mIoU SS": {}, "mIoU MS": {}}
-    chosen = recipes.tested(recipe)
+    chosen = recipes.evaluation_recipe(recipe)
     for (size, head), file in weights.items():
-        model, pairs, scaled = opened(file, data, chosen)
+        model, pairs, scaled = load_evaluation(file, data, chosen)
         expected = SIZES[size]
         if (model.config.channels, model.config.depths, model.config.head) != (expected.channels, expected.depths, head):
             raise WeightsError(f"{file} is no SegNeXt-{size.upper()} with the {head} head")

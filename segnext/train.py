@@ -1,9 +1,9 @@
-"""The ``segnext train`` command: from a recipe and a data set to a folder with the trained model."""
+"""From a recipe and a data set to a folder with the trained model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from .begin import build, class_weights, require_same, resolved, shown
 from .data import open_dataset
 from .data.augment import augmentation
 from .data.pairs import Pairs
-from .data.workers import deaths_told
+from .data.workers import report_dead_workers
 from .evaluate import algorithms
-from .loop import loop
+from .loop import kernels_tuned, loop
 from .model import SegNeXt
 from .recipes import Recipe, RecipeError
-from .run import last, opened
+from .run import last, open_run
 from .trainer import Trainer, can_be_graphed
-from .weights import described, load
+from .weights import from_about, load
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def train(
     out, stages = Path(out), tuple(stages)
     roots = _roots(stages, data)
     with distributed.processes(machine.device) as device:
-        if distributed.from_first(_holds_training(out)):
+        if distributed.broadcast_object(_holds_training(out)):
             raise RecipeError(f"{out} holds a training already; go on with it by --resume {out}, or choose another --out")
         pairs = [open_dataset(stage.dataset, root, stage.train) for stage, root in zip(stages, roots, strict=True)]
         stages = tuple(resolved(stage, train, device) for stage, train in zip(stages, pairs, strict=True))
@@ -139,9 +139,9 @@ def _stages(
     for i, (recipe, root) in enumerate(zip(stages, roots, strict=True)):
         folder = out if len(stages) == 1 else out / f"{i + 1}-{recipe.dataset}-{recipe.train}"
         finished = folder / "model.pth"
-        if not distributed.from_first(finished.exists()):
+        if not distributed.broadcast_object(finished.exists()):
             data = pairs[i] if pairs else open_dataset(recipe.dataset, root, recipe.train)
-            with algorithms(recipe.deterministic), _kernels_tuned(not recipe.deterministic):
+            with algorithms(recipe.deterministic), kernels_tuned(not recipe.deterministic):
                 _stage(recipe, data, root, folder, before, device, machine, begin)
             begin = None
         elif distributed.rank() == 0:
@@ -149,16 +149,6 @@ def _stages(
         distributed.barrier()
         before = finished
     return load(before) if distributed.rank() == 0 else None
-
-
-@contextmanager
-def _kernels_tuned(on: bool) -> Iterator[None]:
-    """Convolutions on GPUs, and our Triton kernels, are timed at their first call within the block, or are not."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, on
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _stage(
@@ -176,9 +166,9 @@ def _stage(
     state = last(folder)
     if state is not None:
         require_same(state, recipe, pairs, folder, root)
-    with distributed.first_here_first():
-        model = build(recipe, pairs, before) if state is None else described({**state["meta"], **shown(recipe)})
-    with distributed.memory_told(device, _ways(recipe, machine, device)):
+    with distributed.local_main_process_first():
+        model = build(recipe, pairs, before) if state is None else from_about({**state["meta"], **shown(recipe)})
+    with distributed.explain_out_of_memory(device, _ways(recipe, machine, device)):
         trainer = Trainer(
             model.to(device),
             pairs,
@@ -196,9 +186,9 @@ def _stage(
             trainer.load(state)
             best, losses, due = state["best"], state["losses"], state.get("due", False)
             del state  # as large as the model and both its moments
-        if distributed.from_first(trainer.done) != trainer.done:
+        if distributed.broadcast_object(trainer.done) != trainer.done:
             raise RecipeError(f"{folder} is not the same folder for all processes: all machines must share it")
-        with deaths_told(), opened(folder, trainer.done, due) if distributed.rank() == 0 else nullcontext() as run:
+        with report_dead_workers(), open_run(folder, trainer.done, due) if distributed.rank() == 0 else nullcontext() as run:
             if run is not None and begin is not None:
                 begin()
             loop(trainer, run, val, best, losses, due, machine.workers)
@@ -206,7 +196,7 @@ def _stage(
 
 def _ways(recipe: Recipe, machine: Machine, device: torch.device) -> str:
     """How training takes less memory."""
-    share = recipe.batch // distributed.world()
+    share = recipe.batch // distributed.world_size()
     parts = next((n for n in range(machine.accumulate + 1, share + 1) if share % n == 0), None)
     first = "a smaller --batch or --crop" if parts is None else f"--accumulate {parts}"
     return first + (", or --no-cuda-graph" if machine.cuda_graph and can_be_graphed(device) else "")

@@ -1,4 +1,4 @@
-"""The training loop: what happens between one batch and the next."""
+"""One step of a training, what it needs and what of it a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ class Trainer:
     ) -> None:
         if len(dataset) == 0:
             raise RecipeError("there are no pictures to train on")
-        shares = accumulate * distributed.world()
+        shares = accumulate * distributed.world_size()
         if recipe.batch % shares:
             raise RecipeError(
-                f"a batch of {recipe.batch} cannot be dealt out: {distributed.world()} processes, {accumulate} parts each"
+                f"a batch of {recipe.batch} cannot be dealt out: {distributed.world_size()} processes, {accumulate} parts each"
             )
         if augment is not None and recipe.crop is not None:
             together = recipe.batch // (accumulate if recipe.sync_norm else shares)
@@ -96,7 +96,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.class_weights = None if class_weights is None else class_weights.to(self.device)
         self.accumulate, self.workers, self.shares = accumulate, workers, shares
-        self.dtype = DTYPES.get(precision(recipe.precision, self.device))
+        self.precision = precision(recipe.precision, self.device)
+        self.dtype = DTYPES.get(self.precision)
         self.done, self.seconds = 0, 0.0
         if recipe.sync_norm:
             distributed.synchronise_norms(model)
@@ -104,7 +105,7 @@ class Trainer:
         self.optimizer = optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.network: nn.Module = model
-        if distributed.world() > 1:
+        if distributed.world_size() > 1:
             on_gpu = self.device.type == "cuda"
             self.network = DistributedDataParallel(
                 model,
@@ -158,7 +159,7 @@ class Trainer:
             FloatingPointError: the loss is no longer finite; the message names the pictures.
             DataError, ImageError: a picture cannot be read.
         """
-        mine = [part * distributed.world() + distributed.rank() for part in range(self.accumulate)]
+        mine = [part * distributed.world_size() + distributed.rank() for part in range(self.accumulate)]
         order = Order(len(self.dataset), self.recipe.batch, self.recipe.seed, shares=self.shares, mine=mine, first=self.done)
         stream = batches(self.dataset, order, self.augment, workers=self.workers, pin_memory=self.device.type == "cuda")
         # Held by this loop alone, so that a graph's memory goes with it
@@ -183,17 +184,16 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=not self.graphed)
-        value = (distributed.total(loss) / self.shares).item()
+        value = (distributed.all_reduce_sum(loss) / self.shares).item()
         self.done += 1
         if not np.isfinite(value):
             raise FloatingPointError(
-                f"the loss became {value} in step {self.done} of SegNeXt-{self.recipe.size.upper()} on {self.recipe.dataset}"
-                f" ({self.recipe.train}; {self.recipe.precision}, learning rate {factor * self.recipe.lr:.3g}), on"
-                f" {self._names(indices)}; begin anew with a smaller --lr, or from a checkpoint with --weights"
+                f"the loss became {value} in step {self.done} ({self.precision}, learning rate {factor * self.recipe.lr:.3g})"
+                f" on {self._names(indices)}; begin anew with a smaller lr, or with the weights of a checkpoint"
             )
         seconds = time.perf_counter() - start
-        if self.recipe.seconds is not None and distributed.world() > 1:  # all must agree on when it ends
-            seconds = distributed.total(torch.tensor(seconds, device=self.device)).item() / distributed.world()
+        if self.recipe.seconds is not None and distributed.world_size() > 1:  # all must agree on when it ends
+            seconds = distributed.all_reduce_sum(torch.tensor(seconds, device=self.device)).item() / distributed.world_size()
         self.seconds += seconds
         return Step(self.done, value, factor * self.recipe.lr, self.progress, seconds, waited)
 
@@ -215,12 +215,12 @@ class Trainer:
         return ", ".join(names[i] if names else f"picture {i}" for i in indices)
 
     def _gradients_stay_here(self, stay: bool) -> contextlib.AbstractContextManager:
-        return self.network.no_sync() if stay and distributed.world() > 1 else contextlib.nullcontext()
+        return self.network.no_sync() if stay and distributed.world_size() > 1 else contextlib.nullcontext()
 
 
 def can_be_graphed(device: torch.device) -> bool:
     """Whether forward and backward can be one CUDA graph: not where processes exchange gradients meanwhile."""
-    return device.type == "cuda" and distributed.world() == 1
+    return device.type == "cuda" and distributed.world_size() == 1
 
 
 def pixel_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:

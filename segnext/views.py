@@ -15,6 +15,7 @@ from segnext_kernels import upsample_argmax
 
 from .data.augment import fit_factor
 from .images import normalise
+from .windows import windows
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
@@ -101,10 +102,3 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     if size != tuple(images.shape[-2:]):
         images = functional.resize(images, list(size), antialias=True)
     return normalise(images).contiguous(memory_format=torch.channels_last)
-
-
-def windows(size: int, window: int, stride: int) -> list[slice]:
-    """Where windows lie along a side: ``stride`` apart, the last one moved back to end where the side ends."""
-    count = math.ceil(max(size - window, 0) / stride) + 1
-    starts = (min(i * stride, max(size - window, 0)) for i in range(count))
-    return [slice(start, min(start + window, size)) for start in starts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from . import hosted
 from .checkpoint import SAFETENSORS_SUFFIX, WeightsError, plain, read, suffix, writing
 from .classifier import Classifier
+from .described import Described, described
 from .heads import GROUPS
 from .model import SIZES, Config, SegNeXt
 from .mscan import MSCAN
@@ -25,7 +27,14 @@ from .recipes import SHOWN
 
 __all__ = ["WeightsError", "load", "load_classifier", "load_encoder", "save"]
 
-NOT_IN_TENSORS = ("rank", "drop_path", "dropout", "bases", "gradient")  # the part of a Config that no tensor shows
+NOT_IN_TENSORS = (
+    "rank",
+    "eval_steps",
+    "drop_path",
+    "dropout",
+    "bases",
+    "gradient",
+)  # the part of a Config that no tensor shows
 
 
 def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> SegNeXt:
@@ -39,7 +48,8 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
             description where there is one, else it is the paper's.
 
     Returns:
-        The model, with ``classes``, ``palette`` and how it is shown pictures where the checkpoint names them.
+        The model, with ``classes``, ``palette`` and how it is shown pictures where the checkpoint names them. A head with one
+        output, which mmsegmentation compares with a threshold, gets two, of which the larger one is the same label.
 
     Raises:
         WeightsError: the checkpoint cannot be had or read, or its keys or shapes do not make a SegNeXt.
@@ -48,11 +58,18 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
     """
     path = locate(path_or_name)
     state, meta = read(path)
+    own = meta.get("segnext") if isinstance(meta.get("segnext"), dict) else None
+    said = described(meta) if own is None else Described({name: own[name] for name in NOT_IN_TENSORS if name in own})
     if not any(key.startswith("decode_head.") for key in state):
         if hidden := next((key for key in state if ".decode_head." in key), None):
             raise WeightsError(f"{path} holds a model under a prefix that is unknown here: {hidden.removeprefix('backbone.')}")
         raise WeightsError(f"{path} holds no decode_head, only an encoder, which segnext.load_encoder takes")
-    config = _config(state, meta, path)
+    if said.other or "decode_head.hamburger.ham.bases" in state:
+        reason = said.other or "rand_init is False, so that its decomposition starts from bases of its own"
+        raise WeightsError(f"{path} was trained with other settings than the models here have: {reason}")
+    if own is None:
+        _make_two_outputs(state, said.threshold)
+    config = _config(state, said, path)
     if rank is not None:
         config = replace(config, rank=rank)
     with torch.device("meta"):
@@ -60,7 +77,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
     check(state, model, path)
     model.to_empty(device="cpu").load_state_dict(state)
     model.classes, model.palette = _legend(meta, config.num_classes)
-    _show(model, meta)
+    _show(model, {**said.shown, **meta})
     return model.eval()
 
 
@@ -150,7 +167,7 @@ def about(model: SegNeXt) -> dict[str, Any]:
     return {"segnext": asdict(model.config), "classes": classes, "palette": palette, **shown}
 
 
-def described(meta: Mapping[str, Any]) -> SegNeXt:
+def from_about(meta: Mapping[str, Any]) -> SegNeXt:
     """The model, with random weights, that :func:`about` described."""
     model = SegNeXt(Config(**meta["segnext"]))
     model.classes, model.palette = meta.get("classes"), meta.get("palette")
@@ -192,7 +209,16 @@ def _encoder_config(state: Mapping[str, Tensor], path: Path) -> Config:
     )
 
 
-def _config(state: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> Config:
+def _make_two_outputs(state: dict[str, Tensor], threshold: float) -> None:
+    """Logits (0, z - logit(threshold)) in place of a single z, whose probability mmsegmentation compares with the threshold."""
+    weight, bias = (state.get(f"decode_head.conv_seg.{name}") for name in ("weight", "bias"))
+    if weight is None or bias is None or weight.shape[:1] != (1,) or bias.shape != (1,):
+        return
+    state["decode_head.conv_seg.weight"] = torch.cat([torch.zeros_like(weight), weight])
+    state["decode_head.conv_seg.bias"] = torch.cat([torch.zeros_like(bias), bias - math.log(threshold / (1 - threshold))])
+
+
+def _config(state: Mapping[str, Tensor], said: Described, path: Path) -> Config:
     """The configuration that the shapes show; rank and stochastic depth are described by the checkpoint, or the paper's."""
     decoder_channels = _size(state, path, "decode_head.squeeze.conv.weight", multiple_of=GROUPS)
     shown = replace(
@@ -203,18 +229,9 @@ def _config(state: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) ->
         num_classes=_size(state, path, "decode_head.conv_seg.weight"),
     )
     try:
-        return replace(shown, **_described(meta))
+        return replace(shown, **said.config)
     except ValueError as error:
         raise WeightsError(f"{path} describes no model: {error}") from error
-
-
-def _described(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about itself that no tensor shows: our own record, or mmsegmentation's configuration text."""
-    own = meta.get("segnext")
-    if isinstance(own, dict):
-        return {name: own[name] for name in NOT_IN_TENSORS if name in own}
-    found = re.search(r"MD_R['\"]?\s*[=:]\s*(\d+)", f"{meta.get('cfg')}\n{meta.get('config')}")
-    return {"rank": int(found[1])} if found else {}
 
 
 def _legend(meta: Mapping[str, Any], count: int) -> tuple[list[str] | None, list[tuple[int, int, int]] | None]:

@@ -93,7 +93,7 @@ def _of_another_version(library: ModuleType, kind: str) -> str | None:
 
 def _told(reason: str) -> str:
     """Warns: whoever has built kernels expects them to be used."""
-    warnings.warn(f"segnext_kernels: {reason}; until then other backends serve instead, which are slower", stacklevel=2)
+    warnings.warn(f"segnext_kernels: {reason}; slower backends are used instead", stacklevel=2)
     return reason
 
 

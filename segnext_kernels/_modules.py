@@ -14,7 +14,7 @@ def on_images(function: Callable[..., Tensor], x: Tensor, *args) -> Tensor:
     return function(x[None], *args)[0] if x.dim() == 3 else function(x, *args)
 
 
-def silent(name: str, child: nn.Module) -> str | None:
+def why_must_be_called(name: str, child: nn.Module) -> str | None:
     """Why a child must go on being called, None if nobody would miss it."""
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return f"{name} has hooks, which would no longer run"
@@ -25,7 +25,7 @@ def silent(name: str, child: nn.Module) -> str | None:
 
 def is_untouched(module: nn.Module, kind: type) -> bool:
     """Whether a module is what its class says: not replaced, wrapped or parametrized, and nobody waits for it to be called."""
-    return type(module) is kind and silent("it", module) is None
+    return type(module) is kind and why_must_be_called("it", module) is None
 
 
 def is_depthwise(convolution: nn.Module, kernel_size: tuple[int, int]) -> bool:

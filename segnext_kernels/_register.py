@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -9,7 +10,7 @@ from types import ModuleType
 import torch
 from torch.utils._pytree import tree_map
 
-from . import _triton
+from . import _load, _triton
 from ._validate import AUTOCAST_DEVICES, autocasts, transformed
 
 NAMESPACE = "segnext_kernels"
@@ -57,11 +58,17 @@ def register(
         torch.library.register_autograd(f"{lib.ns}::{_name(backward_schema)}", refuse, lib=lib)
 
 
-def register_inference(schema: str, fake: Callable, triton: ModuleType | None = None) -> None:
+def register_inference(schema: str, fake: Callable, reference: Callable, triton: ModuleType | None = None) -> None:
     """Registers an operator that serves inference alone: its backward, which programs that were traced or exported can come to,
-    refuses. ``_inference.call`` does so before."""
+    refuses. ``_inference.call`` does so before.
+
+    Args:
+        reference: takes the schema's arguments; serves programs that were exported where there are kernels, and run where for
+            the device there are none. The public functions choose it themselves.
+    """
     _define(schema, fake)
     torch.library.register_autograd(f"{NAMESPACE}::{_name(schema)}", partial(_no_derivative, _name(schema)), lib=library)
+    library.impl(_name(schema), partial(_instead_of_kernels, _name(schema), reference), "CompositeExplicitAutograd")
     if triton is not None:
         _triton.define(schema, triton.forward, fake)
 
@@ -86,6 +93,13 @@ def _no_double_backward(name: str, ctx, *grads):
         f"{name} has no second derivative in the fused kernels: call it with backend='reference' for double backward, or"
         " unpatch the model"
     )
+
+
+def _instead_of_kernels(name: str, reference: Callable, x: torch.Tensor | list[torch.Tensor], *args) -> torch.Tensor:
+    device = (x[0] if isinstance(x, list) else x).device.type
+    lacking = _load.failure if device == "cpu" and _load.failure else f"its kernels are not for {device}"
+    warnings.warn(f"segnext_kernels: {name} runs in plain PyTorch, which is slower: {lacking}", stacklevel=1)
+    return reference(x, *args)
 
 
 def _no_derivative(name: str, ctx, *grads):

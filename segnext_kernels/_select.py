@@ -72,6 +72,8 @@ def _why_not_triton(operator: str, x: Tensor) -> str | None:
     major, minor = _triton.capability(x)
     if torch.version.hip is None and (major, minor) < (8, 0):
         return f"the Triton kernels are for GPUs from compute capability 8.0 on, this one has {major}.{minor}"
+    if torch.version.hip is not None and not (name := _triton.architecture(x)).startswith("gfx9"):
+        return f"the Triton kernels are for AMD's CDNA GPUs (gfx9), with wavefronts of 64 threads; this one is {name}"
     if operator == "nmf" and x.dim() == 3 and (x.shape[2] * max(x.shape[1], TRITON_RANK) >= 2**31 or x.shape[1] >= TRITON_ROWS):
         return f"the Triton kernels of nmf are for matrices below 2**31 elements and {TRITON_ROWS} rows, x is {list(x.shape)}"
     if x.dtype not in GPU_DTYPES:

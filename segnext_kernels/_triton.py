@@ -132,6 +132,16 @@ def _capability_of(index: int) -> tuple[int, int]:
     return _capability(index) if has_gpu() else (8, 0)
 
 
+def architecture(x: Tensor) -> str:
+    """AMD's name of the GPU that x is on; where there is none, that of what Triton serves."""
+    return _architecture_of(x.get_device()) if x.is_cuda else "gfx942"
+
+
+@untraced
+def _architecture_of(index: int) -> str:
+    return torch.cuda.get_device_properties(index).gcnArchName if has_gpu() else "gfx942"
+
+
 _capability = functools.cache(torch.cuda.get_device_capability)
 has_gpu = functools.cache(torch.cuda.is_available)  # which asks the driver every time
 

@@ -150,7 +150,9 @@ def resize_concat_conv(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: 
     for i, x in enumerate(maps):
         check_companion(op, f"maps[{i}]", x, maps[0])
         if x.shape[0] != maps[0].shape[0] or 0 in x.shape[2:]:
-            raise ValueError(f"{op}: maps must have one batch size and pixels, got {[list(m.shape) for m in maps]}")
+            raise ValueError(
+                f"{op}: maps must share one batch size and have at least one pixel each, got {[list(m.shape) for m in maps]}"
+            )
         weights[i], bias = packed(op, f"weights[{i}]", weights[i], bias, x.shape[1], x)
     return maps, weights, bias
 
@@ -168,8 +170,7 @@ def packed(op: str, name: str, weight: Tensor, bias: Tensor, inputs: int, x: Ten
     returns them contiguous."""
     if inputs < 1:
         raise ValueError(f"{op}: {name} must have at least one input, x is {list(x.shape)}")
-    if not isinstance(bias, Tensor) or bias.dim() != 1:
-        raise TypeError(f"{op}: the bias of {name} must be a tensor [outputs]")
+    check_tensor(op, f"the bias of {name}", bias, "[outputs]")
     bias = floats(op, f"the bias of {name}", bias, (bias.shape[0],), x)
     check_companion(op, name, weight, x)
     step = 2 if x.dtype == torch.bfloat16 else 1

@@ -62,8 +62,10 @@ def compare(sync_norm: bool) -> dict:
     distributed.share_buffers(loop.model)
     seen: list[str] = []
     scores = evaluate(loop.model, loop.dataset, 10, look=lambda name, *rest: seen.append(name))
-    state = loop.model.state_dict()
-    return {"losses": losses, "gradients": gradients, "state": state, "confusion": scores.confusion, "seen": seen}
+    state, optimizer = loop.model.state_dict(), loop.optimizer.state
+    momenta = {name: optimizer[parameter]["exp_avg"] for name, parameter in loop.model.named_parameters()}
+    answer = {"losses": losses, "gradients": gradients, "momenta": momenta, "state": state}
+    return answer | {"confusion": scores.confusion, "seen": seen}
 
 
 def resume() -> dict:

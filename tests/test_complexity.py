@@ -106,7 +106,7 @@ def test_table2_with_measurements(monkeypatch, capsys):
 @pytest.fixture
 def labelled(tmp_path):
     """A data set and T's weights for its classes: T-MSCA's say only class 0."""
-    folders.folder(tmp_path / "data", train=0, val=2)
+    folders.folder(tmp_path / "data", train=0, val=1)
     (tmp_path / "weights").mkdir()
     for head in ("ham", "msca"):
         torch.manual_seed(0)
@@ -118,7 +118,7 @@ def labelled(tmp_path):
     return tmp_path
 
 
-def test_table2_with_miou(labelled, capsys, set_threads):
+def test_table2_with_miou(labelled, capsys, set_threads, monkeypatch):
     set_threads(1)  # of tiny pictures
     options = ["--data", str(labelled / "data"), "--recipe", "folder", "--workers", "0"]
     assert cli.main(["table2", "--weights-dir", str(labelled / "weights"), *options]) == 0
@@ -130,8 +130,12 @@ def test_table2_with_miou(labelled, capsys, set_threads):
     assert msca.split()[-2:] == [f"{expected:.1f}"] * 2
     assert 0 <= float(ham.split()[-2]) <= 100 and ham.split()[-2:] != msca.split()[-2:]
 
+    def evaluated(weights, *arguments):
+        return {"mIoU SS": {model: Path(file).name for model, file in weights.items()}}
+
+    monkeypatch.setattr(table2, "miou_columns", evaluated)
     assert cli.main(["table2", "--weights", f"T-MSCA={labelled / 'weights' / 't-msca.pth'}", *options]) == 0
-    assert capsys.readouterr().out.splitlines()[2] == msca
+    assert [row.split()[-1] for row in capsys.readouterr().out.splitlines()[1:]] == ["-", "t-msca.pth", *"-" * 6]
 
 
 def test_table2_errors(labelled):

@@ -18,7 +18,8 @@ import segnext
 from segnext import cli
 from segnext import evaluate as evaluate_module
 from segnext.data import open_dataset
-from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, evaluate_weights, opened, table, view_of
+from segnext.errors import DeviceError
+from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, evaluate_weights, load_evaluation, table, view_of
 from segnext.predict import InputError
 from segnext.recipes import RECIPES, RecipeError
 from segnext.views import MULTI_SCALE, View, label_map
@@ -212,7 +213,7 @@ def test_the_end_of_a_gpus_memory_is_told(data, weights, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(evaluate_module, "evaluate", full)
-    with pytest.raises(RecipeError, match="the memory of cpu is too small; try --device cpu, or without --multi-scale"):
+    with pytest.raises(DeviceError, match="the memory of cpu is too small; try --device cpu, or without --multi-scale"):
         evaluate_weights(weights, data, RECIPES["folder"][0], multi_scale=True)
 
 
@@ -258,12 +259,12 @@ def test_a_checkpoint_says_how_it_is_shown_pictures(tmp_path, data, capsys, monk
     (recipe,) = RECIPES["folder"]
     model = small.model(num_classes=10)
     segnext.save(model, tmp_path / "plain.pth")
-    assert view_of(opened(tmp_path / "plain.pth", data, recipe)[2]) == View((2048, 512))
+    assert view_of(load_evaluation(tmp_path / "plain.pth", data, recipe)[2]) == View((2048, 512))
     monkeypatch.setattr(evaluate_module, "evaluate", lambda *_, **__: Scores(torch.eye(10, dtype=torch.int64)))
     evaluate_weights(tmp_path / "plain.pth", data, recipe)
     assert "plain.pth does not say at which scale it was trained" in capsys.readouterr().out
     model.scale, model.multiple, model.window, model.stride = (64, 32), 4, (16, 24), (8, 8)
     segnext.save(model, tmp_path / "windows.pth")
-    assert view_of(opened(tmp_path / "windows.pth", data, recipe)[2]) == View((64, 32), 4, (16, 24), (8, 8))
+    assert view_of(load_evaluation(tmp_path / "windows.pth", data, recipe)[2]) == View((64, 32), 4, (16, 24), (8, 8))
     given = replace(recipe, scale=(40, 20), window=(9, 9), stride=(9, 9))
-    assert view_of(opened(tmp_path / "windows.pth", data, given)[2]) == View((40, 20), 1, (9, 9), (9, 9))
+    assert view_of(load_evaluation(tmp_path / "windows.pth", data, given)[2]) == View((40, 20), 1, (9, 9), (9, 9))

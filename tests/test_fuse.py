@@ -180,7 +180,7 @@ def test_what_changes_nothing_in_evaluation_is_taken(monkeypatch):
     model.decode_head.squeeze.gn.register_buffer("seen", torch.zeros(1))
     model.backbone.block3.append(Block(40, 4, 0.0))
     with monkeypatch.context() as patch:
-        patch.setattr(distributed, "world", lambda: 2)
+        patch.setattr(distributed, "world_size", lambda: 2)
         distributed.synchronise_norms(model)
     assert error(segnext.fuse(model)(images), model.eval()(images)) < 1e-5
 

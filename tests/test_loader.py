@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from segnext.data import DataError
 from segnext.data.loader import Order, batches, mixed_seed, one_by_one
-from segnext.data.workers import deaths_told
+from segnext.data.workers import report_dead_workers
 from segnext.images import ImageError
 
 
@@ -100,7 +100,7 @@ def test_broken_pictures_are_named_as_they_are(workers):
 
 
 def test_the_death_of_a_worker_is_told():
-    with pytest.raises(DataError, match="a process that reads pictures died"), deaths_told():
+    with pytest.raises(DataError, match="a process that reads pictures died"), report_dead_workers():
         list(one_by_one(Numbers(9, deadly=4), range(9), 1))
 
 
@@ -109,5 +109,5 @@ def test_one_by_one():
 
 
 def test_a_reader_of_what_is_printed_that_is_gone_is_no_worker():
-    with pytest.raises(BrokenPipeError), deaths_told():
+    with pytest.raises(BrokenPipeError), report_dead_workers():
         raise BrokenPipeError

@@ -12,10 +12,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import small
 import torch
 from operators import LIBRARIES
 
+from segnext.export import export
 from segnext_kernels import _load
+from segnext_kernels._select import INFERENCE_OPERATORS
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
@@ -151,14 +154,24 @@ def test_compiled_library_needs_no_cpp_symbol_of_torch(library):
     assert not [symbol for symbol in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)", symbol)]
 
 
+def make_toolkit(folder: Path, release: str) -> Path:
+    """A folder with an nvcc that knows one architecture more than ours."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\ncase $1 in --version) echo 'release {release}';; *) echo sm_60 sm_75 sm_90 sm_999;; esac\n")
+    nvcc.chmod(0o755)
+    return folder
+
+
 @pytest.fixture
 def toolkit(tmp_path) -> Path:
-    """A folder with an nvcc of CUDA 99 that knows one architecture more than ours."""
-    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\ncase \"$1\" in --version) echo 'release 99.1';; *) echo sm_60 sm_75 sm_90 sm_999;; esac\n")
-    nvcc.chmod(0o755)
-    return tmp_path / "toolkit"
+    """Of torch's own CUDA."""
+    return make_toolkit(tmp_path / "toolkit", torch.version.cuda or "12.8")
+
+
+@pytest.fixture
+def newer_toolkit(tmp_path) -> Path:
+    return make_toolkit(tmp_path / "newer", "99.1")
 
 
 def test_cuda_is_built_for_the_architectures_of_torch_that_nvcc_knows(source, toolkit):
@@ -180,8 +193,16 @@ def test_an_architecture_that_is_no_number_is_an_error(source, toolkit, tmp_path
     assert "TORCH_CUDA_ARCH_LIST has 'Hopper': give numbers" in done.stdout + done.stderr
 
 
-def test_cuda_of_another_major_version_is_left_out(source, toolkit):
-    said, *_, plan = checked("-c", PLAN, cwd=source, CUDA_HOME=str(toolkit)).splitlines()
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA, and builds with any")
+def test_cuda_of_another_major_version_that_was_asked_for_is_an_error(source, newer_toolkit, tmp_path):
+    flags = ("--no-deps", "--no-build-isolation", "--no-index")
+    done = python("-m", "pip", "wheel", *flags, source, cwd=tmp_path, CUDA_HOME=str(newer_toolkit), FORCE_CUDA="1")
+    assert done.returncode != 0 and "Traceback" not in done.stdout + done.stderr
+    assert f"FORCE_CUDA=1, but nvcc is 99, torch has CUDA {torch.version.cuda}, and torch" in done.stdout + done.stderr
+
+
+def test_cuda_of_another_major_version_is_left_out(source, newer_toolkit):
+    said, *_, plan = checked("-c", PLAN, cwd=source, CUDA_HOME=str(newer_toolkit)).splitlines()
     assert said.startswith("segnext-kernels: the CUDA kernels are left out: ")
     assert "_C_cuda" not in plan
     assert "nvcc is 99" in said if torch.version.cuda else "this torch has no CUDA" in said
@@ -234,6 +255,27 @@ print(info["missing"]["cpu"])
     reason = checked("-S", "-c", script.format(installed=str(installed)), cwd=installed, PYTHONPATH=path)
     assert "not built" in reason
     assert VARIABLE in reason
+
+
+def test_exported_programs_run_without_kernels(installed, tmp_path):
+    model, images = small.model(), torch.randn(1, 3, 64, 96)
+    export(model, tmp_path / "model.pt2", "torch-export", (64, 96), labels=False)
+    torch.save((images, model.predict(images)), tmp_path / "expected.pt")
+    script = """
+import segnext_kernels, torch, warnings
+assert segnext_kernels.build_info()["isa"] is None
+images, labels = torch.load("expected.pt")
+with warnings.catch_warnings(record=True) as told, torch.no_grad():
+    warnings.simplefilter("always")
+    logits = torch.export.load("model.pt2").module()(images)
+z = torch.nn.functional.interpolate(logits, images.shape[-2:], mode="bilinear")
+assert (z.argmax(1) == labels).float().mean() > 0.999
+names = {str(one.message).split()[1] for one in told if "runs in plain PyTorch, which is slower" in str(one.message)}
+print(*sorted(names))
+"""
+    path = os.pathsep.join([str(installed), *(p for p in sys.path if p.endswith("-packages"))])
+    names = checked("-S", "-c", script, cwd=tmp_path, PYTHONPATH=path).split()
+    assert names == sorted({*INFERENCE_OPERATORS} - {"upsample_argmax"})
 
 
 def test_command_line_is_installed(installed):

@@ -28,7 +28,7 @@ from standins import (
 from test_model import ZERO_GRADIENTS
 from torch import Tensor, nn
 
-from segnext_kernels import patch, unpatch
+from segnext_kernels import _load, patch, unpatch
 from segnext_kernels.patch import kinds, losses
 
 codes = pytest.mark.parametrize("code", CODES)
@@ -147,7 +147,8 @@ def test_our_own_modules_are_fused_already():
     assert set(report.left.values()) == {"it is fused already"} and len(report.left) == 5
 
 
-def test_report_is_readable():
+def test_report_is_readable(monkeypatch):
+    monkeypatch.setattr(_load, "failure", None)
     network = Network()
     network.blocks[1].mlp.act = nn.GELU("tanh")
     assert str(patch(network)).splitlines() == [
@@ -162,8 +163,15 @@ def test_report_is_readable():
     assert str(patch(Attention(4))).splitlines() == ["swapped: 1", "  the model itself: msca_strips", "left alone: 0"]
     assert str(patch(Attention(4, (3, 5)))).splitlines()[3:] == [
         "swapped, but still in plain PyTorch: 1",
-        "  the model itself: the compiled kernels have branch sizes (7, 11, 21), this one (3, 5)",
+        "  the model itself: the compiled kernels have branch sizes (7, 11, 21), got (3, 5)",
     ]
+
+
+def test_what_no_kernel_serves_is_told(monkeypatch):
+    monkeypatch.setattr(_load, "failure", "they were not built")
+    assert patch(Network()).uncompiled == dict.fromkeys(SWAPPED, "they were not built")
+    on_meta = patch(Network().to("meta")).uncompiled
+    assert on_meta.keys() == set(SWAPPED) and all("x is on meta" in reason for reason in on_meta.values())
 
 
 def test_only_modules_are_patched():

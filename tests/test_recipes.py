@@ -54,9 +54,9 @@ def test_second_trainings_use_the_validation_pictures_and_so_are_not_evaluated_o
 
 
 def test_evaluation_is_that_of_the_last_training():
-    last = recipes.tested("pascal-voc-coco")
+    last = recipes.evaluation_recipe("pascal-voc-coco")
     assert (last.dataset, last.val, last.scale) == ("pascal-voc", "val", (2048, 512))
-    assert recipes.tested("ade20k") == RECIPES["ade20k"][0]
+    assert recipes.evaluation_recipe("ade20k") == RECIPES["ade20k"][0]
 
 
 @pytest.mark.parametrize(

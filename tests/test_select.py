@@ -204,6 +204,16 @@ def test_triton_serves_where_cuda_was_not_built(monkeypatch):
         assert (answer["triton"], answer["reference"]) == ("Triton is not installed", "serves")
 
 
+@pytest.mark.parametrize(("name", "serves"), [("gfx942:sramecc+:xnack-", True), ("gfx90a", True), ("gfx1100", False)])
+def test_amds_gpus_with_matrix_cores_are_served(name, serves, monkeypatch):
+    monkeypatch.setattr(_triton, "failure", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(_triton, "architecture", lambda x: name)
+    with FakeTensorMode():
+        reason = _select.why_not("triton", "nmf", torch.empty(1, 2, 3, device="cuda"))
+    assert reason is None if serves else reason.endswith("wavefronts of 64 threads; this one is gfx1100")
+
+
 def test_triton_on_the_cpu_is_the_interpreter(monkeypatch):
     monkeypatch.setattr(_triton, "failure", None)
     assert explain("nmf", X["nmf"])["triton"] == "x is on cpu, these kernels are for GPUs"
@@ -377,7 +387,9 @@ def test_a_library_that_cannot_be_used_is_told(monkeypatch):
     for name in ("_C_baseline", "_C_cuda"):
         monkeypatch.setitem(sys.modules, f"segnext_kernels.{name}", SimpleNamespace(facts=lambda: {"interface": 0}))
     for load in (lambda: _load._load(None), _load._load_cuda):
-        with pytest.warns(UserWarning, match="another version of this package.* reinstall it; until then other backends serve"):
+        with pytest.warns(
+            UserWarning, match="another version of this package.* reinstall it; slower backends are used instead"
+        ):
             assert "reinstall it" in load()
 
 

@@ -24,6 +24,7 @@ from segnext import begin, cli, recipes, run, trainer
 from segnext.begin import build, class_weights, label_counts, require_classes
 from segnext.checkpoint import WeightsError
 from segnext.data import DataError, open_dataset, pairs
+from segnext.errors import DeviceError
 from segnext.images import ImageError
 from segnext.recipes import RECIPES, RecipeError
 from segnext.train import Machine, resume, train
@@ -130,7 +131,7 @@ def test_the_end_of_a_gpus_memory_is_told(data, tmp_path, monkeypatch, batch, ac
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("segnext.train.loop", full)
-    with pytest.raises(RecipeError, match=f"the memory of cpu is too small; try {way}$"):
+    with pytest.raises(DeviceError, match=f"the memory of cpu is too small; try {way}$"):
         train([replace(SHORT, batch=batch, crop=(64, 64))], [data], tmp_path / "run", replace(HERE, accumulate=accumulate))
 
 
@@ -230,7 +231,7 @@ def test_what_was_whole_is_told(tmp_path, trained, monkeypatch):
     (tmp_path / "last.pth").write_bytes(b"of before")
     monkeypatch.setattr(torch, "save", full)
     loop = trainer.Trainer(segnext.load(trained / "model.pth"), [None], SHORT)
-    with run.opened(tmp_path, 0) as records, pytest.raises(WeightsError, match="last.pth: .*last.pth of before is whole"):
+    with run.open_run(tmp_path, 0) as records, pytest.raises(WeightsError, match="last.pth: .*last.pth of before is whole"):
         records.save(loop, 0.0)
     assert (tmp_path / "last.pth").read_bytes() == b"of before"
 
@@ -257,7 +258,7 @@ def test_a_loss_that_is_lost_stops_the_training(tmp_path, data, monkeypatch):
     losses = iter([1.0, 1.0, float("nan")])
     loss = trainer.pixel_loss
     monkeypatch.setattr(trainer, "pixel_loss", lambda *args: loss(*args) * next(losses))
-    with pytest.raises(FloatingPointError, match=r"the loss became nan in step 3 .*scene_\d, scene_\d.*--lr"):
+    with pytest.raises(FloatingPointError, match=r"the loss became nan in step 3 .*scene_\d, scene_\d.*a smaller lr"):
         train([replace(SHORT, save_every=1)], [data], tmp_path / "run", HERE)
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["done"] == 2
     assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "last.pth").values())
@@ -298,7 +299,7 @@ def test_a_worker_that_dies_during_a_step_is_told(tmp_path, data, monkeypatch):
 
 
 def test_two_processes_in_one_folder(trained):
-    with run.opened(trained, 6), pytest.raises(RecipeError, match="another process is training in"), run.opened(trained, 6):
+    with run.open_run(trained, 6), pytest.raises(RecipeError, match="another process is training in"), run.open_run(trained, 6):
         pass
 
 
@@ -306,7 +307,7 @@ def test_a_refused_training_leaves_the_recipe_of_the_other(tmp_path, data):
     """Before there is a checkpoint, too."""
     out = tmp_path / "run"
     out.mkdir()
-    with run.opened(out, 0):
+    with run.open_run(out, 0):
         (out / "recipe.json").write_text("the other's")
         with pytest.raises(RecipeError, match="another process is training in"):
             train([SHORT], [data], out, HERE)
@@ -334,11 +335,11 @@ def test_a_process_that_reads_pictures_does_not_keep_the_folder(trained):
     """It lives some seconds longer than a training that was killed."""
     context = multiprocessing.get_context("fork")
     runs = context.Event()
-    with run.opened(trained, 6):
+    with run.open_run(trained, 6):
         reader = context.Process(target=lambda: (runs.set(), time.sleep(60)))
         reader.start()
         assert runs.wait(60)
-    with run.opened(trained, 6):
+    with run.open_run(trained, 6):
         assert reader.is_alive()
     reader.kill()
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional
 
 from segnext.images import normalise
-from segnext.views import MULTI_SCALE, View, label_map, windows
+from segnext.views import MULTI_SCALE, View, label_map
+from segnext.windows import windows
 
 
 def picture(height: int, width: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 
 import segnext
 from segnext import WeightsError, weights
+from segnext.described import Described
 from segnext.model import HEADS, SIZES, Config, SegNeXt
 
 SUFFIXES = pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
@@ -56,7 +57,7 @@ def test_load_unwrapped_state(tmp_path, zipped):
 def test_configuration_is_read_from_the_shapes(size, head):
     with torch.device("meta"):
         model = segnext.create(size, num_classes=11, head=head, in_channels=4)
-    found = weights._config(model.state_dict(), {}, Path("model.pth"))
+    found = weights._config(model.state_dict(), Described(), Path("model.pth"))
     assert replace(found, rank=model.config.rank) == model.config
     assert head == "msca" or found.rank == SIZES[size].rank
 

@@ -12,7 +12,7 @@ inline constexpr int kTaps = kK * kK + 1;  // the bias comes last
 inline constexpr int kPixels = kRegisters == 32 ? 8 : 4;
 
 // An item is a part of an image's rows in a block of channel groups; all are cut by the shape alone. Staged blocks are one
-// group and the height of the image.
+// group, in the contiguous layout of the height of the image.
 template <class A>
 struct Parts {
   int64_t groups, direct, rows, per_image, block, blocks, items;

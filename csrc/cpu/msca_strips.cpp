@@ -45,7 +45,7 @@ template <class A>
 void forward(const Image& x, const StripFilters& filters, const Image& y, Share& items) {
   Buffer<A> taps(kTaps * kLanes<A>), out(x.width * kLanes<A>);
   StripRows<A> strips(x.width);
-  StemRows<A> stem(x, taps, false);
+  Conv5x5Rows<A> stem(x, taps, false);
   std::optional<RowStarts<A>> starts;
   const Groups<A> groups(x);
   // A row of x, past the end of a group one of the next group.

@@ -25,7 +25,7 @@ SEGNEXT_INLINE void for_chunks(const F& f) {
 
 // grad[t] += sum over w of u[w] * a[w + t - K / 2]
 template <class A, int K>
-SEGNEXT_ALONE void row_grad(const A* u, const A* a, int64_t width, A* grad) {
+SEGNEXT_NOINLINE void row_grad(const A* u, const A* a, int64_t width, A* grad) {
   constexpr int L = kLanes<A>;
   for_chunks<K>([&](int first, auto size) {
     constexpr int count = size;
@@ -42,7 +42,7 @@ SEGNEXT_ALONE void row_grad(const A* u, const A* a, int64_t width, A* grad) {
 
 // grad[t] += sum over rows j < kStripRows and w of q_j[w] * a[j + t - K / 2][w]; a's rows outside the image are null
 template <class A, int K>
-SEGNEXT_ALONE void column_grad(const A* const (&q)[kStripRows], const Window<A>& a, int64_t width, A* grad) {
+SEGNEXT_NOINLINE void column_grad(const A* const (&q)[kStripRows], const Window<A>& a, int64_t width, A* grad) {
   constexpr int L = kLanes<A>;
   for_chunks<K>([&](int first, auto size) {
     constexpr int count = size;
@@ -68,7 +68,7 @@ SEGNEXT_ALONE void column_grad(const A* const (&q)[kStripRows], const Window<A>&
 
 // out[w] = sum over t of taps[t] * row[w + t - K / 2]
 template <class A, int K>
-SEGNEXT_ALONE void strip(const A* row, const A* taps, int64_t width, A* out) {
+SEGNEXT_NOINLINE void strip(const A* row, const A* taps, int64_t width, A* out) {
   for_tiles<kTile>(width, [&](int64_t w, auto size) {
     constexpr int tile = size;
     Vector<A> acc[tile] = {};
@@ -156,7 +156,7 @@ class TapGrads {
   const A* taps_;
   A* total_ = nullptr;
   int64_t height_, width_;
-  StemRows<A> stem_;
+  Conv5x5Rows<A> stem_;
   StripRows<A> strips_;
   Buffer<A> zero_, g_sums_;
 };

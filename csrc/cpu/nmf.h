@@ -137,7 +137,7 @@ class Nmf {
   }
 
   // Columns of y <- left C^T
-  SEGNEXT_ALONE void multiply(Tile<A>& tile, const A* c, const Matrices& y, int64_t image, int64_t first, int64_t columns,
+  SEGNEXT_NOINLINE void multiply(Tile<A>& tile, const A* c, const Matrices& y, int64_t image, int64_t first, int64_t columns,
                               Buffer<A>& scratch) {
     if (same_ && !y.transposed && columns % L == 0) {  // the products are rows of y already
       transpose_rows<A>(c, s_.padded, columns, s_.rank, scratch, columns);

@@ -47,7 +47,7 @@ class FreeBlocks {
   static constexpr std::align_val_t kAlignment{64};
 
   // Where there is no room for a block, others go, each in its turn: they may be of sizes that no call has any longer.
-  SEGNEXT_ALONE void keep_instead(Block block) {
+  SEGNEXT_NOINLINE void keep_instead(Block block) {
     if (!kKeep || block.size > kMost) return ::operator delete(block.data, kAlignment);
     Block* place = nullptr;
     do {

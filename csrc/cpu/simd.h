@@ -45,7 +45,7 @@ using BitsVector = VectorN<Bits<A>, kLanes<A>>;
 #define SEGNEXT_INLINE inline __attribute__((always_inline))
 #define SEGNEXT_UNROLL _Pragma("GCC unroll 64")
 // For a loop whose sums fill the registers: inlined beside others, GCC keeps some of them on the stack.
-#define SEGNEXT_ALONE __attribute__((noinline))
+#define SEGNEXT_NOINLINE __attribute__((noinline))
 
 template <class A>
 SEGNEXT_INLINE Vector<A> load(const A* p) {

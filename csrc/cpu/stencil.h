@@ -62,7 +62,7 @@ SEGNEXT_INLINE void add_to(A* total, const Vector<A> (&sums)[N]) {
 
 // grad[s][t] += sum over w of out[w] * rows[s][w + t - K / 2]
 template <class A, int K>
-SEGNEXT_ALONE void depthwise_grad(const A* out, const A* const (&rows)[K], int64_t width, A* grad) {
+SEGNEXT_NOINLINE void depthwise_grad(const A* out, const A* const (&rows)[K], int64_t width, A* grad) {
   constexpr int L = kLanes<A>;
   constexpr int kRows = kRegisters == 32 ? K : 12 / K;  // filter rows whose taps fit in registers together
   auto some_rows = [&](int first, auto size) {

@@ -71,7 +71,7 @@ class StripRows {
 
 // column_pass for one branch on the pixels w ... w + Tile - 1; row i of the branch's window is rows[i].
 template <class A, int K, int Tile>
-SEGNEXT_ALONE void column_tile(const A* const* rows, const A* taps, int64_t w, const StripRows<A>& out, int branch) {
+SEGNEXT_NOINLINE void column_tile(const A* const* rows, const A* taps, int64_t w, const StripRows<A>& out, int branch) {
   constexpr int L = kLanes<A>;
   Vector<A> acc[kStripRows][Tile] = {}, tap[K];
   SEGNEXT_UNROLL
@@ -144,7 +144,7 @@ SEGNEXT_INLINE void strip_tile(const A* row, const A* taps, int64_t w, int64_t w
 
 // put(w, sums) <- (start + base + sum over branches of taps_b * strips(b, row))[w ...], a tile of pixels at a time
 template <class A, class F>
-SEGNEXT_ALONE void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base, Vector<A> start, int64_t width,
+SEGNEXT_NOINLINE void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base, Vector<A> start, int64_t width,
                             const F& put) {
   constexpr int L = kLanes<A>;
   for_tiles<kTile>(width, [&](int64_t w, auto size) {
@@ -160,9 +160,9 @@ SEGNEXT_ALONE void row_pass(const StripRows<A>& strips, int row, const A* taps, 
 // Computes a = W5 * x + b5 row by row, staging x on the way. The caller may read a window of rows of a and, if `for_gradients`
 // of taps, kReach zero pixels at their ends and the rows of x around the window's middle rows.
 template <class A>
-class StemRows {
+class Conv5x5Rows {
  public:
-  StemRows(const Image& x, const A* taps, bool for_gradients)
+  Conv5x5Rows(const Image& x, const A* taps, bool for_gradients)
       : x_(x),
         taps_(taps),
         x_rows_(for_gradients ? kStripRows + kReach + 5 : 5, x.width, 2),

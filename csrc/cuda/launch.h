@@ -26,8 +26,9 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared, cudaStream_t stream,
             const Arguments&... arguments) {
   if (blocks.x == 0) return;
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+  if (shared > 48 * 1024) {  // one value for all calls of the kernel, since another thread may be launching it, too
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               shared_memory_limit()),
           "shared memory");
   }
   cudaLaunchConfig_t config = {};

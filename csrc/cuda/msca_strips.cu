@@ -7,7 +7,7 @@ namespace segnext::cuda {
 namespace {
 
 constexpr int kHalo = kReach + 2;  // columns of x that are read on either side
-constexpr int kXPad = StemTasks::kInputPad, kAPad = StemTasks::kPad;
+constexpr int kXPad = Conv5x5Tasks::kInputPad, kAPad = Conv5x5Tasks::kPad;
 
 // In shared memory: the taps, the ring of x, kRows rows of a and of y, what is on its way from memory.
 struct Arrays {
@@ -15,7 +15,7 @@ struct Arrays {
   int x_pitch, a_pitch, taps, x, a, y, staging;
   __host__ __device__ Arrays(const Tiling& t, int patch_floats, int staging_bytes, float* memory)
       : layout(memory),
-        x_pitch(StemTasks::input_pitch(t)),
+        x_pitch(Conv5x5Tasks::input_pitch(t)),
         a_pitch(t.tile_columns + 2 * kAPad),
         taps(layout.take(t.tile_channels * kTapStride)),
         x(layout.take(t.tile_channels * plane_stride(kRing, x_pitch))),
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__((kMostThreads<T, kLast>), (kBlocksTogether<T, 
   const int own = threadIdx.x / t.per_channel, col = tile.column + (threadIdx.x - own * t.per_channel) * kOwn;
   const bool active = own < tile.channels;
   const float* taps = shared + at.taps + (active ? own : 0) * kTapStride;
-  const StemTasks tasks(t, tile);
+  const Conv5x5Tasks tasks(t, tile);
   const RowMover<T, kLast> rows(t, tile, tile.column - kHalo, end + kHalo, shared + at.staging);
 
   for (bool more = true; more; more = tile.next_image(t)) {

@@ -8,14 +8,14 @@ namespace segnext::cuda {
 namespace {
 
 constexpr int kMostThreads = 256;
-constexpr int kXPad = StemTasks::kInputPad, kAPad = StemTasks::kPad;
+constexpr int kXPad = Conv5x5Tasks::kInputPad, kAPad = Conv5x5Tasks::kPad;
 
 struct TapArrays {
   Layout layout;
   int x_pitch, a_pitch, taps, x, a, g, x_staging, g_staging;
   __host__ __device__ TapArrays(const Tiling& t, int x_bytes, int g_bytes, float* memory)
       : layout(memory),
-        x_pitch(StemTasks::input_pitch(t)),
+        x_pitch(Conv5x5Tasks::input_pitch(t)),
         a_pitch(t.tile_columns + 2 * kAPad),
         taps(layout.take(t.tile_channels * kTapStride)),
         x(layout.take(most(t.tile_channels * plane_stride(kRing, x_pitch), sums_floats(t)))),
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kMostThreads)
   float sums[kTapSums] = {};
   const RowMover<T, kLast> rows(t, tile, tile.column - kReach - 2, end + kReach + 2, shared + at.x_staging);
   const RowMover<T, kLast> grads(t, tile, tile.column, end, shared + at.g_staging);
-  const StemTasks tasks(t, tile);
+  const Conv5x5Tasks tasks(t, tile);
   for (bool more = true; more; more = tile.next_image(t)) {
     Sums g = {};  // rows row - 10 ... row + 13 of the output's gradient in the thread's columns
     int row = tile.row - 2 * kReach;

@@ -150,7 +150,7 @@ __device__ __forceinline__ void advance(Sums& sums, float fresh) {
 }
 
 // The 5x5 filter's tasks of a block: groups of 4 columns of a that lie in the image, two pairs of rows for each channel.
-class StemTasks {
+class Conv5x5Tasks {
  public:
   static constexpr int kPad = kReach + 2;       // columns of a beside a tile's in shared memory, and
   static constexpr int kInputPad = kReach + 4;  // of x, so that windows and groups begin at multiples of 16 bytes
@@ -161,7 +161,7 @@ class StemTasks {
     return t.tile_columns <= 16 ? round_up(pitch - 8, 16) + 8 : pitch;
   }
 
-  __device__ StemTasks(const Tiling& t, const Tile& tile)
+  __device__ Conv5x5Tasks(const Tiling& t, const Tile& tile)
       : t_(t),
         tile_(tile),
         groups_(ceil_div(min(t.width - tile.column, t.tile_columns + kPad) + kPad, 4) - first_group()),

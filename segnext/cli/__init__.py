@@ -1,10 +1,11 @@
-"""The ``segnext`` command. What a sub-command needs is imported when it runs, so that --help is quick."""
+"""The ``segnext`` command. What a sub-command needs beside torch is imported when it runs, so that --help waits for no more."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
+from ..errors import SegnextError
 from . import data, export, look, models, training
 from .options import Parser
 
@@ -38,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), "models")
         print(f"segnext: this needs {missing}: pip install 'segnext-kernels[{extra}]'", file=sys.stderr)
         return 2
-    except Exception as error:
-        if not isinstance(error, _expected_errors()):
-            raise
+    except (SegnextError, FloatingPointError, OSError) as error:
         print(f"segnext: {error}", file=sys.stderr)
         return 2
 
@@ -52,17 +51,3 @@ def _parser() -> Parser:
     for group in (models, training, export, look, data):
         group.add(commands)
     return parser
-
-
-def _expected_errors() -> tuple[type[Exception], ...]:
-    """What is the input's fault, not the program's."""
-    from ..data.pairs import DataError
-    from ..distributed import PeerError
-    from ..export.program import ExportError
-    from ..images import ImageError
-    from ..predict import InputError
-    from ..recipes import RecipeError
-    from ..weights import WeightsError
-
-    known = (DataError, ExportError, ImageError, InputError, PeerError, RecipeError, WeightsError)
-    return *known, FloatingPointError, OSError

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ..model import HEADS, SIZES
+from ..recipes import SHOWN
 from . import options
-from .options import HEADS, SIZES, add_device, command
+from .options import add_device, command
 
 
 def add(commands) -> None:
@@ -38,6 +40,7 @@ def add(commands) -> None:
     )
     predict.add_argument("--flip", action="store_true", help="and mirrored")
     add_device(predict)
+    options.add_recipe(predict, "show photographs", SHOWN)
 
     demo = command(commands, "demo", _demo, "train from scratch on drawn scenes or on your photographs, and look at it")
     demo.description = (
@@ -106,7 +109,8 @@ def add(commands) -> None:
 def _predict(inputs: list[Path], device: str | None, **given) -> int:
     from ..predict import predict
 
-    broken = predict(inputs, device=device or options.best_device(), **given)
+    shown = {name: given.pop(name) for name in SHOWN if name in given}
+    broken = predict(inputs, device=device or options.best_device(), shown=shown, **given)
     print(f"wrote into {given['out']}")
     if broken:
         print(f"segnext: {len(broken)} of the files could not be read and were skipped", file=sys.stderr)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
+from ..model import HEADS, SIZES
 from ..recipes import Recipe
 
-SIZES, HEADS = ("t", "s", "b", "l"), ("ham", "msca")
 MOST_RANK = 1024
 
 

@@ -112,7 +112,7 @@ def _train(
 def _evaluate(recipe: str, split: str | None, device: str | None, **given) -> int:
     from ..evaluate import evaluate_weights
 
-    chosen = recipes.tested(recipe)
+    chosen = recipes.evaluation_recipe(recipe)
     shown = {name: given.pop(name) for name in recipes.SHOWN if name in given}
     if split is None and recipes.recipes(recipe)[-1].val is None:
         print(f"{recipe} trains on {chosen.train} and evaluates nothing; if that has pictures of val, the figures are too good")

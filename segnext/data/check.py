@@ -1,4 +1,4 @@
-"""Looking through a whole data set for faults: the ``segnext data check`` command."""
+"""Looking through a whole data set for faults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..images import ImageError, read_image
 from ..palette import IGNORED
 from .pairs import DataError, MissingError, Pairs, require_same_size
 from .registry import kind
-from .workers import deaths_told, each
+from .workers import each, report_dead_workers
 
 
 @dataclass
@@ -60,7 +60,7 @@ def check(pairs: Pairs, workers: int = 0) -> Report:
         DataError: one of the processes died.
     """
     report = Report(pairs.classes, len(pairs), list(pairs.faults))
-    with deaths_told():
+    with report_dead_workers():
         for faults, pixels, size in each(_Inspected(pairs), workers, "checking"):
             report.faults += faults
             report.pixels += pixels

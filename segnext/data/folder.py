@@ -39,7 +39,13 @@ def folder(root: Path, split: str) -> Pairs:
         raise DataError(f"{place / 'images'}: there are no images in this folder")
     if place == root and not (root / "val").is_dir():
         fifth = set(names[::5])
+        count = len(names)
         names = [name for name in names if (name in fifth) == (split == "val")]
+        if not names:
+            raise DataError(
+                f"{place / 'images'}: every fifth of {count} pictures is for evaluation, which leaves none to train on; name"
+                " the splits yourself by folders train/ and val/"
+            )
     files, unpaired = match(images, masks, names)
     read_mask = partial(read_by_table, table=identity_table(len(classes)))
     return Pairs(classes, generated_palette(len(classes)), files, read_mask, [*twice, *masks_twice, *unpaired])

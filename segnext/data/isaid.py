@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,12 @@ from torch.utils.data import Dataset
 from ..checkpoint import check_folder
 from ..images import ImageError, image_size, read_image, stored_image, write_png
 from ..palette import IGNORED, mask_image, photo_image
+from ..windows import windows
 from .find import by_name, find_root, first_of, match
 from .legend import legend
 from .masks import identity_table, look_up
 from .pairs import DataError, MissingError, Pairs, require_same_size
-from .workers import deaths_told, each
+from .workers import each, report_dead_workers
 
 ENDING = "_instance_color_RGB.png"
 SPLITS, IMAGES = ("train", "val"), ("images/images", "images")
@@ -85,7 +85,7 @@ def cut_isaid(source: Path, out: Path, size: int = 896, stride: int = 512, worke
     written = 0
     for split in splits:
         pictures = _Pictures(_large(source / split), [out / kind / split for kind in ("img_dir", "ann_dir")], size, stride)
-        with deaths_told():
+        with report_dead_workers():
             for patches, fault in each(pictures, workers, f"cutting {split}"):
                 if fault:
                     raise DataError(fault)
@@ -125,7 +125,11 @@ class _Pictures(Dataset):
 
     def _cut(self, image_file: Path, mask_file: Path) -> int:
         height, width = image_size(image_file)
-        corners = list(product(_starts(height, self.size, self.stride), _starts(width, self.size, self.stride)))
+        corners = [
+            (rows.start, columns.start)
+            for rows in windows(height, self.size, self.stride)
+            for columns in windows(width, self.size, self.stride)
+        ]
         paths = [self._paths(image_file.stem, top, left) for top, left in corners]
         if others := self.there[image_file.stem] - {image.stem for image, _ in paths}:
             raise DataError(f"{self.out[0] / min(others)}.png is no patch of this size and stride; choose an empty folder")
@@ -148,7 +152,3 @@ class _Pictures(Dataset):
     def _paths(self, name: str, top: int, left: int) -> tuple[Path, Path]:
         patch = f"{name}_{top}_{top + self.size}_{left}_{left + self.size}"
         return self.out[0] / f"{patch}.png", self.out[1] / f"{patch}{ENDING}"
-
-
-def _starts(length: int, size: int, stride: int) -> list[int]:
-    return sorted({max(0, min(start, length - size)) for start in range(0, length, stride)})

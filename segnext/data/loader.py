@@ -101,7 +101,8 @@ def collate(items: Sequence[tuple[Tensor, Tensor, int] | Exception]) -> Batch | 
 def batches(
     pairs: Dataset, order: Order, augment: Callable | None = None, *, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """The order's shares of batches, read and augmented by worker processes, without end; to be used in :func:`deaths_told`.
+    """The order's shares of batches, read and augmented by worker processes, without end; to be used in
+    :func:`report_dead_workers`.
 
     Raises:
         DataError, ImageError: a picture cannot be read.
@@ -110,7 +111,7 @@ def batches(
 
 
 def one_by_one(pairs: Dataset, indices: Sequence[int], workers: int = 0) -> Iterator[Batch]:
-    """The pictures of these numbers as they are, in batches of one; to be used in :func:`deaths_told`.
+    """The pictures of these numbers as they are, in batches of one; to be used in :func:`report_dead_workers`.
 
     Raises:
         DataError, ImageError: a picture cannot be read.

@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, functional
 from tqdm import tqdm
 
+from ..errors import SegnextError
 from ..images import read_image
 from ..palette import Colour
 
 
-class DataError(RuntimeError):
+class DataError(SegnextError, RuntimeError):
     """A data set that is not as it should be; the message names the file."""
 
 

@@ -15,13 +15,13 @@ from .pairs import DataError
 
 def each(dataset: Dataset, workers: int, doing: str) -> Iterator[Any]:
     """The items in order, made in that many processes (0: in this one), with a bar that says what is being done; to be used in
-    :func:`deaths_told`."""
+    :func:`report_dead_workers`."""
     loader = DataLoader(dataset, batch_size=None, num_workers=workers)
     return iter(tqdm(loader, desc=doing, unit="photo", leave=False, disable=None))
 
 
 @contextlib.contextmanager
-def deaths_told() -> Iterator[None]:
+def report_dead_workers() -> Iterator[None]:
     """Turns the errors by which the death of a worker shows into one sentence.
 
     Torch raises one of its own from a signal handler, wherever the main process is, so this has to be around all that is done

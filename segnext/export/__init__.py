@@ -1,4 +1,4 @@
-"""Models for other programs: ONNX files, packages of torch.export and of AOTInductor, and the ``segnext export`` command.
+"""Models for other programs: ONNX files, packages of torch.export and of AOTInductor.
 
 What is exported is the fused model (:func:`segnext.fuse`), with the decomposition's fixed bases as a constant. torch.export
 keeps our operators. For ONNX every operator is replaced by its reference, so that the graph has standard operators only, batch

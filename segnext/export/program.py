@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 
 import segnext_kernels
 
+from ..errors import SegnextError
 from ..fuse import fuse
 from ..model import MEAN, STD, SegNeXt
 
@@ -19,7 +20,7 @@ LEAST = 33  # pixels: of fewer the coarsest map has a single row or column, for 
 DECOMPOSED = ("conv_act", "group_norm_relu", "hamburger", "mlp", "resize_concat_conv", "spatial_attention")
 
 
-class ExportError(RuntimeError):
+class ExportError(SegnextError, RuntimeError):
     """A model cannot be exported in this way; the message says why in one sentence."""
 
 

@@ -1,4 +1,4 @@
-"""A page on this machine to try a model with: the ``segnext serve`` command."""
+"""A page on this machine to try a model with."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
+from ..errors import DeviceError
 from ..gradcam import LAYERS
 from ..images import ImageError
-from ..recipes import RecipeError
 from .session import Gone, Session
 
 PAGE = Path(__file__).parent / "page"
@@ -59,8 +59,8 @@ def create_app(session: Session, most_bytes: int) -> FastAPI:
     async def gone(_: Request, error: Gone) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 404)
 
-    @app.exception_handler(RecipeError)
-    async def too_large(_: Request, error: RecipeError) -> JSONResponse:
+    @app.exception_handler(DeviceError)
+    async def too_large(_: Request, error: DeviceError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 507)
 
     @app.exception_handler(Exception)

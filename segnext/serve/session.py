@@ -17,13 +17,13 @@ from torchvision.transforms.v2 import functional
 
 from segnext_kernels import upsample_argmax
 
-from ..distributed import memory_told
+from ..distributed import explain_out_of_memory
 from ..figure import model_title
 from ..fuse import FusedSegNeXt, inference_model
 from ..gradcam import heat_image, heat_map
 from ..images import decode_image
 from ..palette import mask_image, photo_image
-from ..predict import load_for_photographs, seen
+from ..predict import load_for_photographs, seen, tell_scale
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # MPO: what some telephones write as .jpg
 MOST_PIXELS = 100 * 10**6
@@ -71,6 +71,8 @@ class Session:
     def __init__(self, weights: str | Path, *, rank: int | None, short_side: int | None, device: str) -> None:
         self.device = torch.device(device)
         model = load_for_photographs(weights, rank)
+        if short_side is None:
+            tell_scale(model, weights)
         self.fast = inference_model(model, self.device)
         self.model = model.to(self.device, memory_format=torch.channels_last)  # which Grad-CAM can differentiate
         self.name, self.classes, self.palette = model_title(model.config), model.classes, model.palette
@@ -92,7 +94,7 @@ class Session:
         image = shrunk(original, SHOWN_SIDE)
         images = seen(self.fast, original, self.short_side)
         laps.lap("resize, normalise")
-        with torch.inference_mode(), memory_told(self.device, "a smaller --short-side"):
+        with torch.inference_mode(), explain_out_of_memory(self.device, "a smaller --short-side"):
             logits = timed(self.fast, images, laps)
             labels = upsample_argmax(logits, image.shape[-2:])[0].to(torch.uint8).cpu().numpy()
         laps.lap("labels")
@@ -120,7 +122,7 @@ class Session:
 
     def heat(self, photo: Photo, category: int, layer: str, pixel: tuple[int, int] | None) -> Image.Image:
         """Grad-CAM's map of a class over the photograph; with a pixel, of the region around it."""
-        with memory_told(self.device, "a smaller --short-side"):
+        with explain_out_of_memory(self.device, "a smaller --short-side"):
             return heat_image(photo.image, heat_map(self.model, photo.image, category, layer, pixel, self.short_side))
 
     def mask(self, photo: Photo) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .._register import register_inference
+from .reference import conv_act
 
 
 def _fake(x, weight, bias, kernel_size, stride, activation):
@@ -11,5 +12,5 @@ def _fake(x, weight, bias, kernel_size, stride, activation):
 
 
 register_inference(
-    "conv_act(Tensor x, Tensor weight, Tensor bias, int kernel_size, int stride, str activation) -> Tensor", _fake
+    "conv_act(Tensor x, Tensor weight, Tensor bias, int kernel_size, int stride, str activation) -> Tensor", _fake, conv_act
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._register import register_inference
+from .reference import group_norm_relu
 
 
 def _fake(x, *args):
@@ -12,5 +13,7 @@ def _fake(x, *args):
 
 
 register_inference(
-    "group_norm_relu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? residual) -> Tensor", _fake
+    "group_norm_relu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? residual) -> Tensor",
+    _fake,
+    group_norm_relu,
 )

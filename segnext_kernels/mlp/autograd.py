@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._register import register_inference
+from .reference import mlp
 
 
 def _fake(x, *args):
@@ -15,4 +16,5 @@ register_inference(
     "mlp(Tensor x, Tensor fc1, Tensor bias1, Tensor depthwise, Tensor depthwise_bias, Tensor fc2, Tensor bias2, "
     "Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor",
     _fake,
+    mlp,
 )

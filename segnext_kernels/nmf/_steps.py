@@ -246,7 +246,7 @@ def run(problem: Problem, x: Tensor, bases: Tensor, steps: int, keep: bool) -> F
             HELD=p.held,
             FIRST=i == 0,
             configs=p.configs,
-            key=("rows", "rank"),
+            key=("rows", "rank", "part"),
             restore=("coef",),
         )
         _finish(p, bases, sums, factors, read, FIRST=False, KEEP=keep)

@@ -48,7 +48,7 @@ def forward(x: Tensor, bases: Tensor, steps: int, gradient: str, round_factors: 
             **p.constants,
             FIRST=steps == 0,
             configs=p.configs_of_output,
-            key=("rows", "rank"),
+            key=("rows", "rank", "part"),
             restore=("coef",),
         )
     return y

@@ -101,7 +101,7 @@ def _step_back(p: Problem, back: _Back, grad_out: Tensor, x: Tensor, factors: Fa
         **p.constants,
         **constants,
         configs=p.configs_backward,
-        key=("rows", "rank"),
+        key=("rows", "rank", "part"),
         restore=("grad_coef",),
     )
 

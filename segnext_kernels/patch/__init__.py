@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from .._select import explain
 from ..nn import AttentionModule
 from .kinds import MLP, NMF, Attention, Kind, OfficialNMF, fused_class, kind_of
 from .losses import LossByFeat, Losses
@@ -23,7 +25,8 @@ class Patched:
     Attributes:
         swapped: the operator that each swapped module runs on now, by the module's name in the model ("" is the model itself).
         left: why a module was left alone that resembles one that can be swapped, by its name.
-        uncompiled: why no compiled kernel serves a swapped module, which then gains little, by its name.
+        uncompiled: why no compiled kernel serves a swapped module in its present dtype and place, where it gains little, by its
+            name.
     """
 
     swapped: dict[str, str]
@@ -91,7 +94,7 @@ def patch(model: nn.Module) -> Patched:
     return Patched(
         {name: kind.operator for name, _, kind in swapped},
         {name: reason for name, _, _, reason in found if reason is not None},
-        {name: reason for name, module, kind in swapped if (reason := kind.uncompiled(module)) is not None},
+        {name: reason for name, module, kind in swapped if (reason := _uncompiled(model, module, kind)) is not None},
     )
 
 
@@ -124,6 +127,14 @@ def unpatch(model: nn.Module) -> list[str]:
     for _, module in fused:
         module.__class__ = type(module).__base__
     return [name for name, _ in fused]
+
+
+def _uncompiled(model: nn.Module, module: nn.Module, kind: type[Kind]) -> str | None:
+    """Why plain PyTorch serves the fused method of a module, None if a kernel does."""
+    x = next(itertools.chain(module.parameters(), model.parameters()), torch.empty(0)).detach()
+    answers = explain(kind.operator, x, **kind.details(module))
+    kernels = ("cpu",) if x.device.type == "cpu" else ("cuda", "triton")
+    return "; ".join(dict.fromkeys(answers[name] for name in kernels)) if answers["reference"] == "serves" else None
 
 
 def _check(function: str, model: nn.Module) -> None:

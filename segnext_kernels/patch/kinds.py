@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .._modules import on_images, silent
-from .._select import COMPILED_BRANCHES
+from .._modules import on_images, why_must_be_called
 from .._validate import accumulator
 from ..dwconv_gelu import dwconv_gelu
 from ..msca_strips import msca_strips
@@ -42,9 +41,9 @@ class Kind:
         raise NotImplementedError
 
     @staticmethod
-    def uncompiled(module: nn.Module) -> str | None:
-        """Why no compiled kernel serves the fused method of a module of this kind, None if one does."""
-        return None
+    def details(module: nn.Module) -> dict[str, object]:
+        """What of the module decides on its backend, as :func:`segnext_kernels.explain` takes it."""
+        return {}
 
     @staticmethod
     def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
@@ -114,12 +113,9 @@ class Attention(Kind):
         return None
 
     @staticmethod
-    def uncompiled(module: nn.Module) -> str | None:
+    def details(module: nn.Module) -> dict[str, object]:
         _, *strips, _ = module.children()
-        sizes = tuple(max(row.kernel_size) for row in strips[::2])
-        if sizes == COMPILED_BRANCHES:
-            return None
-        return f"the compiled kernels have branch sizes {COMPILED_BRANCHES}, this one {sizes}"
+        return {"branch_sizes": tuple(max(row.kernel_size) for row in strips[::2])}
 
     @staticmethod
     def trials(twin: nn.Module, dtype: torch.dtype) -> list[tuple]:
@@ -159,8 +155,8 @@ class MLP(Kind):
             return f"its dwconv holds {', '.join(beside)} as well"
         convolution = inner(module.dwconv)
         return (
-            silent("act", module.act)
-            or silent("dwconv", module.dwconv)
+            why_must_be_called("act", module.act)
+            or why_must_be_called("dwconv", module.dwconv)
             or unlike_depthwise("dwconv", convolution, (3, 3), module.fc1.out_channels)
         )
 
@@ -184,6 +180,10 @@ class NMF(Kind):
     @staticmethod
     def resembles(module: nn.Module) -> bool:
         return decomposes(module) and "cuda" not in arguments_of(module._build_bases)
+
+    @staticmethod
+    def details(module: nn.Module) -> dict[str, object]:
+        return {"rank": module.R}
 
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
@@ -247,7 +247,7 @@ def unlike_depthwise(name: str, child: nn.Module, kernel: tuple[int, int], chann
         found = getattr(child, attribute)
         if found != value and (attribute, found) != ("padding", "same"):
             return f"{name} has {attribute} {found}, the fused operator {value}"
-    reason = silent(name, child)
+    reason = why_must_be_called(name, child)
     if reason is None and any(type(tensor) not in (nn.Parameter, type(None)) for tensor in (child.weight, child.bias)):
         return f"the weight or bias of {name} is not a plain Parameter"
     return reason
@@ -302,7 +302,7 @@ def _unreplaced(module: nn.Module, *children: nn.Module) -> None:
                 f"{name} took a place in {parent} after it was patched, where the fused operator would ignore it: call"
                 " segnext_kernels.unpatch, replace, and patch again"
             )
-        if silent(name, child) is not None:
+        if why_must_be_called(name, child) is not None:
             raise RuntimeError(
                 f"{name} in {parent} got hooks, as of pruning, or another forward after it was patched, which the fused"
                 " operator would ignore: call segnext_kernels.unpatch before, and patch again"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .._modules import silent
+from .._modules import why_must_be_called
 from .._validate import accumulator
 from ..upsample_argmax import upsample_argmax
 from ..upsample_cross_entropy import upsample_cross_entropy
@@ -38,7 +38,7 @@ class LossByFeat(Kind):
                 found = getattr(criterion, attribute, None)
                 if found != value:
                     return f"{name} has {attribute} {found}, the fused operator {value}"
-            reason = silent(name, criterion)
+            reason = why_must_be_called(name, criterion)
             if reason is not None:
                 return reason
         return None

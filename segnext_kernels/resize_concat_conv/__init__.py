@@ -23,7 +23,7 @@ def resize_concat_conv(
 
         first, *others = maps
         resized = [F.interpolate(x, first.shape[2:], mode="bilinear", align_corners=False) for x in others]
-        y = F.conv2d(torch.cat([first, *resized], dim=1), torch.cat([W_0, W_1, ...], dim=1), bias)
+        y = F.conv2d(torch.cat([first, *resized], dim=1), torch.cat(W, dim=1), bias)  # weights[i] = pack(W[i], x.dtype)
 
     Args:
         maps: [N, C_i, H_i, W_i] each, float32 or bfloat16; copied to channels_last where they aren't; each with channels and

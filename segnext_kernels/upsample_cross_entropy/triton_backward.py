@@ -120,7 +120,8 @@ def add_weights(target, weight, sums, pixels, ignored, classes, WEIGHTED: tl.con
     tl.store(sums + tl.program_id(0), tl.sum(total).to(tl.float32))
 
 
-@triton.jit
+# Strips of an image differ in these alone: one kernel serves all.
+@triton.jit(do_not_specialize=["first_gap"])
 def keep_log_sum_exps(
     logits,  # [N, C, h, w]
     target,  # [N, H, W]
@@ -177,7 +178,7 @@ def with_neighbours(row, before, after, inside):
     return tl.gather(middle, before, 1), middle, tl.gather(middle, after, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_gap", "first_segment"])
 def gather(
     logits,  # [N, C, h, w]
     grad,  # as logits
