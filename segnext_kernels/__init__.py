@@ -7,7 +7,10 @@ from importlib.metadata import version as _version
 
 import torch
 
-from . import _load
+from . import (
+    _flops,  # noqa: F401 (registers what the operators count)
+    _load,
+)
 from ._pack import pack
 from ._select import explain
 from ._select import missing as _missing
