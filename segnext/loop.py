@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,72 +24,101 @@ from .trainer import Step, Trainer
 SMOOTHED = 20  # steps over which the shown loss is a mean
 
 
-def loop(
-    trainer: Trainer, run: Run | None, val: Pairs | None, best: float, losses: list[float], due: bool, workers: int
-) -> None:
-    """Trains to the end; the first process, which has the run, keeps the records.
+@dataclass
+class Loop:
+    """A training to its end; the first process, which has the run, keeps the records.
 
-    Args:
+    Attributes:
+        val: what is evaluated on, None for no evaluation.
         best: the largest mIoU so far.
         losses: of the steps since the last line of train.csv.
         due: whether the evaluation of the last step has not been.
         workers: processes that read pictures for evaluation on a GPU.
-
-    Raises:
-        KeyboardInterrupt: it was asked to stop; the step that it was at is in ``last.pth``.
     """
-    recipe = trainer.recipe
-    if run is not None and trainer.done == 0:
-        print(_headline(trainer, val), flush=True)
-    if due:
-        best = _look(trainer, run, val, best, workers)
-    ended = look = False
-    with stop_signals() as asked:
-        try:
-            for step in with_bar(trainer, silent=run is None):
-                losses.append(step.loss)
-                ended = step.progress >= 1
-                save = step.number % recipe.save_every == 0 or ended
-                look = val is not None and (step.number % recipe.evaluate_every == 0 or ended)
-                if save or look:
-                    trainer.require_finite()
-                if run is not None and (step.number % recipe.log_every == 0 or ended):
-                    run.log_step(step, sum(losses) / len(losses))
-                    losses.clear()
-                if run is not None and save:
-                    run.save(trainer, best, losses, due=look)  # first, so that an evaluation that fails costs no steps
-                if look:
-                    best, look = _look(trainer, run, val, best, workers), False
-                    if run is not None and save:
-                        run.save(trainer, best, losses)
-                    if run is not None and not ended:
-                        run.draw()
-                if asked and run is not None:  # the other processes wait for this one, and end with it
-                    break
-        except (EOFError, ConnectionError, RuntimeError):
-            if not asked:  # else it may be that the processes that read pictures were told to stop, too
-                raise
-        if asked and not ended:
-            if run is not None:
-                trainer.require_finite()
-                run.save(trainer, best, losses, due=look)
-                print(f"stopped after step {trainer.done}, which {run.folder / 'last.pth'} holds: --resume goes on", flush=True)
-            raise KeyboardInterrupt
-    if run is not None:
-        run.draw()
-        run.save_weights(trainer, "model.pth")
-        print(f"wrote {run.folder / 'model.pth'}" + (f" and {run.folder / 'best.pth'} (mIoU {best:.3f})" if best >= 0 else ""))
 
+    trainer: Trainer
+    run: Run | None
+    val: Pairs | None
+    best: float
+    losses: list[float]
+    due: bool
+    workers: int
+    ended: bool = False
 
-def _look(trainer: Trainer, run: Run | None, val: Pairs, best: float, workers: int) -> float:
-    """Evaluates, and keeps the scores and the best weights; the best mIoU."""
-    scores = _evaluated(trainer, val, workers)
-    if run is not None:
-        tqdm.write(f"step {trainer.done}: {scores} on {len(val)} pictures of {trainer.recipe.val}")
-        run.log_scores(trainer.done, scores)
-        if scores.miou > best:
-            run.save_weights(trainer, "best.pth")
-    return max(best, scores.miou)
+    def train(self) -> None:
+        """Trains.
+
+        Raises:
+            KeyboardInterrupt: it was asked to stop; the step that it was at is in ``last.pth``.
+        """
+        if self.run is not None and self.trainer.done == 0:
+            print(_headline(self.trainer, self.val), flush=True)
+        if self.due:
+            self._evaluate()
+        with stop_signals() as signals:
+            try:
+                for step in with_bar(self.trainer, silent=self.run is None):
+                    self._after(step)
+                    if signals and self.run is not None:  # the other processes wait for this one, and end with it
+                        break
+            except (EOFError, ConnectionError, RuntimeError):
+                if not signals:  # else it may be that the processes that read pictures were told to stop, too
+                    raise
+            if signals and not self.ended:
+                self._save_what_was_stopped()
+                raise KeyboardInterrupt
+        if self.run is not None:
+            self.run.draw()
+            self.run.save_weights(self.trainer, "model.pth")
+            best = f" and {self.run.folder / 'best.pth'} (mIoU {self.best:.3f})" if self.best >= 0 else ""
+            print(f"wrote {self.run.folder / 'model.pth'}{best}")
+
+    def _after(self, step: Step) -> None:
+        """Records, saves and evaluates, as the recipe has it after this step."""
+        recipe, run = self.trainer.recipe, self.run
+        self.losses.append(step.loss)
+        self.ended = step.progress >= 1
+
+        def is_time(every: int) -> bool:
+            return step.number % every == 0 or self.ended
+
+        save = is_time(recipe.save_every)
+        self.due = self.val is not None and is_time(recipe.evaluate_every)
+        if save or self.due:
+            self.trainer.require_finite()
+        if run is not None and is_time(recipe.log_every):
+            run.log_step(step, sum(self.losses) / len(self.losses))
+            self.losses.clear()
+        if save:
+            self._save()  # first, so that an evaluation that fails costs no steps
+        if self.due:
+            self._evaluate()
+            if save:
+                self._save()
+            if run is not None and not self.ended:
+                run.draw()
+
+    def _save(self) -> None:
+        if self.run is not None:
+            self.run.save(self.trainer, self.best, self.losses, due=self.due)
+
+    def _save_what_was_stopped(self) -> None:
+        if self.run is not None:
+            self.trainer.require_finite()
+            self._save()
+            place = self.run.folder / "last.pth"
+            print(f"stopped after step {self.trainer.done}, which {place} holds: --resume goes on", flush=True)
+
+    def _evaluate(self) -> None:
+        """Evaluates, and keeps the scores and the best weights."""
+        trainer, run = self.trainer, self.run
+        scores = _evaluated(trainer, self.val, self.workers)
+        if run is not None:
+            tqdm.write(f"step {trainer.done}: {scores} on {len(self.val)} pictures of {trainer.recipe.val}")
+            run.log_scores(trainer.done, scores)
+            if scores.miou > self.best:
+                run.save_weights(trainer, "best.pth")
+        self.best, self.due = max(self.best, scores.miou), False
 
 
 @contextmanager

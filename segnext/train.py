@@ -16,7 +16,7 @@ from .data.augment import augmentation
 from .data.pairs import Pairs
 from .data.workers import report_dead_workers
 from .evaluate import algorithms
-from .loop import kernels_tuned, loop
+from .loop import Loop, kernels_tuned
 from .model import SegNeXt
 from .recipes import Recipe, RecipeError
 from .run import last, open_run
@@ -191,7 +191,7 @@ def _stage(
         with report_dead_workers(), open_run(folder, trainer.done, due) if distributed.rank() == 0 else nullcontext() as run:
             if run is not None and begin is not None:
                 begin()
-            loop(trainer, run, val, best, losses, due, machine.workers)
+            Loop(trainer, run, val, best, losses, due, machine.workers).train()
 
 
 def _ways(recipe: Recipe, machine: Machine, device: torch.device) -> str:

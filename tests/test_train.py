@@ -130,7 +130,7 @@ def test_the_end_of_a_gpus_memory_is_told(data, tmp_path, monkeypatch, batch, ac
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("segnext.train.loop", full)
+    monkeypatch.setattr("segnext.train.Loop.train", full)
     with pytest.raises(DeviceError, match=f"the memory of cpu is too small; try {way}$"):
         train([replace(SHORT, batch=batch, crop=(64, 64))], [data], tmp_path / "run", replace(HERE, accumulate=accumulate))
 
