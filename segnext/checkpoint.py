@@ -135,7 +135,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename not in (None, str(temporary)):  # None: a full disk, as a write tells of it
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)  # writing does not say where
+        if error.filename != str(temporary) and not full:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

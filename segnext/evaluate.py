@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .model import SegNeXt
 from .palette import comparison
 from .palette import legend as drawn_legend
 from .predict import SCALE, require_photographs, tell_scale
-from .recipes import Recipe, RecipeError
+from .recipes import Recipe, RecipeError, asked_of_shown
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
 
@@ -150,6 +150,7 @@ def evaluate_weights(
     data: str | Path,
     recipe: Recipe,
     *,
+    shown: Mapping[str, Any] | None = None,
     multi_scale: bool = False,
     flip: bool = False,
     device: str | torch.device = "cpu",
@@ -165,6 +166,7 @@ def evaluate_weights(
         data: the data set's folder.
         recipe: its data set, split ``val``, scale and windows are used. Without a scale (the recipes "folder" and "scratch")
             pictures are shown as the checkpoint says, or at the paper's scale where it doesn't, as in prediction.
+        shown: ``scale``, ``multiple``, ``window`` and ``stride`` (see :class:`segnext.SegNeXt`), in place of these.
         multi_scale, flip: look at every picture in six sizes, and mirrored.
         workers: as for :func:`evaluate`.
         json_file: gets the figures.
@@ -175,13 +177,13 @@ def evaluate_weights(
             another order.
         DataError, ImageError: the data cannot be read.
         InputError: a model that is not for photographs.
-        RecipeError: the pictures would replace the data's, or the file for the figures is a folder.
+        RecipeError: ``shown`` makes no sense, the pictures would replace the data's, or the file for the figures is a folder.
         OSError: nothing can be written there.
     """
     with distributed.processes(device) as device:
-        whose = recipe.scale
-        model, pairs, recipe = load_evaluation(weights, data, recipe, rank)
-        if whose is None and distributed.rank() == 0:
+        told = recipe.scale or asked_of_shown(shown or {}).get("scale")
+        model, pairs, recipe = load_evaluation(weights, data, recipe, rank, shown)
+        if told is None and distributed.rank() == 0:
             tell_scale(model, weights)
         if json_file is not None and distributed.rank() == 0:
             if Path(json_file).is_dir():
@@ -205,7 +207,11 @@ def evaluate_weights(
 
 
 def load_evaluation(
-    weights: str | Path, data: str | Path, recipe: Recipe, rank: int | None = None
+    weights: str | Path,
+    data: str | Path,
+    recipe: Recipe,
+    rank: int | None = None,
+    shown: Mapping[str, Any] | None = None,
 ) -> tuple[SegNeXt, Pairs, Recipe]:
     """A checkpoint, what it is evaluated on, and the recipe with the scale for this; see :func:`evaluate_weights`."""
     pairs = open_dataset(recipe.dataset, Path(data), recipe.val or "val")
@@ -218,7 +224,7 @@ def load_evaluation(
     if recipe.scale is None:
         windows = {"window": model.window, "stride": model.stride} if recipe.window is None else {}
         recipe = replace(recipe, scale=model.scale or SCALE, multiple=max(recipe.multiple, model.multiple), **windows)
-    return model, pairs, recipe
+    return model, pairs, replace(recipe, **asked_of_shown(shown or {}))
 
 
 def _same_order(known: Sequence[str], classes: Sequence[str], weights: str | Path, data: str | Path) -> None:

@@ -21,7 +21,7 @@ from .fuse import inference_model
 from .images import ImageError, image_files, read_image, write_png
 from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
-from .recipes import SHOWN, Recipe
+from .recipes import SHOWN, Recipe, asked_of_shown
 from .views import MULTI_SCALE, View, label_map, resized
 from .weights import load
 
@@ -77,11 +77,12 @@ def predict(
         if photo.name in results and photo.resolve().parent == out.resolve():
             raise InputError(f"{photo} would be overwritten by a result; choose another folder than {out}")
     model = load_for_photographs(weights, rank)
-    recipe = Recipe(**{name: getattr(model, name) for name in SHOWN} | dict(shown or {}))  # which sees to it that they fit
+    asked = asked_of_shown(shown or {})
+    if short_side is None and "scale" not in asked:
+        tell_scale(model, weights)
+    recipe = Recipe(**{name: getattr(model, name) for name in SHOWN} | asked)  # which sees to it that they fit
     for name in SHOWN:
         setattr(model, name, getattr(recipe, name))
-    if short_side is None:
-        tell_scale(model, weights)
     classes, palette = model.classes, model.palette
     model = inference_model(model, torch.device(device))
     check_folder(out)

@@ -150,7 +150,8 @@ _CHOICES = {
 }
 _RANGES = {
     "dropout": (0, 1), "drop_path": (0, 1), "betas": (0, 1), "warmup_start": (0, 1), "seed": (0, 2**63),
-    "weight_decay": (0, math.inf), "balance": (0, math.inf),
+    "weight_decay": (0, math.inf), "balance": (0, math.inf), "multiple": (1, 1025),
+    "scale": (8, 1 << 16), "window": (8, 1 << 16),
 }  # fmt: skip
 _POSITIVE = (
     "rank", "batch", "iterations", "seconds", "crop", "scale", "ratio", "max_share", "lr", "head_lr", "power", "log_every",
@@ -158,6 +159,13 @@ _POSITIVE = (
 )  # fmt: skip
 
 SHOWN = ("scale", "multiple", "window", "stride")  # how evaluation shows pictures; models and checkpoints call it so, too
+
+
+def asked_of_shown(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for among ``SHOWN``: a scale of none is that of the checkpoint or recipe, no window has no stride."""
+    asked = {name: value for name, value in given.items() if name != "scale" or value is not None}
+    return asked | {"stride": None} if asked.get("window", ...) is None else asked
+
 
 _VOC = Recipe(dataset="pascal-voc", train="trainaug", iterations=80_000)
 _CONTEXT = Recipe(

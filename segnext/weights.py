@@ -67,8 +67,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
     if said.other or "decode_head.hamburger.ham.bases" in state:
         reason = said.other or "rand_init is False, so that its decomposition starts from bases of its own"
         raise WeightsError(f"{path} was trained with other settings than the models here have: {reason}")
-    if own is None:
-        _make_two_outputs(state, said.threshold)
+    doubled = own is None and _make_two_outputs(state, said.threshold)
     config = _config(state, said, path)
     if rank is not None:
         config = replace(config, rank=rank)
@@ -77,6 +76,8 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
     check(state, model, path)
     model.to_empty(device="cpu").load_state_dict(state)
     model.classes, model.palette = _legend(meta, config.num_classes)
+    if doubled and model.classes is None and (one := _legend(meta, 1)[0]):  # that of the single output
+        model.classes = ["background", *one]
     _show(model, {**said.shown, **meta})
     return model.eval()
 
@@ -209,13 +210,15 @@ def _encoder_config(state: Mapping[str, Tensor], path: Path) -> Config:
     )
 
 
-def _make_two_outputs(state: dict[str, Tensor], threshold: float) -> None:
-    """Logits (0, z - logit(threshold)) in place of a single z, whose probability mmsegmentation compares with the threshold."""
+def _make_two_outputs(state: dict[str, Tensor], threshold: float) -> bool:
+    """Logits (0, z - logit(threshold)) in place of a single z, whose probability mmsegmentation compares with the threshold;
+    whether there was one."""
     weight, bias = (state.get(f"decode_head.conv_seg.{name}") for name in ("weight", "bias"))
     if weight is None or bias is None or weight.shape[:1] != (1,) or bias.shape != (1,):
-        return
+        return False
     state["decode_head.conv_seg.weight"] = torch.cat([torch.zeros_like(weight), weight])
     state["decode_head.conv_seg.bias"] = torch.cat([torch.zeros_like(bias), bias - math.log(threshold / (1 - threshold))])
+    return True
 
 
 def _config(state: Mapping[str, Tensor], said: Described, path: Path) -> Config:

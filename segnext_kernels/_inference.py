@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _select, _validate
-from ._register import no_derivative
+from ._register import first_image, no_derivative, without_autocast
 
 
 def call(operator: str, backend: str | None, validate: Callable, reference: Callable, *args) -> Tensor:
@@ -30,23 +30,18 @@ def call(operator: str, backend: str | None, validate: Callable, reference: Call
                 return kernel(*args)
         except RuntimeError:
             pass
-    args = _without_autocast(validate, args)
-    if _select.select(operator, backend, _first(args[0])) == "reference":
-        return _without_autocast(reference, args)
+    args = without_autocast(validate, args)
+    if _select.select(operator, backend, first_image(args[0])) == "reference":
+        return without_autocast(reference, args)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
         raise no_derivative(operator)
     return kernel(*args)
 
 
-def _first(x: Tensor | list[Tensor]) -> Tensor:
-    """The image, or the first of a list of them; what is neither stays."""
-    return x[0] if isinstance(x, (list, tuple)) and x else x
-
-
 def _ready(operator: str, args: tuple) -> bool:
     """Whether the kernel can be asked before anything is checked. A call that is recorded must not fail, and where a tensor is
     on meta or stands in for another nothing would be refused."""
-    x = _first(args[0])
+    x = first_image(args[0])
     if type(x) not in (Tensor, nn.Parameter):
         return False
     differentiated = torch.is_grad_enabled()
@@ -67,12 +62,3 @@ def _tensors(args: tuple) -> list[Tensor]:
         elif isinstance(arg, (list, tuple)):
             found += [one for one in arg if isinstance(one, Tensor)]
     return found
-
-
-def _without_autocast(function: Callable, args: tuple):
-    """These operators do not cast: under autocast, too, dtypes must fit, and the reference computes in float32."""
-    x = _first(args[0])
-    if isinstance(x, Tensor) and _validate.autocasts(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return function(*args)
-    return function(*args)

@@ -95,11 +95,26 @@ def _no_double_backward(name: str, ctx, *grads):
     )
 
 
+def without_autocast(function: Callable, args: tuple):
+    """Calls what serves inference alone, which does not cast: under autocast, too, dtypes must fit, and references compute in
+    float32."""
+    x = first_image(args[0])
+    if isinstance(x, torch.Tensor) and autocasts(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*args)
+    return function(*args)
+
+
+def first_image(x: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """The image, or the first of a list of them; what is neither stays."""
+    return x[0] if isinstance(x, (list, tuple)) and x else x
+
+
 def _instead_of_kernels(name: str, reference: Callable, x: torch.Tensor | list[torch.Tensor], *args) -> torch.Tensor:
-    device = (x[0] if isinstance(x, list) else x).device.type
+    device = first_image(x).device.type
     lacking = _load.failure if device == "cpu" and _load.failure else f"its kernels are not for {device}"
     warnings.warn(f"segnext_kernels: {name} runs in plain PyTorch, which is slower: {lacking}", stacklevel=1)
-    return reference(x, *args)
+    return without_autocast(reference, (x, *args))
 
 
 def _no_derivative(name: str, ctx, *grads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
@@ -40,3 +41,23 @@ def test_nothing_is_left_of_what_failed(tmp_path):
 def test_errors_name_the_file_and_not_the_temporary_one(tmp_path):
     with pytest.raises(OSError, match="absent/file'$"), replacing(tmp_path / "absent" / "file"):
         pass
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    """The system says nothing of it where a write fails."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: '.*/file'$"), replacing(tmp_path / "file") as file:
+        file.write(b"half")
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_other_kinds_stay_as_they_are(tmp_path):
+    """As of a download, of which no file is to blame."""
+    for error in (TimeoutError("the server is slow"), ConnectionResetError(errno.ECONNRESET, "reset")):
+        with pytest.raises(OSError) as raised, replacing(tmp_path / "file"):
+            raise error
+        assert raised.value is error

@@ -145,6 +145,11 @@ def test_folder_without_splits_is_divided_by_name(tmp_path):
         save(tmp_path / "masks" / f"{i:02}.png", [[0]])
     assert open_dataset("folder", tmp_path, "val").names == ["00", "05", "10"]
     assert open_dataset("folder", tmp_path, "train").names == ["01", "02", "03", "04", "06", "07", "08", "09"]
+    for i in range(1, 11):
+        (tmp_path / "images" / f"{i:02}.jpg").unlink()
+        (tmp_path / "masks" / f"{i:02}.png").unlink()
+    with pytest.raises(DataError, match="every fifth of 1 pictures is for evaluation, which leaves none to train on"):
+        open_dataset("folder", tmp_path, "train")
 
 
 def test_names_are_unique():

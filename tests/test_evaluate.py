@@ -266,5 +266,13 @@ def test_a_checkpoint_says_how_it_is_shown_pictures(tmp_path, data, capsys, monk
     model.scale, model.multiple, model.window, model.stride = (64, 32), 4, (16, 24), (8, 8)
     segnext.save(model, tmp_path / "windows.pth")
     assert view_of(load_evaluation(tmp_path / "windows.pth", data, recipe)[2]) == View((64, 32), 4, (16, 24), (8, 8))
+
+    def asked(**shown) -> View:
+        return view_of(load_evaluation(tmp_path / "windows.pth", data, recipe, shown=shown)[2])
+
+    assert asked(multiple=1) == View((64, 32), 1, (16, 24), (8, 8))
+    assert asked(window=None) == View((64, 32), 4)
+    assert asked(scale=(80, 60)) == View((80, 60), 4, (16, 24), (8, 8))
+    assert asked(scale=None) == view_of(load_evaluation(tmp_path / "windows.pth", data, recipe)[2])
     given = replace(recipe, scale=(40, 20), window=(9, 9), stride=(9, 9))
     assert view_of(load_evaluation(tmp_path / "windows.pth", data, given)[2]) == View((40, 20), 1, (9, 9), (9, 9))

@@ -259,7 +259,7 @@ print(info["missing"]["cpu"])
 
 def test_exported_programs_run_without_kernels(installed, tmp_path):
     model, images = small.model(), torch.randn(1, 3, 64, 96)
-    export(model, tmp_path / "model.pt2", "torch-export", (64, 96), labels=False)
+    export(model, tmp_path / "model.pt2", "torch-export", (64, 96), labels=True)
     torch.save((images, model.predict(images)), tmp_path / "expected.pt")
     script = """
 import segnext_kernels, torch, warnings
@@ -267,15 +267,14 @@ assert segnext_kernels.build_info()["isa"] is None
 images, labels = torch.load("expected.pt")
 with warnings.catch_warnings(record=True) as told, torch.no_grad():
     warnings.simplefilter("always")
-    logits = torch.export.load("model.pt2").module()(images)
-z = torch.nn.functional.interpolate(logits, images.shape[-2:], mode="bilinear")
-assert (z.argmax(1) == labels).float().mean() > 0.999
+    found = torch.export.load("model.pt2").module()(images)
+assert (found == labels).float().mean() > 0.999
 names = {str(one.message).split()[1] for one in told if "runs in plain PyTorch, which is slower" in str(one.message)}
 print(*sorted(names))
 """
     path = os.pathsep.join([str(installed), *(p for p in sys.path if p.endswith("-packages"))])
     names = checked("-S", "-c", script, cwd=tmp_path, PYTHONPATH=path).split()
-    assert names == sorted({*INFERENCE_OPERATORS} - {"upsample_argmax"})
+    assert names == sorted([*INFERENCE_OPERATORS, "upsample_argmax"])
 
 
 def test_command_line_is_installed(installed):

@@ -174,6 +174,11 @@ def test_what_no_kernel_serves_is_told(monkeypatch):
     assert on_meta.keys() == set(SWAPPED) and all("x is on meta" in reason for reason in on_meta.values())
 
 
+def test_lazy_parameters_say_nothing_of_kernels():
+    network = nn.Sequential(nn.LazyConv2d(4, 1), Network())
+    assert patch(network).swapped.keys() == {f"1.{name}" for name in SWAPPED}
+
+
 def test_only_modules_are_patched():
     for function in (patch, unpatch):
         with pytest.raises(TypeError, match=f"^{function.__name__}: model must be a torch.nn.Module, got dict$"):

@@ -228,6 +228,35 @@ def test_windows_of_the_checkpoint(tmp_path):
     assert torch.equal(segment(model, picture, 50), views.label_map(model, picture, View((200, 50))))
 
 
+@pytest.mark.parametrize(
+    ("options", "view"),
+    [
+        ("", View((96, 64), 8, (32, 40), (20, 24))),
+        ("--multiple 1", View((96, 64), 1, (32, 40), (20, 24))),
+        ("--scale 80x60 --window none", View((80, 60), 8)),
+        ("--scale none --window 40x40 --stride 40x40", View((96, 64), 8, (40, 40), (40, 40))),
+    ],
+)
+def test_pictures_are_shown_as_asked(tmp_path, monkeypatch, capsys, options, view):
+    save(small_model(scale=(96, 64), multiple=8, window=(32, 40), stride=(20, 24)), tmp_path / "w.pth")
+    small.photo(90, 121).save(tmp_path / "a.png")
+    views_seen = []
+
+    def label_map(model, image, view):
+        views_seen.append(view)
+        return torch.zeros(image.shape[1:], dtype=torch.int64)
+
+    monkeypatch.setattr(predict_module, "label_map", label_map)
+    place = [str(tmp_path / name) for name in ("a.png", "w.pth", "out")]
+    assert main(["predict", place[0], "--weights", place[1], "--out", place[2], *options.split()]) == 0
+    assert views_seen == [view] and "does not say" not in capsys.readouterr().out
+    assert main(["predict", place[0], "--weights", place[1], "--out", place[2], "--short-side", "50", "--window", "none"]) == 2
+    assert "--short-side shows photographs whole and at that size; it goes without --window" in capsys.readouterr().err
+    save(small_model(), tmp_path / "w.pth")
+    assert main(["predict", place[0], "--weights", place[1], "--out", place[2]]) == 0
+    assert "w.pth does not say at which scale it was trained" in capsys.readouterr().out
+
+
 def test_pictures_larger_than_cut_ones_keep_their_size():
     model, sizes = small_model(scale=(48, 48), window=(48, 48), stride=(32, 32)), []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))

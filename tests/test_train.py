@@ -25,6 +25,7 @@ from segnext.begin import build, class_weights, label_counts, require_classes
 from segnext.checkpoint import WeightsError
 from segnext.data import DataError, open_dataset, pairs
 from segnext.errors import DeviceError
+from segnext.evaluate import Scores
 from segnext.images import ImageError
 from segnext.recipes import RECIPES, RecipeError
 from segnext.train import Machine, resume, train
@@ -86,6 +87,19 @@ def test_a_training_leaves_pytorchs_settings(tmp_path, data, monkeypatch):
         )
         assert not torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
     assert seen == [True, False]
+
+
+def test_kernels_are_not_tuned_for_each_size_of_the_evaluated_pictures(tmp_path, data, monkeypatch):
+    seen = []
+
+    def evaluated(*args, **options):
+        seen.append(torch.backends.cudnn.benchmark)
+        return Scores(torch.eye(10, dtype=torch.int64))
+
+    monkeypatch.setattr("segnext.loop.evaluate", evaluated)
+    monkeypatch.setattr(run.Run, "draw", lambda self: seen.append(torch.backends.cudnn.benchmark))
+    train([replace(SHORT, iterations=1)], [data], tmp_path / "run", HERE)
+    assert seen == [False, True]
 
 
 def test_the_curves_are_in_tensorboard(trained):

@@ -113,10 +113,10 @@ def _evaluate(recipe: str, split: str | None, device: str | None, **given) -> in
     from ..evaluate import evaluate_weights
 
     chosen = recipes.evaluation_recipe(recipe)
-    shown = {name: given.pop(name) for name in recipes.SHOWN if name in given}
+    given["shown"] = {name: given.pop(name) for name in recipes.SHOWN if name in given}
     if split is None and recipes.recipes(recipe)[-1].val is None:
         print(f"{recipe} trains on {chosen.train} and evaluates nothing; if that has pictures of val, the figures are too good")
-    evaluate_weights(recipe=replace(chosen, val=split or chosen.val, **shown), device=device or options.best_device(), **given)
+    evaluate_weights(recipe=replace(chosen, val=split or chosen.val), device=device or options.best_device(), **given)
     return 0
 
 

@@ -131,7 +131,8 @@ def unpatch(model: nn.Module) -> list[str]:
 
 def _uncompiled(model: nn.Module, module: nn.Module, kind: type[Kind]) -> str | None:
     """Why plain PyTorch serves the fused method of a module, None if a kernel does."""
-    x = next(itertools.chain(module.parameters(), model.parameters()), torch.empty(0)).detach()
+    known = (x for x in itertools.chain(module.parameters(), model.parameters()) if not nn.parameter.is_lazy(x))
+    x = next(known, torch.empty(0)).detach()
     answers = explain(kind.operator, x, **kind.details(module))
     kernels = ("cpu",) if x.device.type == "cpu" else ("cuda", "triton")
     return "; ".join(dict.fromkeys(answers[name] for name in kernels)) if answers["reference"] == "serves" else None
