@@ -142,7 +142,7 @@ def cpp_main(tmp_path_factory) -> Path:
     folder = Path(torch.__path__[0])
     out = tmp_path_factory.mktemp("cpp") / "main"
     (command,) = (line for line in MAIN.read_text().splitlines() if "g++" in line)
-    command = command.removeprefix("//").replace("$torch", str(folder))
+    command = command.removeprefix("//").replace("$T", str(folder))
     words = [{"main.cpp": str(MAIN), "main": str(out)}.get(word, word) for word in command.split()]
     subprocess.run(words, check=True)
     return out

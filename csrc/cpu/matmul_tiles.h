@@ -129,7 +129,8 @@ SEGNEXT_INLINE void multiply_tile(const R left, const O* right, int64_t depth, V
 
 // As a function of its own: its callers are so long that GCC does not spare 16 registers for the sums.
 template <int M, class R, class O>
-SEGNEXT_NOINLINE void multiply_tile_alone(const R& left, const O* right, int64_t depth, Vector<float> (&sums)[kTileVectors][M]) {
+SEGNEXT_NOINLINE void multiply_tile_alone(const R& left, const O* right, int64_t depth,
+                                          Vector<float> (&sums)[kTileVectors][M]) {
   Vector<float> acc[kTileVectors][M] = {};
   multiply_tile<M>(left, right, depth, acc);
   SEGNEXT_UNROLL

@@ -138,7 +138,7 @@ class Nmf {
 
   // Columns of y <- left C^T
   SEGNEXT_NOINLINE void multiply(Tile<A>& tile, const A* c, const Matrices& y, int64_t image, int64_t first, int64_t columns,
-                              Buffer<A>& scratch) {
+                                 Buffer<A>& scratch) {
     if (same_ && !y.transposed && columns % L == 0) {  // the products are rows of y already
       transpose_rows<A>(c, s_.padded, columns, s_.rank, scratch, columns);
       gemm<A>({left(image), s_.padded, 1}, s_.D, s_.rank, scratch, columns, columns / L, matrix_of<A>(y, image) + first, s_.N,

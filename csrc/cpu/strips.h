@@ -144,8 +144,8 @@ SEGNEXT_INLINE void strip_tile(const A* row, const A* taps, int64_t w, int64_t w
 
 // put(w, sums) <- (start + base + sum over branches of taps_b * strips(b, row))[w ...], a tile of pixels at a time
 template <class A, class F>
-SEGNEXT_NOINLINE void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base, Vector<A> start, int64_t width,
-                            const F& put) {
+SEGNEXT_NOINLINE void row_pass(const StripRows<A>& strips, int row, const A* taps, const A* base, Vector<A> start,
+                               int64_t width, const F& put) {
   constexpr int L = kLanes<A>;
   for_tiles<kTile>(width, [&](int64_t w, auto size) {
     constexpr int tile = size;

@@ -1,7 +1,7 @@
 // Runs a package of `segnext export --format aoti` without Python: float32 images on stdin, logits or int64 labels on stdout.
 //
-//   torch=$(python -c 'import torch; print(torch.__path__[0])')
-//   g++ -std=c++20 -O2 main.cpp -o main -I$torch/include -L$torch/lib -Wl,-rpath,$torch/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10
+//   T=$(python -c 'import torch; print(torch.__path__[0])')
+//   g++ -std=c++20 -O2 main.cpp -o main -I$T/include -L$T/lib -Wl,-rpath,$T/lib,--no-as-needed -ltorch -ltorch_cpu -lc10
 //   ./main model.pt2 1 3 512 512 < images.raw > logits.raw
 //
 // A package made with --operators takes one argument more, the library that the export names. The operators' schemas,
