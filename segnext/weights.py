@@ -27,14 +27,8 @@ from .recipes import SHOWN
 
 __all__ = ["WeightsError", "load", "load_classifier", "load_encoder", "save"]
 
-NOT_IN_TENSORS = (
-    "rank",
-    "eval_steps",
-    "drop_path",
-    "dropout",
-    "bases",
-    "gradient",
-)  # the part of a Config that no tensor shows
+# The part of a Config that no tensor shows
+NOT_IN_TENSORS = ("rank", "eval_steps", "drop_path", "dropout", "bases", "gradient")
 
 
 def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> SegNeXt:
