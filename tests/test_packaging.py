@@ -22,8 +22,8 @@ from segnext_kernels._select import INFERENCE_OPERATORS
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
-    *("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
-    *("csrc", "examples", "segnext", "segnext_kernels", "tests", "bench"),
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"),
+    *("csrc", "docs", "examples", "segnext", "segnext_kernels", "tests", "bench"),
 )
 VARIABLE = "SEGNEXT_KERNELS_COMPILE"
 LEFT_OUT = ("CXX", VARIABLE, "PYTHONPATH", "CUDA_HOME", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")  # of the environment
@@ -92,7 +92,8 @@ def installed(pure_wheel, tmp_path_factory) -> Path:
 def test_sdist_has_every_source_and_no_tests(unpacked_sdist):
     files = {str(path.relative_to(unpacked_sdist)) for path in unpacked_sdist.rglob("*") if path.is_file()}
     kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert kernels | modules("segnext") | modules("segnext_kernels") | {"setup.py", "pyproject.toml", "LICENSE"} <= files
+    beside = {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "docs/index.md"}  # README names the last two
+    assert kernels | modules("segnext") | modules("segnext_kernels") | beside <= files
     assert not [name for name in files if name.startswith(("tests", "bench"))]
 
 

@@ -23,7 +23,7 @@ from ..fuse import FusedSegNeXt, inference_model
 from ..gradcam import heat_image, heat_map
 from ..images import decode_image
 from ..palette import mask_image, photo_image
-from ..predict import load_for_photographs, seen, tell_scale
+from ..predict import load_for_photographs, seen
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # MPO: what some telephones write as .jpg
 MOST_PIXELS = 100 * 10**6
@@ -71,8 +71,6 @@ class Session:
     def __init__(self, weights: str | Path, *, rank: int | None, short_side: int | None, device: str) -> None:
         self.device = torch.device(device)
         model = load_for_photographs(weights, rank)
-        if short_side is None:
-            tell_scale(model, weights)
         self.fast = inference_model(model, self.device)
         self.model = model.to(self.device, memory_format=torch.channels_last)  # which Grad-CAM can differentiate
         self.name, self.classes, self.palette = model_title(model.config), model.classes, model.palette
