@@ -18,7 +18,7 @@ from .data.pairs import DataError, Pairs
 from .data.workers import report_dead_workers
 from .images import image_size
 from .model import SegNeXt, create
-from .recipes import SHOWN, Recipe, RecipeError
+from .recipes import Recipe, RecipeError, show_as
 from .trainer import precision
 from .weights import WeightsError, check, load, load_encoder
 
@@ -74,8 +74,7 @@ def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:
         kept["rank"] = recipe.rank
     model = create(recipe.size, count, recipe.head, drop_path=recipe.drop_path, dropout=recipe.dropout, **kept)
     model.classes, model.palette = pairs.classes, pairs.palette
-    for name, value in shown(recipe).items():
-        setattr(model, name, value)
+    show_as(model, recipe)
     if begin is not None:
         _take_over(model, begin, weights)
     elif recipe.encoder is not None:
@@ -84,11 +83,6 @@ def build(recipe: Recipe, pairs: Pairs, before: Path | None = None) -> SegNeXt:
         except WeightsError as error:
             raise WeightsError(f"{error}; to train from random weights: --recipe scratch, or --encoder none") from error
     return model
-
-
-def shown(recipe: Recipe) -> dict[str, Any]:
-    """How evaluation shows pictures, which a model and its checkpoints keep."""
-    return {name: getattr(recipe, name) for name in SHOWN}
 
 
 def _take_over(model: SegNeXt, begin: SegNeXt, name: str | Path) -> None:

@@ -21,7 +21,7 @@ from .fuse import inference_model
 from .images import read_image, write_png
 from .palette import IGNORED, generated_palette, overlay, photo_image
 from .predict import InputError, class_names, require_photographs, seen_size, segment
-from .recipes import SHOWN
+from .recipes import show_as
 from .weights import load
 
 SEGFORMERS = {
@@ -102,8 +102,7 @@ def compare(
         raise WeightsError(f"{weights} and {other} have the same classes in another order; they cannot be compared")
     table = _table(dataset, len(classes))
     palette = ours.palette or generated_palette(len(classes))
-    for name in SHOWN:
-        setattr(theirs, name, getattr(ours, name))
+    show_as(theirs, ours)
     models = theirs.to(device), inference_model(ours, torch.device(device))
     rows, occurring = [], set()
     for photo, mask in zip(photos, truth, strict=True):

@@ -181,7 +181,7 @@ def evaluate_weights(
         OSError: nothing can be written there.
     """
     with distributed.processes(device) as device:
-        told = recipe.scale or asked_of_shown(shown or {}).get("scale")
+        told = recipe.scale or asked_of_shown(shown).get("scale")
         model, pairs, recipe = load_evaluation(weights, data, recipe, rank, shown)
         if told is None and distributed.rank() == 0:
             tell_scale(model, weights)
@@ -224,7 +224,7 @@ def load_evaluation(
     if recipe.scale is None:
         windows = {"window": model.window, "stride": model.stride} if recipe.window is None else {}
         recipe = replace(recipe, scale=model.scale or SCALE, multiple=max(recipe.multiple, model.multiple), **windows)
-    return model, pairs, replace(recipe, **asked_of_shown(shown or {}))
+    return model, pairs, replace(recipe, **asked_of_shown(shown))
 
 
 def _same_order(known: Sequence[str], classes: Sequence[str], weights: str | Path, data: str | Path) -> None:

@@ -17,7 +17,7 @@ from .distributed import SyncBatchNorm2d
 from .heads import Hamburger, HamHead, Head
 from .model import SegNeXt, require_images
 from .mscan import MLP, MSCAN, Block, DropPath, LayerNorm2d, SpatialAttention
-from .recipes import SHOWN
+from .recipes import show_as
 
 DTYPES = (torch.float32, torch.bfloat16)
 ALIKE = ((nn.Conv2d, PointwiseConv2d), (nn.BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm))  # in evaluation
@@ -269,8 +269,8 @@ class FusedSegNeXt(nn.Module):
     def __init__(self, model: SegNeXt, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.dtype = model.config, dtype
-        for name in ("classes", "palette", *SHOWN):
-            setattr(self, name, getattr(model, name))
+        self.classes, self.palette = model.classes, model.palette
+        show_as(self, model)
         self.backbone = FusedMSCAN(model.backbone, dtype)
         self.decode_head = FusedHead(model.decode_head, model.config.channels[1:], dtype)
         # glibc gives the memory of every large tensor back to the system, whose fresh pages then take a tenth of a small

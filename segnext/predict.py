@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import recipes
 from .checkpoint import check_folder
 from .data.augment import fit_factor
 from .distributed import explain_out_of_memory
@@ -21,7 +22,6 @@ from .fuse import inference_model
 from .images import ImageError, image_files, read_image, write_png
 from .model import Config, SegNeXt
 from .palette import generated_palette, legend, mask_image, overlay
-from .recipes import SHOWN, Recipe, asked_of_shown
 from .views import MULTI_SCALE, View, label_map, resized
 from .weights import load
 
@@ -77,12 +77,10 @@ def predict(
         if photo.name in results and photo.resolve().parent == out.resolve():
             raise InputError(f"{photo} would be overwritten by a result; choose another folder than {out}")
     model = load_for_photographs(weights, rank)
-    asked = asked_of_shown(shown or {})
+    asked = recipes.asked_of_shown(shown)
     if short_side is None and "scale" not in asked:
         tell_scale(model, weights)
-    recipe = Recipe(**{name: getattr(model, name) for name in SHOWN} | asked)  # which sees to it that they fit
-    for name in SHOWN:
-        setattr(model, name, getattr(recipe, name))
+    recipes.show_as(model, recipes.Recipe(**recipes.shown(model) | asked))  # which sees to it that they fit
     classes, palette = model.classes, model.palette
     model = inference_model(model, torch.device(device))
     check_folder(out)

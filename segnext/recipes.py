@@ -161,9 +161,20 @@ _POSITIVE = (
 SHOWN = ("scale", "multiple", "window", "stride")  # how evaluation shows pictures; models and checkpoints call it so, too
 
 
-def asked_of_shown(given: Mapping[str, Any]) -> dict[str, Any]:
+def shown(of: Any) -> dict[str, Any]:
+    """How evaluation shows pictures, by a recipe or to a model."""
+    return {name: getattr(of, name) for name in SHOWN}
+
+
+def show_as(model: Any, of: Any) -> None:
+    """Has a model shown pictures as a recipe or another model has it."""
+    for name, value in shown(of).items():
+        setattr(model, name, value)
+
+
+def asked_of_shown(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """What was asked for among ``SHOWN``: a scale of none is that of the checkpoint or recipe, no window has no stride."""
-    asked = {name: value for name, value in given.items() if name != "scale" or value is not None}
+    asked = {name: value for name, value in (given or {}).items() if name != "scale" or value is not None}
     return asked | {"stride": None} if asked.get("window", ...) is None else asked
 
 

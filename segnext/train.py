@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import distributed, recipes
-from .begin import build, class_weights, require_same, resolved, shown
+from .begin import build, class_weights, require_same, resolved
 from .data import open_dataset
 from .data.augment import augmentation
 from .data.pairs import Pairs
@@ -18,7 +18,7 @@ from .data.workers import report_dead_workers
 from .evaluate import algorithms
 from .loop import Loop, kernels_tuned
 from .model import SegNeXt
-from .recipes import Recipe, RecipeError
+from .recipes import Recipe, RecipeError, shown
 from .run import last, open_run
 from .trainer import Trainer, can_be_graphed
 from .weights import from_about, load

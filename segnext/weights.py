@@ -23,7 +23,7 @@ from .described import Described, described
 from .heads import GROUPS
 from .model import SIZES, Config, SegNeXt
 from .mscan import MSCAN
-from .recipes import SHOWN
+from .recipes import shown
 
 __all__ = ["WeightsError", "load", "load_classifier", "load_encoder", "save"]
 
@@ -152,14 +152,13 @@ def about(model: SegNeXt) -> dict[str, Any]:
     classes, palette, count = model.classes, model.palette, model.config.num_classes
     classes = None if classes is None else [str(name) for name in classes]
     palette = None if palette is None else [tuple(int(value) for value in colour) for colour in palette]
-    values = {name: getattr(model, name) for name in SHOWN}
-    shown = {name: plain(value if np.ndim(value) == 0 else tuple(value)) for name, value in values.items()}
+    views = {name: plain(value if np.ndim(value) == 0 else tuple(value)) for name, value in shown(model).items()}
     found = [None if given is None else len(given) for given in (classes, palette)]
     if not {*found} <= {None, count}:
         raise ValueError(f"a model of {count} classes must have as many names and colours, got {found[0]} and {found[1]}")
     if palette is not None and not all(map(_is_colour, palette)):
         raise ValueError(f"a palette's colours must be three numbers from 0 to 255, got {palette}")
-    return {"segnext": asdict(model.config), "classes": classes, "palette": palette, **shown}
+    return {"segnext": asdict(model.config), "classes": classes, "palette": palette, **views}
 
 
 def from_about(meta: Mapping[str, Any]) -> SegNeXt:
@@ -218,7 +217,7 @@ def _make_two_outputs(state: dict[str, Tensor], threshold: float) -> bool:
 def _config(state: Mapping[str, Tensor], said: Described, path: Path) -> Config:
     """The configuration that the shapes show; rank and stochastic depth are described by the checkpoint, or the paper's."""
     decoder_channels = _size(state, path, "decode_head.squeeze.conv.weight", multiple_of=GROUPS)
-    shown = replace(
+    config = replace(
         _encoder_config(state, path),
         decoder_channels=decoder_channels,
         rank=64 if decoder_channels >= 512 else 16,
@@ -226,7 +225,7 @@ def _config(state: Mapping[str, Tensor], said: Described, path: Path) -> Config:
         num_classes=_size(state, path, "decode_head.conv_seg.weight"),
     )
     try:
-        return replace(shown, **said.config)
+        return replace(config, **said.config)
     except ValueError as error:
         raise WeightsError(f"{path} describes no model: {error}") from error
 

@@ -109,7 +109,7 @@ def add(commands) -> None:
 def _predict(inputs: list[Path], device: str | None, **given) -> int:
     from ..predict import predict
 
-    shown = {name: given.pop(name) for name in SHOWN if name in given}
+    shown = options.take(given, SHOWN)
     broken = predict(inputs, device=device or options.best_device(), shown=shown, **given)
     print(f"wrote into {given['out']}")
     if broken:

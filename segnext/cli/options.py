@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
@@ -161,13 +161,17 @@ def add_recipe(parser: argparse.ArgumentParser, purpose: str = "train", names: S
             group.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=help)
 
 
+def take(given: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those options that are among the names, taken out."""
+    return {name: given.pop(name) for name in names if name in given}
+
+
 def overridden(stages: tuple[Recipe, ...], options: dict[str, Any]) -> tuple[Recipe, ...]:
     """The recipe's trainings with the fields that are among the options, which are taken out, in place of theirs.
 
     A training by the clock has no number of steps, and a warm-up in steps becomes its share of the recipe's.
     """
-    names = [field.name for field in fields(Recipe) if field.name in options]
-    changes = {name: options.pop(name) for name in names}
+    changes = take(options, [field.name for field in fields(Recipe)])
     if changes.get("seconds") is not None and "iterations" not in changes:
         return tuple(replace(stage, **{"iterations": None, "warmup": stage.warmup_share, **changes}) for stage in stages)
     return tuple(replace(stage, **changes) for stage in stages)

@@ -113,7 +113,7 @@ def _evaluate(recipe: str, split: str | None, device: str | None, **given) -> in
     from ..evaluate import evaluate_weights
 
     chosen = recipes.evaluation_recipe(recipe)
-    given["shown"] = {name: given.pop(name) for name in recipes.SHOWN if name in given}
+    given["shown"] = options.take(given, recipes.SHOWN)
     if split is None and recipes.recipes(recipe)[-1].val is None:
         print(f"{recipe} trains on {chosen.train} and evaluates nothing; if that has pictures of val, the figures are too good")
     evaluate_weights(recipe=replace(chosen, val=split or chosen.val), device=device or options.best_device(), **given)
