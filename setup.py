@@ -41,12 +41,15 @@ class BuildPy(build_py):
         super().run()
 
 
-def check_toolchain() -> None:
+def check_python() -> None:
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise SystemExit(
             "segnext-kernels: the kernels are built for Python's stable ABI, which free-threaded Python does not have. Use"
             f" another Python, or set {COMPILE_VARIABLE}=0 to install without compiled kernels."
         )
+
+
+def check_compiler() -> None:
     compiler = os.environ.get("CXX", "c++")
     header = Path(sysconfig.get_path("include"), "Python.h")
     trial = [*shlex.split(compiler), "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull]
@@ -66,14 +69,16 @@ def check_toolchain() -> None:
 
 
 def instruction_sets() -> dict[str, list[str]]:
-    """Those that the compiler knows: GCC 10 has no matrix tiles."""
+    """Those that the compiler knows: GCC 10 has no matrix tiles. All where it knows nothing, for sdists need none."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    trial = ["-fsyntax-only", "-x", "c++", os.devnull]
-    known = {
-        isa: flags
-        for isa, flags in INSTRUCTION_SETS.items()
-        if subprocess.run([*compiler, *flags, *trial], capture_output=True).returncode == 0
-    }
+
+    def knows(flags: list[str]) -> bool:
+        trial = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+        return shutil.which(compiler[0]) is not None and subprocess.run(trial, capture_output=True).returncode == 0
+
+    known = {isa: flags for isa, flags in INSTRUCTION_SETS.items() if knows(flags)}
+    if not known:
+        return INSTRUCTION_SETS
     for isa in INSTRUCTION_SETS.keys() - known.keys():
         print(f"segnext-kernels: {compiler[0]} does not know {isa}, so the kernels for it are left out")
     return known
@@ -139,7 +144,7 @@ def cuda_extension() -> Extension | None:
     architectures = cuda_architectures(home)
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
     print(f"segnext-kernels: the CUDA kernels are built for {', '.join(architectures)}")
-    facts = [TORCH_TARGET, INTERFACE, f'-DSEGNEXT_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
+    facts = [TORCH_TARGET, f'-DSEGNEXT_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
     return cpp_extension.CppExtension(
         "segnext_kernels._C_cuda",
         ["csrc/bindings_cuda.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))],
@@ -167,7 +172,7 @@ def extensions() -> list[Extension]:
         "segnext_kernels._cpu",
         ["csrc/cpu_features.cpp"],
         include_dirs=[str(Path("csrc").resolve())],
-        extra_compile_args=["-O2", "-std=c++20"],
+        extra_compile_args=["-O2", "-std=c++20", INTERFACE],
         depends=headers,
         py_limited_api=True,
     )
@@ -178,7 +183,7 @@ def extensions() -> list[Extension]:
                 f"segnext_kernels._C_{isa}",
                 sources,
                 include_dirs=[str(Path("csrc").resolve())],
-                extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, INTERFACE, f"-DSEGNEXT_ISA={isa}"],
+                extra_compile_args=[*FLAGS, *flags, TORCH_TARGET, f"-DSEGNEXT_ISA={isa}"],
                 depends=headers,
                 py_limited_api=True,
             )
@@ -191,11 +196,16 @@ def extensions() -> list[Extension]:
 if os.environ.get(COMPILE_VARIABLE, "1") == "0":
     setup(cmdclass={"build_py": BuildPy})
 else:
-    check_toolchain()
+    check_python()
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildEach(BuildExtension):
         """The objects of each library have a folder of their own, where ninja finds those that a change leaves as they are."""
+
+        def run(self) -> None:
+            check_compiler()
+            self.parallel = None  # each library's ninja has all processors, and its folder is the command's state
+            super().run()
 
         def build_extension(self, ext: Extension) -> None:
             shared = self.build_temp

@@ -4,6 +4,9 @@
 
 namespace segnext {
 
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kHalf };
 
 // [N, C, H, W], dense, in either layout.

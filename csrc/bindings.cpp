@@ -47,7 +47,7 @@ Tensor dwconv_gelu(const Tensor& given, const Tensor& weight, const Tensor& bias
   const Dtype dtype = filter_dtype(weight, in);
   const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor y = torch::stable::empty_like(x);
-  segnext::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr(), dtype}, image_like(y, in, "y"), parallel());
+  segnext::dwconv_gelu_forward(in, depthwise_filter(w, b, dtype), image_like(y, in, "y"), parallel());
   return y;
 }
 
@@ -63,18 +63,13 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   Tensor grad_weight = need_weights ? gradient_of(weight) : empty(x);
   Tensor grad_bias = need_weights ? gradient_of(bias) : empty(x);
   const DepthwiseFilter grads{grad_weight.data_ptr(), grad_bias.data_ptr(), dtype};
-  segnext::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr(), dtype},
-                                need_x ? image_like(grad_x, in, "grad_x") : Image{}, need_weights ? &grads : nullptr,
-                                parallel());
+  segnext::dwconv_gelu_backward(grad, in, depthwise_filter(w, b, dtype), need_x ? image_like(grad_x, in, "grad_x") : Image{},
+                                need_weights ? &grads : nullptr, parallel());
   return {grad_x, grad_weight, grad_bias};
 }
 
 ResidualScale residual_scale(const Tensor& scale, const std::optional<Tensor>& keep, const Image& x) {
-  const Dtype accumulator = x.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  STD_TORCH_CHECK(
-      !keep || (keep->is_cpu() && keep->is_contiguous() && keep->numel() == x.images && dtype_of(*keep, "keep") == accumulator),
-      "segnext_kernels: keep must be contiguous [N] on the CPU in the accumulator's dtype");
-  return {scale.data_ptr(), keep ? data_of(*keep, "keep") : nullptr};
+  return {data_of(scale, "scale"), keep ? numbers(*keep, {x.images}, accumulator_of(x.dtype), "keep") : nullptr};
 }
 
 Tensor scale_add(const Tensor& given, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& keep) {
@@ -114,22 +109,21 @@ Matrices matrices_like(const Tensor& t, const Matrices& x, const char* name) {
   return other;
 }
 
-void check_nmf(const Tensor& bases, const Matrices& x, int64_t steps, const std::string& gradient) {
-  const Dtype accumulator = x.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  STD_TORCH_CHECK(bases.is_cpu() && bases.dim() == 3 && bases.size(0) == x.batch && bases.size(1) == x.rows &&
-                      bases.size(2) > 0 && dtype_of(bases, "bases") == accumulator && bases.is_contiguous(),
-                  "segnext_kernels: bases must be contiguous [B, D, R] on the CPU in the accumulator's dtype");
-  data_of(bases, "bases");
+const void* bases_of(const Tensor& bases, const Matrices& x) {
+  STD_TORCH_CHECK(bases.dim() == 3 && bases.size(2) > 0, "segnext_kernels: bases must be [B, D, R]");
+  return numbers(bases, {x.batch, x.rows, bases.size(2)}, accumulator_of(x.dtype), "bases");
+}
+
+// Checks what an update is differentiated by: whether the last step alone.
+bool is_one_step(int64_t steps, const std::string& gradient) {
   STD_TORCH_CHECK(steps >= 0 && steps <= kMostSteps, "segnext_kernels: steps must be between 0 and ", kMostSteps);
   STD_TORCH_CHECK(gradient == "exact" || gradient == "one_step", "segnext_kernels: gradient must be exact or one_step, got ",
                   gradient);
+  return gradient == "one_step";
 }
 
-const void* projection_of(const Tensor& projection, const Tensor& bases, const Matrices& x) {
-  STD_TORCH_CHECK(projection.is_cpu() && projection.is_contiguous() && has_shape(projection, {x.rows, x.rows}) &&
-                      projection.scalar_type() == bases.scalar_type(),
-                  "segnext_kernels: projection must be contiguous [D, D] on the CPU in the bases' dtype");
-  return data_of(projection, "projection");
+const void* projection_of(const Tensor* projection, const Matrices& x) {
+  return projection == nullptr ? nullptr : numbers(*projection, {x.rows, x.rows}, accumulator_of(x.dtype), "projection");
 }
 
 // y and, if `keep`, the factors for backward, which are not rounded then.
@@ -137,15 +131,14 @@ std::tuple<Tensor, Tensor> nmf_kept(const Tensor& given, const Tensor& bases, co
                                     const std::string& gradient, bool keep, bool round_factors) {
   const Tensor x = arranged(given);
   const Matrices in = matrices(x, "x");
-  check_nmf(bases, in, steps, gradient);
-  const void* filters = projection != nullptr ? projection_of(*projection, bases, in) : nullptr;
-  const bool one_step = gradient == "one_step";
+  const void *start = bases_of(bases, in), *filters = projection_of(projection, in);
+  const bool one_step = is_one_step(steps, gradient);
   Tensor y = torch::stable::empty_like(x);
   const int64_t size = keep ? segnext::nmf_factors_size(in, bases.size(2), steps, one_step) : 0;
   Tensor factors = torch::stable::new_empty(bases, {size});
   if (x.numel() == 0) return {y, torch::stable::zero_(factors)};
-  segnext::nmf_forward(in, bases.data_ptr(), bases.size(2), steps, round_factors, one_step, keep ? factors.data_ptr() : nullptr,
-                       filters, matrices_like(y, in, "y"), parallel());
+  segnext::nmf_forward(in, start, bases.size(2), steps, round_factors, one_step, keep ? factors.data_ptr() : nullptr, filters,
+                       matrices_like(y, in, "y"), parallel());
   return {y, factors};
 }
 
@@ -169,17 +162,17 @@ std::tuple<Tensor, Tensor, Tensor> nmf_gradients(const Tensor& given_grad, const
                                                  bool need_projection) {
   const Tensor x = arranged(given), grad_out = arranged(given_grad);
   const Matrices in = matrices(x, "x"), grad = matrices_like(grad_out, in, "grad_out");
-  check_nmf(bases, in, steps, gradient);
-  const bool one_step = gradient == "one_step";
-  STD_TORCH_CHECK(!factors || (factors->is_cpu() && factors->is_contiguous() && factors->scalar_type() == bases.scalar_type() &&
-                               factors->numel() == segnext::nmf_factors_size(in, bases.size(2), steps, one_step)),
-                  "segnext_kernels: factors must be as nmf_and_factors returned them for the same arguments");
+  const void *start = bases_of(bases, in), *filters = projection_of(projection, in), *kept = nullptr;
+  const bool one_step = is_one_step(steps, gradient);
+  if (factors) {
+    const int64_t size = segnext::nmf_factors_size(in, bases.size(2), steps, one_step);
+    kept = numbers(*factors, {size}, accumulator_of(in.dtype), "factors");
+  }
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
   Tensor grad_bases = need_bases ? gradient_of(bases) : empty(bases);
   Tensor grad_projection = need_projection ? gradient_of(*projection) : empty(bases);
   if (x.numel() == 0) return {grad_x, torch::stable::zero_(grad_bases), torch::stable::zero_(grad_projection)};
-  segnext::nmf_backward(grad, in, bases.data_ptr(), factors ? data_of(*factors, "factors") : nullptr,
-                        projection != nullptr ? projection_of(*projection, bases, in) : nullptr, bases.size(2), steps, one_step,
+  segnext::nmf_backward(grad, in, start, kept, filters, bases.size(2), steps, one_step,
                         {need_x ? matrices_like(grad_x, in, "grad_x") : Matrices{},
                          need_bases ? grad_bases.data_ptr() : nullptr, need_projection ? grad_projection.data_ptr() : nullptr},
                         parallel());
@@ -219,12 +212,8 @@ Targets targets(const Tensor& target, const std::optional<Tensor>& weight, int64
                   "segnext_kernels: target must be contiguous int64 [N, H, W] on the CPU");
   STD_TORCH_CHECK(logits.channels > 0 && (target.numel() == 0 || logits.height * logits.width > 0),
                   "segnext_kernels: logits must not be empty");
-  const Dtype accumulator = logits.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  STD_TORCH_CHECK(!weight || (weight->is_cpu() && weight->is_contiguous() && weight->numel() == logits.channels &&
-                              dtype_of(*weight, "weight") == accumulator),
-                  "segnext_kernels: weight must be contiguous [C] on the CPU in the accumulator's dtype");
   return {static_cast<const int64_t*>(data_of(target, "target")), target.size(1), target.size(2),
-          weight ? data_of(*weight, "weight") : nullptr, ignore_index};
+          weight ? numbers(*weight, {logits.channels}, accumulator_of(logits.dtype), "weight") : nullptr, ignore_index};
 }
 
 Tensor upsample_cross_entropy(const Tensor& given, const Tensor& target, const std::optional<Tensor>& weight,
@@ -232,16 +221,14 @@ Tensor upsample_cross_entropy(const Tensor& given, const Tensor& target, const s
   const Tensor logits = arranged(given);
   const Image in = image(logits, "logits");
   const double loss = segnext::upsample_cross_entropy_forward(in, targets(target, weight, ignore_index, in), parallel());
-  const ScalarType accumulator = in.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::fill_(torch::stable::new_empty(logits, {}, accumulator), loss);
+  return torch::stable::fill_(torch::stable::new_empty(logits, {}, scalar_type(accumulator_of(in.dtype))), loss);
 }
 
 Tensor upsample_cross_entropy_backward(const Tensor& grad_out, const Tensor& given, const Tensor& target,
                                        const std::optional<Tensor>& weight, int64_t ignore_index) {
   const Tensor logits = arranged(given);
   const Image in = image(logits, "logits");
-  const ScalarType accumulator = in.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.numel() == 1 && grad_out.scalar_type() == accumulator,
+  STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.numel() == 1 && grad_out.scalar_type() == scalar_type(accumulator_of(in.dtype)),
                   "segnext_kernels: grad_out must be one number on the CPU in the accumulator's dtype");
   const void* factor = data_of(grad_out, "grad_out");
   const double scale = in.dtype == Dtype::kFloat64 ? *static_cast<const double*>(factor) : *static_cast<const float*>(factor);
@@ -283,8 +270,7 @@ namespace {
 #endif
 
 PyObject* facts(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:i}", "isa", SEGNEXT_TEXT(SEGNEXT_ISA), "torch", TORCH_VERSION, "compiler", __VERSION__,
-                       "interface", SEGNEXT_INTERFACE);
+  return Py_BuildValue("{s:s,s:s,s:s}", "isa", SEGNEXT_TEXT(SEGNEXT_ISA), "torch", TORCH_VERSION, "compiler", __VERSION__);
 }
 
 PyMethodDef methods[] = {

@@ -86,7 +86,7 @@ Tensor dwconv_gelu(const Tensor& given, const Tensor& weight, const Tensor& bias
   const Dtype dtype = filter_dtype(weight, in);
   const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
   Tensor y = torch::stable::empty_like(x);
-  cuda::dwconv_gelu_forward(in, {w.data_ptr(), b.data_ptr(), dtype}, image_like(y, in, "y"), stream);
+  cuda::dwconv_gelu_forward(in, depthwise_filter(w, b, dtype), image_like(y, in, "y"), stream);
   return y;
 }
 
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, 
   Tensor grad_w = need_weights ? gradient_of(weight) : empty(x), grad_b = need_weights ? gradient_of(bias) : empty(x);
   const DepthwiseFilter pointers = {grad_w.data_ptr(), grad_b.data_ptr(), dtype};
   Tensor scratch = floats(x, need_weights ? cuda::dwconv_gelu_backward_scratch(in) : 0);
-  cuda::dwconv_gelu_backward(grad, in, {w.data_ptr(), b.data_ptr(), dtype}, need_x ? image_like(grad_x, in, "grad_x") : Image{},
+  cuda::dwconv_gelu_backward(grad, in, depthwise_filter(w, b, dtype), need_x ? image_like(grad_x, in, "grad_x") : Image{},
                              need_weights ? &pointers : nullptr, static_cast<float*>(scratch.data_ptr()), stream);
   return {grad_x, grad_w, grad_b};
 }
@@ -120,8 +120,7 @@ STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CUDA, m) {
 namespace {
 
 PyObject* facts(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:i,s:i}", "architectures", SEGNEXT_CUDA_ARCHITECTURES, "cuda", CUDART_VERSION, "interface",
-                       SEGNEXT_INTERFACE);
+  return Py_BuildValue("{s:s,s:i}", "architectures", SEGNEXT_CUDA_ARCHITECTURES, "cuda", CUDART_VERSION);
 }
 
 PyObject* driver(PyObject*, PyObject*) {

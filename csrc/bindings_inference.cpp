@@ -6,12 +6,14 @@ namespace {
 using namespace segnext::tensors;
 using segnext::Activation;
 using segnext::AttentionWeights;
+using segnext::ceil_div;
 using segnext::Convolution;
 using segnext::Dtype;
 using segnext::GroupNorm;
 using segnext::HamburgerWeights;
 using segnext::Image;
 using segnext::kMostSteps;
+using segnext::kPanel;
 using segnext::kStripTensors;
 using segnext::LayerNorm;
 using segnext::MlpWeights;
@@ -34,19 +36,16 @@ Tensor in_pixels(const Tensor& t) {
 }
 
 const float* floats(const Tensor& t, const Shape& shape, const char* name, const char* of = "") {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && has_shape(t, shape),
-                  "segnext_kernels: ", of, name, " must be contiguous float32 ", text(shape), " on the CPU");
-  return static_cast<const float*>(data_of(t, name));
+  return static_cast<const float*>(numbers(t, shape, Dtype::kFloat32, std::string(of) + name));
 }
 
 PackedWeights packed(const Tensor& weight, const Tensor& bias, int64_t depth, int64_t columns, const Image& x,
                      const char* name) {
   STD_TORCH_CHECK(depth > 0, "segnext_kernels: ", name, " has no inputs");
-  const int64_t panels = (columns + 31) / 32;
-  const Shape shape = x.dtype == Dtype::kBFloat16 ? Shape{panels, (depth + 1) / 2, 32, 2} : Shape{panels, depth, 32};
-  STD_TORCH_CHECK(weight.is_cpu() && dtype_of(weight, name) == x.dtype && weight.is_contiguous() && has_shape(weight, shape),
-                  "segnext_kernels: ", name, ", packed, must be contiguous ", text(shape), " in x's dtype on the CPU");
-  return {data_of(weight, name), floats(bias, {columns}, name, "the bias of ")};
+  const int64_t panels = ceil_div(columns, kPanel);
+  const bool pairs = x.dtype == Dtype::kBFloat16;
+  const Shape shape = pairs ? Shape{panels, ceil_div(depth, 2), kPanel, 2} : Shape{panels, depth, kPanel};
+  return {numbers(weight, shape, x.dtype, std::string(name) + ", packed,"), floats(bias, {columns}, name, "the bias of ")};
 }
 
 Tensor empty_pixels(const Tensor& like, int64_t images, int64_t channels, int64_t height, int64_t width) {

@@ -1,4 +1,5 @@
-// _cpu: what this processor can do, asked before a library compiled for it is loaded. Plain limited API, no torch.
+// _cpu: what this processor can do and of which interface the libraries are, asked before one of them is loaded. Plain limited
+// API, no torch.
 #undef Py_LIMITED_API  // torch's build adds its own
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
@@ -53,4 +54,9 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullpt
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu() {
+  PyObject* created = PyModule_Create(&module);
+  if (created != nullptr && PyModule_AddIntConstant(created, "INTERFACE", SEGNEXT_INTERFACE) == 0) return created;
+  Py_XDECREF(created);
+  return nullptr;
+}

@@ -30,9 +30,10 @@ inline constexpr char kDevice[] = "the CPU";
 inline bool on_device(const Tensor& t) { return t.is_cpu(); }
 #endif
 
-// A tensor's memory, which offloaders take away while the tensor stays.
+// A tensor's memory, which offloaders take away while the tensor stays. Asked for as what is only read, so that a lazy clone
+// stays one; what is written is new and nobody's clone.
 inline void* data_of(const Tensor& t, const char* name) {
-  void* data = t.data_ptr();
+  void* data = const_cast<void*>(t.const_data_ptr());
   STD_TORCH_CHECK(data != nullptr || t.numel() == 0, "segnext_kernels: ", name, " has no memory: its storage was freed");
   return data;
 }
@@ -69,6 +70,19 @@ inline Tensor arranged(const Tensor& t) {
   if (t.dim() == 4) return dense(t, {0, 1, 2, 3}) || dense(t, {0, 2, 3, 1}) ? t : torch::stable::contiguous(t);
   if (t.dim() == 3) return dense(t, {0, 1, 2}) || dense(t, {0, 2, 1}) ? t : torch::stable::contiguous(t);
   return t;
+}
+
+inline const char* name_of(Dtype dtype) {
+  return dtype == Dtype::kFloat32   ? "float32"
+         : dtype == Dtype::kFloat64 ? "float64"
+         : dtype == Dtype::kHalf    ? "float16"
+                                    : "bfloat16";
+}
+
+// What sums of a dtype are kept in.
+inline Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32; }
+inline ScalarType scalar_type(Dtype accumulator) {
+  return accumulator == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
 inline Image image(const Tensor& t, const char* name) {
@@ -111,12 +125,23 @@ inline std::string text(const Shape& shape) {
   return "[" + joined + "]";
 }
 
+// The memory of numbers that are taken as they are, of the given shape and dtype.
+inline const void* numbers(const Tensor& t, const Shape& shape, Dtype dtype, const std::string& name) {
+  STD_TORCH_CHECK(on_device(t) && t.is_contiguous() && has_shape(t, shape) && dtype_of(t, name.c_str()) == dtype,
+                  "segnext_kernels: ", name, " must be contiguous ", text(shape), " on ", kDevice, " in ", name_of(dtype));
+  return data_of(t, name.c_str());
+}
+
 // A filter's or bias' memory, of the given shape and dtype. The caller keeps the returned tensor alive.
 inline Tensor filter(const Tensor& t, const Shape& shape, const char* name, Dtype dtype) {
   STD_TORCH_CHECK(on_device(t) && dtype_of(t, name) == dtype && has_shape(t, shape), "segnext_kernels: ", name, " must be ",
                   text(shape), " of the dtype that goes with x's on ", kDevice);
   data_of(t, name);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline DepthwiseFilter depthwise_filter(const Tensor& weight, const Tensor& bias, Dtype dtype) {
+  return {data_of(weight, "weight"), data_of(bias, "bias"), dtype};
 }
 
 // The dtype that all of an image's filters have, of which this is the first: x's, or float32 beside 16 bits.
@@ -141,7 +166,7 @@ inline Filters strip_filters(const std::vector<Tensor>& weights, const Image& x,
     if (i > 0 && i % 4 == 0) shape = {x.channels, 1, kStripTaps[i], 1};
     if (i % 4 == 2) shape = {x.channels, 1, 1, kStripTaps[i]};
     filters.kept.push_back(filter(weights[i], shape, ("weights[" + std::to_string(before + i) + "]").c_str(), dtype));
-    filters.pointers.tensors[i] = filters.kept.back().data_ptr();
+    filters.pointers.tensors[i] = data_of(filters.kept.back(), "weights");
   }
   return filters;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-INTERFACE = 3  # of the libraries: another number whenever a schema or what they tell changes, which setup.py compiles in
+INTERFACE = 4  # of the libraries: another number whenever a schema or what they tell changes, which setup.py compiles into _cpu
 
 # From the best to the plainest, with the processor features (GCC's names) that each library was compiled for.
 _LIBRARIES = {
@@ -27,6 +28,7 @@ ISA_VARIABLE = "SEGNEXT_KERNELS_ISA"
 BUILD_VARIABLE = "SEGNEXT_KERNELS_COMPILE"
 
 CUDA_VARIABLE = "FORCE_CUDA"
+_ANOTHER_VERSION = "the compiled kernels are of another version of this package than its Python files: reinstall it"
 
 facts: dict[str, str] = {}  # what the loaded library says of its own build
 cuda_architectures: list[str] = []  # that the CUDA library was compiled for, such as "9.0" or, with PTX, "12.0+PTX"
@@ -38,7 +40,7 @@ def _load(wanted: str | None) -> str | None:
     if wanted and wanted not in _LIBRARIES:
         return f"there is no such instruction set; there are {', '.join(_LIBRARIES)}"
     try:
-        features = importlib.import_module("segnext_kernels._cpu").features()
+        processor = importlib.import_module("segnext_kernels._cpu")
     except ModuleNotFoundError:
         if installed := _installed_elsewhere():
             return _told(
@@ -51,6 +53,9 @@ def _load(wanted: str | None) -> str | None:
         )
     except ImportError as error:
         return _told(f"the compiled CPU kernels did not load: {error}")
+    if _of_another_version(processor):
+        return _told(_ANOTHER_VERSION)
+    features = processor.features()
     for isa in [wanted] if wanted else _worth_using(features):
         missing = [name for name in _LIBRARIES[isa] if name not in features]
         if missing:
@@ -63,8 +68,6 @@ def _load(wanted: str | None) -> str | None:
             continue
         except ImportError as error:
             return _told(f"the compiled CPU kernels ({isa}) did not load under torch {torch.__version__}: {error}")
-        if other := _of_another_version(library, "CPU"):
-            return _told(other)
         facts.update(library.facts())
         return None
     return reason
@@ -84,11 +87,10 @@ def _worth_using(features: list[str]) -> list[str]:
     return [isa for isa in _LIBRARIES if not (isa == "avx512_bf16" and "slow-avx512bf16" in features)]
 
 
-def _of_another_version(library: ModuleType, kind: str) -> str | None:
-    """A library that an older build left would take the arguments for others."""
-    if library.facts().get("interface") == INTERFACE:
-        return None
-    return f"the compiled {kind} kernels are of another version of this package than its Python files: reinstall it"
+def _of_another_version(processor: ModuleType | None) -> bool:
+    """Whether an older build left the libraries, which would take arguments for others. ``_cpu``, which is built with them,
+    tells: they themselves register their kernels as soon as they are loaded."""
+    return processor is not None and getattr(processor, "INTERFACE", None) != INTERFACE
 
 
 def _told(reason: str) -> str:
@@ -100,6 +102,8 @@ def _told(reason: str) -> str:
 def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) has no CUDA"
+    if _of_another_version(sys.modules.get("segnext_kernels._cpu")):
+        return _ANOTHER_VERSION  # which was told
     try:
         library = importlib.import_module("segnext_kernels._C_cuda")
     except ModuleNotFoundError:
@@ -109,8 +113,6 @@ def _load_cuda() -> str | None:
         )
     except ImportError as error:
         return _told(f"the CUDA kernels did not load under torch {torch.__version__}: {error}")
-    if other := _of_another_version(library, "CUDA"):
-        return _told(other)
     found = library.facts()
     global cuda_version
     cuda_version = found["cuda"]

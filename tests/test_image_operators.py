@@ -233,3 +233,12 @@ def test_a_recorded_call_takes_any_strides(sample_of, layout, backend):
         y = getattr(torch.ops.segnext_kernels, sample.operator)(leaves[0], *rest)
         answers.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
     assert_same(answers[0], answers[1])
+
+
+@compiled
+def test_lazy_clones_stay(sample_of, backend):
+    """What is only read is not asked for as if it were written, which would copy it."""
+    sample = sample_of((2, 5, 6, 7)).to(torch.float32)
+    clones = tuple(torch._lazy_clone(leaf) for leaf in sample.leaves)
+    assert_same([replace(sample, leaves=clones)(backend)], [sample(backend)])
+    assert all(map(torch._C._is_cow_tensor, clones))

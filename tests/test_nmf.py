@@ -375,3 +375,11 @@ def test_batch_does_not_matter(gradient, backend):
     for i in range(3):
         alone = results(replace(sample, leaves=tuple(leaf[i : i + 1] for leaf in sample.leaves)), backend)
         assert all(error(a, t[i : i + 1]) <= (0 if backend == "cpu" else 1e-5) for a, t in zip(alone, together, strict=True))
+
+
+@compiled
+def test_factors_that_no_memory_holds(backend):
+    """2^61 numbers, of which no size may become a small one."""
+    x, bases = torch.ones(1, 1, 1 << 20), torch.ones(1, 1, 1 << 20, requires_grad=True)
+    with pytest.raises(MemoryError):
+        nmf(x, bases, 1 << 20, backend=backend)

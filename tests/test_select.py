@@ -34,15 +34,15 @@ print("agreed")
 REFUSED = {
     "unknown": ("sse9", "{}", "there is no such instruction set; there are amx_bf16, avx512_bf16, avx512, avx2, baseline"),
     "nothing-built": ("baseline", "{'_cpu': None}", "the compiled CPU kernels were not built (SEGNEXT_KERNELS_COMPILE=0"),
-    "lacking": ("avx2", "{'_cpu': SimpleNamespace(features=lambda: ['fma'])}", "this processor lacks avx2, f16c"),
+    "lacking": ("avx2", "{'_cpu': processor(['fma'])}", "this processor lacks avx2, f16c"),
     "of-another-version": (
         "baseline",
-        "{'_cpu': SimpleNamespace(features=list), '_C_baseline': SimpleNamespace(facts=lambda: {'interface': 0})}",
-        "the compiled CPU kernels are of another version of this package than its Python files: reinstall it",
+        "{'_cpu': SimpleNamespace(features=list, INTERFACE=0)}",
+        "the compiled kernels are of another version of this package than its Python files: reinstall it",
     ),
     "not-built": (
         "baseline",
-        "{'_cpu': SimpleNamespace(features=list), '_C_baseline': None}",
+        "{'_cpu': processor([]), '_C_baseline': None}",
         "the compiled CPU kernels were not built for baseline",
     ),
 }
@@ -159,7 +159,7 @@ def test_a_schema_does_not_change_without_the_interface():
     """A library that was built before would take the arguments of the new schema for those of the old one."""
     schemas = (str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith("segnext_kernels::"))
     digest = hashlib.sha256("\n".join(sorted(schemas)).encode()).hexdigest()
-    assert (_load.INTERFACE, digest[:8]) == (3, "a65b5af2"), "count _load.INTERFACE up, and write the new digest here"
+    assert (_load.INTERFACE, digest[:8]) == (4, "a65b5af2"), "count _load.INTERFACE up, and write the new digest here"
 
 
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), "reference"), ((9, 0), "triton")])
@@ -356,6 +356,8 @@ def test_instruction_set_that_is_refused(isa, modules, reason):
     code = f"""
 import sys
 from types import SimpleNamespace
+def processor(features):
+    return SimpleNamespace(features=lambda: features, INTERFACE={_load.INTERFACE})
 sys.modules.update((f"segnext_kernels.{{name}}", module) for name, module in {modules}.items())
 import segnext_kernels
 """
@@ -371,26 +373,26 @@ def test_dot_products_that_are_slow_are_left(monkeypatch, without, chosen):
     have = [name for name in features if not name.startswith(tuple(without.split()))]
     loaded = {}
     monkeypatch.setattr(_load, "facts", loaded)
-    monkeypatch.setitem(sys.modules, "segnext_kernels._cpu", SimpleNamespace(features=lambda: have))
+    processor = SimpleNamespace(features=lambda: have, INTERFACE=_load.INTERFACE)
+    monkeypatch.setitem(sys.modules, "segnext_kernels._cpu", processor)
     for isa in _load._LIBRARIES:
-        facts = {"interface": _load.INTERFACE, "isa": isa}
-        monkeypatch.setitem(sys.modules, f"segnext_kernels._C_{isa}", SimpleNamespace(facts=lambda facts=facts: facts))
+        monkeypatch.setitem(sys.modules, f"segnext_kernels._C_{isa}", SimpleNamespace(facts=lambda isa=isa: {"isa": isa}))
     assert _load._load(None) is None and loaded["isa"] == chosen
     if chosen != "amx_bf16":
         assert _load._load("avx512_bf16") is None and loaded["isa"] == "avx512_bf16"  # who asks for it has it
 
 
-def test_a_library_that_cannot_be_used_is_told(monkeypatch):
-    """One of another version, as `git pull` leaves it: whoever built it expects it to be used."""
+@pytest.mark.parametrize("left", [{"INTERFACE": 0}, {}], ids=["another", "older"])
+def test_libraries_that_cannot_be_used_are_told(left, monkeypatch):
+    """Of another version, as `git pull` leaves them: whoever built them expects them to be used. Once, and none is loaded,
+    since its kernels would be PyTorch's from then on."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setitem(sys.modules, "segnext_kernels._cpu", SimpleNamespace(features=list))
+    monkeypatch.setitem(sys.modules, "segnext_kernels._cpu", SimpleNamespace(features=list, **left))
     for name in ("_C_baseline", "_C_cuda"):
-        monkeypatch.setitem(sys.modules, f"segnext_kernels.{name}", SimpleNamespace(facts=lambda: {"interface": 0}))
-    for load in (lambda: _load._load(None), _load._load_cuda):
-        with pytest.warns(
-            UserWarning, match="another version of this package.* reinstall it; slower backends are used instead"
-        ):
-            assert "reinstall it" in load()
+        monkeypatch.setitem(sys.modules, f"segnext_kernels.{name}", SimpleNamespace())  # which has no facts
+    with pytest.warns(UserWarning, match="another version of this package.* reinstall it; slower backends are used instead"):
+        assert "reinstall it" in _load._load(None)
+    assert "reinstall it" in _load._load_cuda()
 
 
 def test_an_installation_that_a_source_tree_hides_is_told(monkeypatch, tmp_path):

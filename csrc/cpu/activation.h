@@ -1,15 +1,15 @@
 // The activations of fused products, to the accuracy of T: float or BFloat16.
 #pragma once
+#include "cpu/kernels.h"
 #include "cpu/simd.h"
 
 namespace segnext {
 
-enum class Activation { kNone, kGelu, kRelu };
-
 SEGNEXT_INLINE Vector<float> relu(Vector<float> z) { return z < 0.0f ? Vector<float>{} : z; }  // NaN stays
 
 // GELU(z) = z (1 / 2 + c P(u)) with c = z clamped to [-end, end] and u the polynomial `square` of c^2. P is fitted for the
-// least error of GELU and so that c P is one half at the end: from there on it is the ReLU, but for rounding.
+// least error of GELU and so that c P is one half at the end: from there on it is the ReLU, but for rounding (and minus
+// infinity, which stays).
 template <int Tile, int N, class F>
 SEGNEXT_INLINE void gelu(Vector<float> (&z)[Tile], float end, const float (&p)[N], const F& square) {
   typedef Vector<float> V;
@@ -57,16 +57,16 @@ SEGNEXT_INLINE void activate(Vector<float> (&z)[Tile]) {
   }
 }
 
-// Calls f with the activation as an integral constant.
+// Calls f<activation>().
 template <class F>
 void with_activation(Activation activation, const F& f) {
   switch (activation) {
     case Activation::kGelu:
-      return f(std::integral_constant<Activation, Activation::kGelu>{});
+      return f.template operator()<Activation::kGelu>();
     case Activation::kRelu:
-      return f(std::integral_constant<Activation, Activation::kRelu>{});
+      return f.template operator()<Activation::kRelu>();
     default:
-      return f(std::integral_constant<Activation, Activation::kNone>{});
+      return f.template operator()<Activation::kNone>();
   }
 }
 

@@ -23,7 +23,7 @@ inline constexpr int kRows = 16, kColumns = 16, kDepth = 32;  // of one product 
 inline constexpr int kParts = 3;                              // bfloat16 that make up a float
 inline constexpr int kTileSize = kRows * kDepth;              // elements of an operand
 
-#if defined(__AMX_BF16__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__AMX_BF16__) && !SEGNEXT_ADDRESS_SANITIZER
 
 // The compiler does not know that the instructions for tiles read memory.
 SEGNEXT_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }

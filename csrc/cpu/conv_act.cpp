@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/activation.h"
 #include "cpu/kernels.h"
 #include "cpu/matmul.h"
 
@@ -118,11 +119,10 @@ void convolve_in_place(const Image& x, const Convolution& conv, const Packed<T>&
 }  // namespace
 
 void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, const Parallel& parallel) {
-  with_dense_type(x.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_dense_type(x.dtype, [&]<class T>() {
     const Packed<T> packed(static_cast<const T*>(conv.weights.data), conv.kernel * conv.kernel * x.channels, y.channels);
     T* out = static_cast<T*>(y.data);
-    with_activation(conv.activation, [&](auto act) {
+    with_activation(conv.activation, [&]<Activation act>() {
       const auto finish_at = [&](int64_t first) {
         return finish<T, act>(conv.weights.bias, y.channels, out + first * y.channels);
       };
@@ -131,7 +131,7 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
       };
       if (conv.kernel == 1 && conv.stride == 1 && x.channels_last) {
         const int64_t pixels = x.images * x.height * x.width;
-        const int64_t blocks = (pixels + kPixels - 1) / kPixels;
+        const int64_t blocks = ceil_div(pixels, kPixels);
         return parallel(blocks, [&](Share& items) {
           const Weights<T> weights = prepared(packed, blocks <= parallel.threads);
           for (const int64_t block : items) {

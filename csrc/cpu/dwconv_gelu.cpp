@@ -128,23 +128,21 @@ void reduce(const Image& x, const A* partial, const DepthwiseFilter& grads, cons
   }
 }
 
-// Calls f(null pointer to the type of the rows, whether they are staged) for the kinds of items there are.
+// Calls f<type of the rows, whether they are staged>() for the kinds of items there are.
 template <class A, class F>
 void with_rows(const Image& x, const Parts<A>& parts, const F& f) {
   if (parts.direct > 0) {
-    with_storage<A>(x.dtype, [&](auto* type) { f(type, std::false_type{}); });
+    with_storage<A>(x.dtype, [&]<class T>() { f.template operator()<T, false>(); });
   }
-  if (parts.direct < parts.groups) f(static_cast<A*>(nullptr), std::true_type{});
+  if (parts.direct < parts.groups) f.template operator()<A, true>();
 }
 
 }  // namespace
 
 void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Image& y, const Parallel& parallel) {
-  with_accumulator(x.dtype, [&](auto* type) {
-    using A = std::remove_pointer_t<decltype(type)>;
+  with_accumulator(x.dtype, [&]<class A>() {
     const Parts<A> parts(x, 8);
-    with_rows<A>(x, parts, [&](auto* row, auto staged) {
-      using T = std::remove_pointer_t<decltype(row)>;
+    with_rows<A>(x, parts, [&]<class T, bool staged>() {
       parallel(parts.items, [&](Share& items) { forward<A, T, staged>(x, filter, y, parts, items); });
     });
   });
@@ -152,13 +150,11 @@ void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Im
 
 void dwconv_gelu_backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x,
                           const DepthwiseFilter* grads, const Parallel& parallel) {
-  with_accumulator(x.dtype, [&](auto* type) {
-    using A = std::remove_pointer_t<decltype(type)>;
+  with_accumulator(x.dtype, [&]<class A>() {
     const Parts<A> parts(x, 16);  // fewer rows would be computed twice too often
     Buffer<A> partial(grads == nullptr ? 0 : x.images * parts.per_image * parts.groups * kTaps * kLanes<A>);
     A* sums = grads == nullptr ? nullptr : static_cast<A*>(partial);
-    with_rows<A>(x, parts, [&](auto* row, auto staged) {
-      using T = std::remove_pointer_t<decltype(row)>;
+    with_rows<A>(x, parts, [&]<class T, bool staged>() {
       parallel(parts.items, [&](Share& items) { backward<A, T, staged>(grad_out, x, filter, grad_x, sums, parts, items); });
     });
     if (grads == nullptr) return;

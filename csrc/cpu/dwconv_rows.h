@@ -21,11 +21,11 @@ struct Parts {
       : groups(Groups<A>(x).per_image), direct(x.channels_last ? x.channels / kLanes<A> : 0) {
     constexpr int64_t kCache = 1024 * 1024, kRows = 2 * kK, kEnoughItems = 16;
     rows = x.channels_last ? part_rows : std::max<int64_t>(x.height, 1);
-    per_image = (x.height + rows - 1) / rows;
+    per_image = ceil_div(x.height, rows);
     const int64_t fits = kCache / (kRows * (x.width + 1) * kVectorBytes), share = x.images * per_image * groups / kEnoughItems;
-    const int64_t most = std::max<int64_t>(1, std::min(fits, share)), cuts = (direct + most - 1) / most;
-    block = cuts == 0 ? 1 : (direct + cuts - 1) / cuts;
-    blocks = (direct + block - 1) / block + groups - direct;
+    const int64_t most = std::max<int64_t>(1, std::min(fits, share)), cuts = ceil_div(direct, most);
+    block = cuts == 0 ? 1 : ceil_div(direct, cuts);
+    blocks = ceil_div(direct, block) + groups - direct;
     items = x.images * per_image * blocks;
   }
 };

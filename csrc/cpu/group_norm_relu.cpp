@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/activation.h"
 #include "cpu/kernels.h"
 #include "cpu/matmul.h"
 
@@ -65,9 +66,8 @@ void apply(const T* x, const T* residual, const float* mean, const float* scale,
 
 void group_norm_relu_forward(const Image& x, const GroupNorm& norm, const Image& residual, const Image& y,
                              const Parallel& parallel) {
-  const int64_t C = x.channels, pixels = x.height * x.width, blocks = (pixels + kBlock - 1) / kBlock;
-  with_dense_type(x.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  const int64_t C = x.channels, pixels = x.height * x.width, blocks = ceil_div(pixels, kBlock);
+  with_dense_type(x.dtype, [&]<class T>() {
     const T *in = static_cast<const T*>(x.data), *add = static_cast<const T*>(residual.data);
     Buffer<float> sums(x.images * blocks * 3 * C), mean(x.images * C), scale(x.images * C);
     auto for_blocks = [&](const auto& f) {  // f(item, image, first element, pixels)

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <deque>
 
+#include "cpu/activation.h"
 #include "cpu/kernels.h"
 #include "cpu/matmul.h"
 #include "cpu/nmf_forward.h"
@@ -159,9 +160,8 @@ class NormOfProduct {
 }  // namespace
 
 void hamburger_forward(const Image& x, const HamburgerWeights& w, const Image& y, const Parallel& parallel) {
-  with_dense_type(x.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t C = x.channels, pixels = x.height * x.width, blocks = (pixels + kPixels - 1) / kPixels;
+  with_dense_type(x.dtype, [&]<class T>() {
+    const int64_t C = x.channels, pixels = x.height * x.width, blocks = ceil_div(pixels, kPixels);
     conv_act_forward(x, {w.in, 1, 1, Activation::kRelu}, y, parallel);  // V lies where y will be
     const Matrices columns{y.data, x.dtype, true, x.images, C, pixels};
     with_nmf(columns, w.rank, w.steps, w.rounded, Keep::kNothing, nullptr, parallel, [&](auto& nmf) {

@@ -13,24 +13,30 @@ namespace segnext {
 template <class A>
 struct Groups {
   int64_t per_image, items;
-  explicit Groups(const Image& x) : per_image((x.channels + kLanes<A> - 1) / kLanes<A>), items(x.images * per_image) {}
+  explicit Groups(const Image& x) : per_image(ceil_div(x.channels, kLanes<A>)), items(x.images * per_image) {}
   int64_t image(int64_t item) const { return item / per_image; }
   int64_t channel(int64_t item) const { return item % per_image * kLanes<A>; }
 };
 
-// Calls f with a null pointer of the storage type; only types that accumulate in A are compiled.
+// Calls f<A>() with the type A of accumulators.
+template <class F>
+void with_accumulator(Dtype dtype, const F& f) {
+  dtype == Dtype::kFloat64 ? f.template operator()<double>() : f.template operator()<float>();
+}
+
+// Calls f<T>() with the storage type T; only types that accumulate in A are compiled.
 template <class A, class F>
 SEGNEXT_INLINE void with_storage(Dtype dtype, const F& f) {
   if constexpr (std::is_same_v<A, double>) {
-    f(static_cast<double*>(nullptr));
+    f.template operator()<double>();
   } else {
     switch (dtype) {
       case Dtype::kBFloat16:
-        return f(static_cast<BFloat16*>(nullptr));
+        return f.template operator()<BFloat16>();
       case Dtype::kHalf:
-        return f(static_cast<Half*>(nullptr));
+        return f.template operator()<Half>();
       default:
-        return f(static_cast<float*>(nullptr));
+        return f.template operator()<float>();
     }
   }
 }
@@ -55,7 +61,6 @@ class RowRing {
   // First pixel of a row, of its first group and of any.
   A* operator[](int64_t row) const { return rows_ + row % count_ * row_size_ + pad_; }
   A* operator()(int64_t row, int64_t group) const { return (*this)[row] + group * group_size_; }
-  int64_t group_size() const { return group_size_; }
 
   // The K rows around `row`; those outside the image are zero.
   template <int K>
@@ -145,16 +150,15 @@ SEGNEXT_INLINE void scatter_channels(const A* in, int64_t pixel, int64_t width, 
 template <class A>
 void load_row(const Image& x, int64_t n, int64_t c, int64_t row, A* out, int64_t groups = 1, int64_t out_group = 0) {
   constexpr int L = kLanes<A>;
-  with_storage<A>(x.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_storage<A>(x.dtype, [&]<class T>() {
     const RowAccess<T> in(x, n, c, row);
     if (in.channels_last) {
-      const int rest = static_cast<int>(in.channels - (groups - 1) * L);  // channels in the last group, if fewer than L
+      const int64_t rest = in.channels - (groups - 1) * L;  // channels in the last group, if fewer than L
       const int64_t full = rest < L ? groups - 1 : groups;
       for (int64_t w = 0; w < in.width; ++w) {
         const T* pixel = in.first + w * in.pixel;
         for (int64_t g = 0; g < full; ++g) store<A>(out + g * out_group + w * L, load_as<A>(pixel + g * L));
-        if (full < groups) store<A>(out + full * out_group + w * L, load_some<A>(pixel + full * L, rest));
+        if (full < groups) store<A>(out + full * out_group + w * L, load_some<A>(pixel + full * L, static_cast<int>(rest)));
       }
       return;
     }
@@ -167,16 +171,15 @@ void load_row(const Image& x, int64_t n, int64_t c, int64_t row, A* out, int64_t
 template <class A>
 void store_row(const Image& y, int64_t n, int64_t c, int64_t row, const A* in, int64_t groups = 1, int64_t in_group = 0) {
   constexpr int L = kLanes<A>;
-  with_storage<A>(y.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_storage<A>(y.dtype, [&]<class T>() {
     const RowAccess<T> out(y, n, c, row);
     if (out.channels_last) {
-      const int rest = static_cast<int>(out.channels - (groups - 1) * L);
+      const int64_t rest = out.channels - (groups - 1) * L;
       const int64_t full = rest < L ? groups - 1 : groups;
       for (int64_t w = 0; w < out.width; ++w) {
         T* pixel = out.first + w * out.pixel;
         for (int64_t g = 0; g < full; ++g) store_as<A>(pixel + g * L, load<A>(in + g * in_group + w * L));
-        if (full < groups) store_some<A>(pixel + full * L, load<A>(in + full * in_group + w * L), rest);
+        if (full < groups) store_some<A>(pixel + full * L, load<A>(in + full * in_group + w * L), static_cast<int>(rest));
       }
       return;
     }
@@ -198,8 +201,7 @@ template <class A>
 class RowAhead {
  public:
   RowAhead(const Image& x, int64_t n, int64_t c, int64_t row) {
-    with_storage<A>(x.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
+    with_storage<A>(x.dtype, [&]<class T>() {
       const RowAccess<T> at(x, n, c, row);
       const bool exists = row < x.height;
       first_ = reinterpret_cast<const char*>(at.first);

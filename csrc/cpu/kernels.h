@@ -1,17 +1,10 @@
 // The CPU kernels: plain functions over pointers and sizes that know nothing of torch. No result depends on the number of
 // threads: where sums cross items, the work is cut into items by the shapes alone.
 #pragma once
-#include "cpu/activation.h"
-#include "cpu/image.h"
+#include "arguments.h"
 #include "cpu/parallel.h"
 
 namespace segnext {
-
-// Calls f with a null pointer of the accumulator's type.
-template <class F>
-void with_accumulator(Dtype dtype, const F& f) {
-  dtype == Dtype::kFloat64 ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
-}
 
 void msca_strips_forward(const Image& x, const StripFilters& filters, const Image& y, const Parallel& parallel);
 // grad_x.data may be null, and so may grads.
@@ -40,10 +33,10 @@ struct Matrices {
   bool transposed;
   int64_t batch, rows, columns;
 };
-inline constexpr int64_t kMostSteps = 1 << 20;  // of nmf, so that no size overflows
+inline constexpr int64_t kMostSteps = 1 << 20;  // of nmf
 // bases [B, D, rank] are accumulators, and so are the factors that forward may leave for backward, in an order of their own.
 // rounded: in products with bfloat16 x the factors may be rounded to it, where nothing is left for backward.
-// one_step: backward differentiates the last update of the coefficients alone.
+// one_step: backward differentiates the last update of the coefficients alone. The size throws std::bad_alloc where it is none.
 int64_t nmf_factors_size(const Matrices& x, int64_t rank, int64_t steps, bool one_step);
 // projection [D, D], accumulators, may be null: else y is multiplied with it from the left.
 void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool rounded, bool one_step, void* factors,
@@ -71,16 +64,15 @@ double upsample_cross_entropy_forward(const Image& logits, const Targets& target
 void upsample_cross_entropy_backward(double grad_out, const Image& logits, const Targets& targets, const Image& grad_logits,
                                      const Parallel& parallel);
 
-// Weights of a matrix product, packed as segnext_kernels/_pack.py says, in x's dtype, and their bias.
+// Weights of a matrix product, packed as segnext_kernels/_pack.py says into panels of kPanel columns, in x's dtype, and their
+// bias.
 struct PackedWeights {
   const void* data;
   const float* bias;
 };
-// Calls f with a null pointer of the type that products are stored in: float or BFloat16.
-template <class F>
-void with_dense_type(Dtype dtype, const F& f) {
-  dtype == Dtype::kBFloat16 ? f(static_cast<BFloat16*>(nullptr)) : f(static_cast<float*>(nullptr));
-}
+inline constexpr int kPanel = 32;
+
+enum class Activation { kNone, kGelu, kRelu };
 
 // For inference, float or BFloat16. Images are channels_last, but conv_act's x may have either layout.
 struct Convolution {

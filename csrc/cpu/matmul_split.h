@@ -40,8 +40,8 @@ class SplitPixels {
   SplitPixels(int64_t most, int64_t depth)
       : count(most),
         depth(depth),
-        block_((depth + amx::kDepth - 1) / amx::kDepth * kParts * kTileSize),
-        data_((most + amx::kRows - 1) / amx::kRows * block_) {
+        block_(ceil_div(depth, amx::kDepth) * kParts * kTileSize),
+        data_(ceil_div(most, amx::kRows) * block_) {
     std::memset(data_ + most / amx::kRows * block_, 0, sizeof(BFloat16) * (most % amx::kRows > 0 ? block_ : 0));
   }
   SplitPixels(const float* data, int64_t row, int64_t count, int64_t depth, bool = false) : SplitPixels(count, depth) {
@@ -93,8 +93,8 @@ class SplitWeights {
       : columns(w.columns),
         w_(w),
         once_(once),
-        panel_((w.depth + amx::kDepth - 1) / amx::kDepth * kParts * 2 * kTileSize),
-        data_((once ? 1 : (w.columns + kPanel - 1) / kPanel) * panel_) {
+        panel_(ceil_div(w.depth, amx::kDepth) * kParts * 2 * kTileSize),
+        data_((once ? 1 : ceil_div(w.columns, kPanel)) * panel_) {
     for (int64_t first = 0; first < (once ? 0 : columns); first += kPanel) split(first, data_ + first / kPanel * panel_);
   }
   const int64_t columns;
@@ -143,7 +143,7 @@ template <int Halves = 2>
 void sum_panel_split(const SplitPixels& a, int64_t begin, int64_t rows, const BFloat16* panel, float* sum, int64_t sum_row,
                      bool add) {
   for (int64_t k = 0; k < a.depth; k += kSplitPart) {
-    for_blocks((rows + amx::kRows - 1) / amx::kRows * amx::kRows, [&](int64_t m, auto blocks) {
+    for_blocks(round_up(rows, amx::kRows), [&](int64_t m, auto blocks) {
       float *at = sum + m * sum_row, *next = at + (blocks - 1) * amx::kRows * sum_row;
       float* const out[] = {at, at + amx::kColumns, next, next + amx::kColumns};
       const float* const start[] = {add ? at : nullptr, out[1], next, out[3]};

@@ -7,11 +7,17 @@
 #include <algorithm>
 
 #include "cpu/image.h"
+#include "cpu/kernels.h"
 
 namespace segnext {
 
-inline constexpr int kPanel = 32;  // columns that are packed together
-inline constexpr int64_t whole_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+// Calls f<T>() with the type T that products are stored in: float or BFloat16.
+template <class F>
+void with_dense_type(Dtype dtype, const F& f) {
+  dtype == Dtype::kBFloat16 ? f.template operator()<BFloat16>() : f.template operator()<float>();
+}
+
+inline constexpr int64_t whole_panels(int64_t columns) { return round_up(columns, kPanel); }
 
 inline constexpr int kTileRows = kRegisters == 32 ? 8 : 3;  // what the registers hold of that many vectors each
 inline constexpr int kTileVectors = kRegisters == 32 ? 2 : 4;
@@ -56,7 +62,7 @@ inline constexpr int kDepthStep = Packed<Operand<T>>::step();
 
 template <class T>
 constexpr int64_t filled(int64_t depth) {
-  return (depth + kDepthStep<T> - 1) / kDepthStep<T> * kDepthStep<T>;
+  return round_up(depth, kDepthStep<T>);
 }
 
 // Rows of pixels, `depth` elements each, `row` elements apart; `zeros`: each row has zeros up to the filled depth.

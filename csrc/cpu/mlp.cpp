@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/activation.h"
 #include "cpu/kernels.h"
 #include "cpu/matmul.h"
 #include "cpu/stencil.h"
@@ -60,7 +61,7 @@ class Walk {
         y_(y),
         C_(x.channels),
         W_(x.width),
-        chunks_((w.hidden + kChunk - 1) / kChunk),
+        chunks_(ceil_div(w.hidden, kChunk)),
         sum_row_(whole_panels(C_)),
         step_(step),
         row_((W_ + 2) * L),
@@ -85,7 +86,7 @@ class Walk {
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) kept_[chunk] = step_ + 2 * chunk;
     std::memset(bias1_, 0, sizeof(float) * chunks_ * kChunk);
     std::memcpy(bias1_, w.fc1.bias, sizeof(float) * w.hidden);
-    const int64_t groups = (w.hidden + L - 1) / L;
+    const int64_t groups = ceil_div(w.hidden, L);
     std::memset(taps_, 0, sizeof(float) * chunks_ * kGroups * kTaps * L);
     load_row<float>(filter_row(const_cast<float*>(w.depthwise), Dtype::kFloat32, w.hidden, kTaps - 1), 0, 0, 0, taps_, groups,
                     kTaps * L);
@@ -200,12 +201,11 @@ void mlp_forward(const Image& x, const MlpWeights& w, const Image& y, const Para
   constexpr int64_t kLeastRows = 4;
   const int64_t rows = x.images * x.height;
   if (rows == 0 || x.width == 0) return;
-  const int64_t share = std::max((rows + parallel.threads - 1) / parallel.threads, std::min(kLeastRows, rows));
-  with_dense_type(x.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  const int64_t share = std::max(ceil_div(rows, parallel.threads), std::min(kLeastRows, rows));
+  with_dense_type(x.dtype, [&]<class T>() {
     const int64_t row_bytes = x.width * ((whole_panels(x.channels) + kChunk) * sizeof(float) + kChunk * sizeof(Operand<T>));
     const int64_t fits = std::clamp<int64_t>(kCache / row_bytes, 1, x.height);
-    const int64_t steps = (share + fits - 1) / fits, step = (share + steps - 1) / steps;  // of a share, as long as each other
+    const int64_t steps = ceil_div(share, fits), step = ceil_div(share, steps);  // of a share, as long as each other
     parallel({rows, kLeastRows}, [&](Share& items) {
       Walk<T> walk(x, w, y, step, steps > 1);
       for (Range range = items.next(step); !range.empty(); range = items.next(step)) {

@@ -39,7 +39,7 @@ class RowStarts {
 
 // An item is kStripRows rows of a group of channels. A thread that begins in the middle of a group computes 2 kReach rows of a
 // more than it has; no output depends on where that is.
-int64_t items_per_group(const Image& x) { return (x.height + kStripRows - 1) / kStripRows; }
+int64_t items_per_group(const Image& x) { return ceil_div(x.height, kStripRows); }
 
 template <class A>
 void forward(const Image& x, const StripFilters& filters, const Image& y, Share& items) {
@@ -68,8 +68,7 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, Share&
     column_pass<A>(Window<A>(stem.a(), row, x.height), taps, x.width, strips);
     for (int64_t r = row; r < std::min(row + kStripRows, x.height); ++r) {
       const RowAhead<A> next = row_ahead(group, r + kStripRows + kReach + 2);  // what stem will load in its next step
-      with_storage<A>(y.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
+      with_storage<A>(y.dtype, [&]<class T>() {
         const RowAccess<T> at(y, n, c, r);
         const bool whole = at.channels_last && at.channels >= kLanes<A>;
         row_pass<A>(strips, r - row, taps, stem.a()[r], (*starts)(r), x.width, [&](int64_t w, const auto& sums) {
@@ -86,9 +85,8 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, Share&
 }  // namespace
 
 void msca_strips_forward(const Image& x, const StripFilters& filters, const Image& y, const Parallel& parallel) {
-  constexpr int64_t kLeast = (2 * kReach + kStripRows - 1) / kStripRows;
-  with_accumulator(x.dtype, [&](auto* type) {
-    using A = std::remove_pointer_t<decltype(type)>;
+  constexpr int64_t kLeast = ceil_div(2 * kReach, kStripRows);
+  with_accumulator(x.dtype, [&]<class A>() {
     const int64_t count = Groups<A>(x).items * items_per_group(x);
     parallel({count, std::min(kLeast, items_per_group(x))}, [&](Share& items) { forward<A>(x, filters, y, items); });
   });

@@ -224,8 +224,7 @@ void reduce(const Image& x, const A* partial, const StripFilters& grads, Share& 
 
 void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x,
                           const StripFilters* grads, const Parallel& parallel) {
-  with_accumulator(x.dtype, [&](auto* type) {
-    using A = std::remove_pointer_t<decltype(type)>;
+  with_accumulator(x.dtype, [&]<class A>() {
     const Groups<A> groups(x);
     Buffer<A> partial(grads == nullptr ? 0 : groups.items * kTaps * kLanes<A>);
     parallel(groups.items, [&](Share& items) {

@@ -1,11 +1,15 @@
 // nmf forward: steps + 1 passes over x.
+#include <new>
+
 #include "cpu/nmf_forward.h"
 
 namespace segnext {
 
 int64_t nmf_factors_size(const Matrices& x, int64_t rank, int64_t steps, bool one_step) {
   constexpr int64_t kWidest = 16;  // the most lanes of any instruction set, so that the size is the same for all
-  const int64_t kept = one_step ? 0 : steps, padded = (rank + kWidest - 1) / kWidest * kWidest;
+  const int64_t kept = one_step ? 0 : steps, padded = round_up(rank, kWidest);
+  const double about = (2.0 * kept + 3) * x.columns + (2.0 * kept + 1) * x.rows;
+  if (about * x.batch * padded > 0x1p60) throw std::bad_alloc();
   return x.batch * ((2 * kept + 3) * x.columns + (2 * kept + 1) * x.rows) * padded;
 }
 

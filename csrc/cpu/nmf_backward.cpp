@@ -234,7 +234,7 @@ class NmfBackward : public Nmf<A> {
 
   // grad_projection [D][D] <- the sum over all matrices of d(W B) B^T
   void write_grad_projection(A* grad_projection) {
-    const int64_t row = (s_.D + L - 1) / L * L;
+    const int64_t row = round_up(s_.D, L);
     Base::parallel_(s_.row_blocks, [&](Share& items) {
       Buffer<A> transposed(s_.rank * row), sums(kRowBlock * row);
       for (const int64_t block : items) {
@@ -259,9 +259,9 @@ class NmfBackward : public Nmf<A> {
 
 void nmf_backward(const Matrices& grad_out, const Matrices& x, const void* bases, const void* factors, const void* projection,
                   int64_t rank, int64_t steps, bool one_step, const NmfGradients& gradients, const Parallel& parallel) {
-  with_accumulator(x.dtype, [&](auto* type) {
-    NmfBackward<std::remove_pointer_t<decltype(type)>> backward(grad_out, x, factors, projection, rank, steps, one_step,
-                                                                parallel);
+  nmf_factors_size(x, rank, steps, one_step);  // throws where no memory could hold them
+  with_accumulator(x.dtype, [&]<class A>() {
+    NmfBackward<A> backward(grad_out, x, factors, projection, rank, steps, one_step, parallel);
     if (factors == nullptr) backward.run_forward(bases);
     backward.run(gradients);
   });

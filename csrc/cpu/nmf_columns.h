@@ -19,16 +19,16 @@ struct NmfShape {
 
   NmfShape(const Matrices& x, int64_t rank_) : D(x.rows), N(x.columns), rank(rank_) {
     constexpr int L = kLanes<A>;
-    vectors = (rank + L - 1) / L;
+    vectors = ceil_div(rank, L);
     padded = vectors * L;
     chunk = N / 16 > 128 ? ((N + 15) / 16 + 31) / 32 * 32 : 128;
-    chunks = (N + chunk - 1) / chunk;
+    chunks = ceil_div(N, chunk);
     const int64_t fits = 49152 / (D > 0 ? D : 1);  // a tile of x takes about 200 KB
     const int64_t most = fits < 32 ? 32 : fits;
-    const int64_t tiles = (chunk + most - 1) / most;
-    tile = ((chunk + tiles - 1) / tiles + L - 1) / L * L;
-    row_blocks = (D + kRowBlock - 1) / kRowBlock;
-    odd_row = ((D + L - 1) / L | 1) * L;
+    const int64_t tiles = ceil_div(chunk, most);
+    tile = round_up(ceil_div(chunk, tiles), L);
+    row_blocks = ceil_div(D, kRowBlock);
+    odd_row = (ceil_div(D, L) | 1) * L;
   }
   // Whether the columns that a product reads side by side would drive each other out of the first cache, `row` elements apart.
   bool conflicts(int64_t row) const {
@@ -52,8 +52,8 @@ T* matrix_of(const Matrices& x, int64_t image) {
 // out [columns][out_row] <- some columns of x; out_row are whole vectors
 template <class A>
 void gather_columns(const Matrices& x, int64_t image, int64_t first, int64_t columns, A* out, int64_t out_row) {
-  with_storage<A>(x.dtype, [&](auto* type) {
-    const auto* from = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first * (x.transposed ? x.rows : 1);
+  with_storage<A>(x.dtype, [&]<class T>() {
+    const auto* from = matrix_of<T>(x, image) + first * (x.transposed ? x.rows : 1);
     if (!x.transposed) {
       for (int64_t d = 0; d < x.rows; d += kLanes<A>)
         gather_channels<A>(from + d * x.columns, x.columns, x.rows - d, columns, out + d, out_row);
@@ -69,8 +69,8 @@ void gather_columns(const Matrices& x, int64_t image, int64_t first, int64_t col
 // The reverse.
 template <class A>
 void scatter_columns(const Matrices& x, int64_t image, int64_t first, int64_t columns, const A* in, int64_t in_row) {
-  with_storage<A>(x.dtype, [&](auto* type) {
-    auto* to = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first;
+  with_storage<A>(x.dtype, [&]<class T>() {
+    auto* to = matrix_of<T>(x, image) + first;
     for (int64_t d = 0; d < x.rows; d += kLanes<A>)
       scatter_channels<A>(in + d, in_row, columns, to + d * x.columns, x.columns, x.rows - d);
   });
@@ -97,8 +97,8 @@ class Tile {
 
   void store_to(const Matrices& x, int64_t image, int64_t first, int64_t columns) const {
     if (!x.transposed) return scatter_columns<A>(x, image, first, columns, data_, row_);
-    with_storage<A>(x.dtype, [&](auto* type) {
-      auto* to = matrix_of<std::remove_pointer_t<decltype(type)>>(x, image) + first * D_;
+    with_storage<A>(x.dtype, [&]<class T>() {
+      auto* to = matrix_of<T>(x, image) + first * D_;
       for (int64_t n = 0; n < columns; ++n) {
         for (int64_t d = 0; d < D_; d += kLanes<A>)
           store_lanes<A>(to + n * D_ + d, load<A>(data_ + n * row_ + d), lanes_of<A>(D_ - d));

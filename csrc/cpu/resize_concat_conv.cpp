@@ -36,8 +36,7 @@ struct Coarse {
 void resize_concat_conv_forward(const Image* maps, const void* const* weights, int64_t count, const float* bias, const Image& y,
                                 const Parallel& parallel) {
   const int64_t C = y.channels, padded = whole_panels(C);
-  with_dense_type(y.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  with_dense_type(y.dtype, [&]<class T>() {
     std::deque<Coarse> coarse;
     for (int64_t i = 1; i < count; ++i) {
       const Image& x = maps[i];
@@ -45,7 +44,7 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
       float* product = coarse.back().product;
       const Packed<T> packed(static_cast<const T*>(weights[i]), x.channels, C);
       const int64_t pixels = x.images * x.height * x.width;
-      const int64_t blocks = (pixels + kPixels - 1) / kPixels;
+      const int64_t blocks = ceil_div(pixels, kPixels);
       parallel(blocks, [&](Share& items) {
         const Weights<T> part = prepared(packed, blocks <= parallel.threads);
         for (const int64_t block : items) {

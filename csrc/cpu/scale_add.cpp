@@ -1,6 +1,7 @@
 // scale_add: x + keep[n] scale[c] y and the gradients of y and scale; that of x is the result's own.
 #include <algorithm>
 
+#include "cpu/image.h"
 #include "cpu/kernels.h"
 
 namespace segnext {
@@ -15,11 +16,11 @@ struct Runs {
 
   explicit Runs(const Image& x) : channels(x.channels), pixels(x.height * x.width), channels_last(x.channels_last) {
     per_run = channels_last ? 256 : 256 * kLanes<A>;
-    cuts = (pixels + per_run - 1) / per_run;
+    cuts = ceil_div(pixels, per_run);
     per_image = channels_last ? cuts : channels * cuts;
     items = x.images * per_image;
   }
-  int64_t padded() const { return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
+  int64_t padded() const { return round_up(channels, kLanes<A>); }
   // An item's partial sums of the scale's gradient: of every channel, or the lanes of one.
   int64_t sums() const { return channels_last ? padded() : kLanes<A>; }
 };
@@ -134,12 +135,11 @@ void reduce(const Image& x, const A* partial, const ResidualScale& f, void* grad
   }
 }
 
-// Calls f with null pointers of the accumulator's type and the storage types of x and y.
+// Calls f<A, X, Y>() with the type of accumulators and the storage types of x and y.
 template <class F>
 void with_types(Dtype x, Dtype y, const F& f) {
-  with_accumulator(x, [&](auto* accumulator) {
-    using A = std::remove_pointer_t<decltype(accumulator)>;
-    with_storage<A>(x, [&](auto* first) { with_storage<A>(y, [&](auto* second) { f(accumulator, first, second); }); });
+  with_accumulator(x, [&]<class A>() {
+    with_storage<A>(x, [&]<class X>() { with_storage<A>(y, [&]<class Y>() { f.template operator()<A, X, Y>(); }); });
   });
 }
 
@@ -147,20 +147,14 @@ void with_types(Dtype x, Dtype y, const F& f) {
 
 void scale_add_forward(const Image& x, const Image& y, const ResidualScale& factors, const Image& out,
                        const Parallel& parallel) {
-  with_types(x.dtype, y.dtype, [&](auto* accumulator, auto* first, auto* second) {
-    using A = std::remove_pointer_t<decltype(accumulator)>;
-    using X = std::remove_pointer_t<decltype(first)>;
-    using Y = std::remove_pointer_t<decltype(second)>;
+  with_types(x.dtype, y.dtype, [&]<class A, class X, class Y>() {
     parallel(Runs<A>(x).items, [&](Share& items) { forward<A, X, Y>(x, y, factors, out, items); });
   });
 }
 
 void scale_add_backward(const Image& grad_out, const Image& y, const ResidualScale& factors, const Image& grad_y,
                         void* grad_scale, const Parallel& parallel) {
-  with_types(grad_out.dtype, y.dtype, [&](auto* accumulator, auto* first, auto* second) {
-    using A = std::remove_pointer_t<decltype(accumulator)>;
-    using X = std::remove_pointer_t<decltype(first)>;
-    using Y = std::remove_pointer_t<decltype(second)>;
+  with_types(grad_out.dtype, y.dtype, [&]<class A, class X, class Y>() {
     const Runs<A> runs(grad_out);
     Buffer<A> partial(grad_scale == nullptr ? 0 : runs.items * runs.sums());
     A* sums = grad_scale == nullptr ? nullptr : static_cast<A*>(partial);

@@ -38,11 +38,7 @@ class FreeBlocks {
   }
 
  private:
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr bool kKeep = false;
-#else
-  static constexpr bool kKeep = true;
-#endif
+  static constexpr bool kKeep = !SEGNEXT_ADDRESS_SANITIZER;
   static constexpr size_t kMost = 64 << 20, kCount = 16;
   static constexpr std::align_val_t kAlignment{64};
 
@@ -75,13 +71,17 @@ class FreeBlocks {
 template <class A>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : block_(FreeBlocks::take(static_cast<size_t>(size > 0 ? size : 1) * sizeof(A))) {}
+  explicit Buffer(int64_t size) : block_(FreeBlocks::take(bytes(size))) {}
   ~Buffer() { FreeBlocks::give(block_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator A*() const { return static_cast<A*>(block_.data); }
 
  private:
+  static size_t bytes(int64_t size) {
+    if (size > static_cast<int64_t>(PTRDIFF_MAX / sizeof(A))) throw std::bad_alloc();
+    return static_cast<size_t>(size > 0 ? size : 1) * sizeof(A);
+  }
   FreeBlocks::Block block_;
 };
 

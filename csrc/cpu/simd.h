@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -41,6 +41,14 @@ template <class A>
 using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 template <class A>
 using BitsVector = VectorN<Bits<A>, kLanes<A>>;
+
+#if defined(__SANITIZE_ADDRESS__)
+#define SEGNEXT_ADDRESS_SANITIZER 1
+#elif defined(__has_feature)
+#define SEGNEXT_ADDRESS_SANITIZER __has_feature(address_sanitizer)  // Clang's way to tell
+#else
+#define SEGNEXT_ADDRESS_SANITIZER 0
+#endif
 
 #define SEGNEXT_INLINE inline __attribute__((always_inline))
 #define SEGNEXT_UNROLL _Pragma("GCC unroll 64")

@@ -38,9 +38,8 @@ void gate_and_project(const Image& x, const AttentionWeights& w, const Weights<T
 }  // namespace
 
 void spatial_attention_forward(const Image& x, const AttentionWeights& w, const Image& y, const Parallel& parallel) {
-  with_dense_type(x.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t C = x.channels, pixels = x.images * x.height * x.width, blocks = (pixels + kPixels - 1) / kPixels;
+  with_dense_type(x.dtype, [&]<class T>() {
+    const int64_t C = x.channels, pixels = x.images * x.height * x.width, blocks = ceil_div(pixels, kPixels);
     Buffer<T> u(pixels * C);
     Image in = x;
     in.data = u;

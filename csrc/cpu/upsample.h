@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/image.h"
 #include "cpu/kernels.h"
 #include "cpu/sample.h"
 
@@ -25,7 +26,7 @@ struct Upsampling {
       : logits(logits),
         width(width),
         groups(Groups<A>(logits).per_image),
-        blocks((logits.height + kRows - 1) / kRows),
+        blocks(ceil_div(logits.height, kRows)),
         items(height > 0 && width > 0 ? logits.images * blocks : 0),
         rows(items > 0 ? samples<A>(logits.height, height) : std::vector<Sample<A>>()),
         columns(items > 0 ? samples<A>(logits.width, width) : std::vector<Sample<A>>()) {
@@ -35,7 +36,7 @@ struct Upsampling {
       first_row.push_back(at - rows.begin());
     }
     // Enough columns for whole vectors, so that a tile needs no special case at the right edge.
-    columns.resize((width + kLanes<A> - 1) / kLanes<A> * kLanes<A>, columns.back());
+    columns.resize(round_up(width, kLanes<A>), columns.back());
   }
   int64_t height() const { return static_cast<int64_t>(rows.size()); }
   int64_t row_size() const { return groups * logits.width * kLanes<A>; }  // of a row of logits, [groups][width][kLanes]

@@ -35,8 +35,7 @@ SEGNEXT_INLINE void label_rows(const Upsampling<A>& up, const UpsampledTile<A>& 
 }  // namespace
 
 void upsample_argmax_forward(const Image& logits, int64_t height, int64_t width, int64_t* labels, const Parallel& parallel) {
-  with_accumulator(logits.dtype, [&](auto* type) {
-    using A = std::remove_pointer_t<decltype(type)>;
+  with_accumulator(logits.dtype, [&]<class A>() {
     const Upsampling<A> up(logits, height, width);
     parallel(up.items, [&](Share& items) {
       UpsampledTiles<A> tiles(up);

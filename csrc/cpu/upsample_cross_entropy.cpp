@@ -181,8 +181,7 @@ void sum_row(const Upsampling<A>& up, const A* partial, int64_t n, int64_t row, 
 
 double upsample_cross_entropy_forward(const Image& logits, const Targets& targets, const Parallel& parallel) {
   Sums all;
-  with_accumulator(logits.dtype, [&](auto* type) {
-    using A = std::remove_pointer_t<decltype(type)>;
+  with_accumulator(logits.dtype, [&]<class A>() {
     const Upsampling<A> up(logits, targets.height, targets.width);
     all = for_items(up, parallel, [&](UpsampledTiles<A>& tiles, int64_t item, Sums& sums) {
       tiles.run(item, [&](const UpsampledTile<A>& tile) { add_losses(up, targets, tile, sums); });
@@ -193,8 +192,7 @@ double upsample_cross_entropy_forward(const Image& logits, const Targets& target
 
 void upsample_cross_entropy_backward(double grad_out, const Image& logits, const Targets& targets, const Image& grad_logits,
                                      const Parallel& parallel) {
-  with_accumulator(logits.dtype, [&](auto* type) {
-    using A = std::remove_pointer_t<decltype(type)>;
+  with_accumulator(logits.dtype, [&]<class A>() {
     constexpr int L = kLanes<A>;
     const Upsampling<A> up(logits, targets.height, targets.width);
     const int64_t size = up.row_size(), item_size = (up.kRows + 1) * size;

@@ -210,9 +210,7 @@ Tiling cut_for(const Image& x, bool backward) {
 }  // namespace
 
 void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Image& y, cudaStream_t stream) {
-  with_kernel(x, [&](auto* type, auto last) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    constexpr bool kLast = last;
+  with_kernel(x, [&]<class T, bool kLast>() {
     Tiling t = cut_for<T, kLast>(x, false);
     t.vectors = aligned(x) && aligned(y);
     launch(convolution<T, kLast>, t.blocks, t.threads, arrays<T, kLast>(t, false, nullptr).layout.bytes(), stream, t, x.data,
@@ -222,27 +220,22 @@ void dwconv_gelu_forward(const Image& x, const DepthwiseFilter& filter, const Im
 
 int64_t dwconv_gelu_backward_scratch(const Image& x) {
   int64_t floats = 0;
-  with_kernel(x, [&](auto* type, auto last) {
-    constexpr bool kLast = last;
-    floats = parts_of(cut_for<std::remove_pointer_t<decltype(type)>, kLast>(x, true)) * x.channels * kTaps;
-  });
+  with_kernel(x, [&]<class T, bool kLast>() { floats = parts_of(cut_for<T, kLast>(x, true)) * x.channels * kTaps; });
   return floats;
 }
 
 void dwconv_gelu_backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filter, const Image& grad_x,
                           const DepthwiseFilter* grads, float* scratch, cudaStream_t stream) {
-  with_kernel(x, [&](auto* type, auto last) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    constexpr bool kLast = last;
+  with_kernel(x, [&]<class T, bool kLast>() {
     Tiling t = cut_for<T, kLast>(x, true);
     t.vectors = aligned(x) && aligned(grad_out) && (grad_x.data == nullptr || aligned(grad_x));
     launch(gradients<T, kLast>, t.blocks, t.threads, arrays<T, kLast>(t, true, nullptr).layout.bytes(), stream, t,
            grad_out.data, x.data, filter, grad_x.data, grads == nullptr ? nullptr : scratch);
     if (grads == nullptr) return;
     const int outputs = static_cast<int>(x.channels) * kTaps;
-    with_storage(grads->dtype, [&](auto* stored) {
-      launch(reduce<std::remove_pointer_t<decltype(stored)>>, ceil_div(outputs, 128), 128, 0, stream,
-             static_cast<const float*>(scratch), parts_of(t), static_cast<int>(x.channels), *grads);
+    with_storage(grads->dtype, [&]<class S>() {
+      launch(reduce<S>, ceil_div(outputs, 128), 128, 0, stream, static_cast<const float*>(scratch), parts_of(t),
+             static_cast<int>(x.channels), *grads);
     });
   });
 }

@@ -39,25 +39,26 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared,
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "a kernel did not start");
 }
 
-// Calls f with a null pointer of the storage type; the caller has refused the others.
+// Calls f<T>() with the storage type; the caller has refused the others.
 template <class F>
 void with_storage(Dtype dtype, const F& f) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return f(static_cast<float*>(nullptr));
+      return f.template operator()<float>();
     case Dtype::kBFloat16:
-      return f(static_cast<__nv_bfloat16*>(nullptr));
+      return f.template operator()<__nv_bfloat16>();
     case Dtype::kHalf:
-      return f(static_cast<__half*>(nullptr));
+      return f.template operator()<__half>();
     default:
       throw std::runtime_error("segnext_kernels: the CUDA kernels are for float32, bfloat16 and float16");
   }
 }
 
-// Calls f with a null pointer of the storage type and, as a constant, whether channels come last.
+// Calls f<T, kLast>() with the storage type and whether channels come last.
 template <class F>
 void with_kernel(const Image& x, const F& f) {
-  with_storage(x.dtype, [&](auto* type) { x.channels_last ? f(type, std::true_type{}) : f(type, std::false_type{}); });
+  with_storage(x.dtype,
+               [&]<class T>() { x.channels_last ? f.template operator()<T, true>() : f.template operator()<T, false>(); });
 }
 
 }  // namespace segnext::cuda

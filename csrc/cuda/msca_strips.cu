@@ -135,10 +135,7 @@ void forward(const Image& x, const StripFilters& filters, const Image& y, cudaSt
 }  // namespace
 
 void msca_strips_forward(const Image& x, const StripFilters& filters, const Image& y, cudaStream_t stream) {
-  with_kernel(x, [&](auto* type, auto last) {
-    constexpr bool kLast = last;
-    forward<std::remove_pointer_t<decltype(type)>, kLast>(x, filters, y, stream);
-  });
+  with_kernel(x, [&]<class T, bool kLast>() { forward<T, kLast>(x, filters, y, stream); });
 }
 
 }  // namespace segnext::cuda

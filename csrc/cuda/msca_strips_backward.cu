@@ -45,9 +45,9 @@ void msca_strips_backward(const Image& grad_out, const Image& x, const StripFilt
   float* tap_sums = scratch + parts * x.channels * kInputSums;
   backward_taps(grad_out, x, filters, tap_sums, stream);
   const int channels = static_cast<int>(x.channels);
-  with_storage(grads->dtype, [&](auto* type) {
-    launch(reduce<std::remove_pointer_t<decltype(type)>>, dim3(ceil_div(channels * 25, 128), kStripTensors), 128, 0, stream,
-           static_cast<const float*>(scratch), parts, static_cast<const float*>(tap_sums), tap_parts(x), channels, *grads);
+  with_storage(grads->dtype, [&]<class T>() {
+    launch(reduce<T>, dim3(ceil_div(channels * 25, 128), kStripTensors), 128, 0, stream, static_cast<const float*>(scratch),
+           parts, static_cast<const float*>(tap_sums), tap_parts(x), channels, *grads);
   });
 }
 

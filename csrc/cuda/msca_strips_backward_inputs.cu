@@ -138,18 +138,13 @@ Tiling cut_inputs(const Image& x) {
 
 int64_t input_parts(const Image& x) {
   int64_t parts = 0;
-  with_kernel(x, [&](auto* type, auto last) {
-    constexpr bool kLast = last;
-    parts = parts_of(cut_inputs<std::remove_pointer_t<decltype(type)>, kLast>(x));
-  });
+  with_kernel(x, [&]<class T, bool kLast>() { parts = parts_of(cut_inputs<T, kLast>(x)); });
   return parts;
 }
 
 void backward_inputs(const Image& grad_out, const Image& x, const StripFilters& filters, const Image& grad_x, float* partial,
                      cudaStream_t stream) {
-  with_kernel(x, [&](auto* type, auto last) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    constexpr bool kLast = last;
+  with_kernel(x, [&]<class T, bool kLast>() {
     Tiling t = cut_inputs<T, kLast>(x);
     t.vectors = aligned(x) && aligned(grad_out) && (grad_x.data == nullptr || aligned(grad_x));
     launch(inputs<T, kLast>, t.blocks, t.threads, input_arrays<T, kLast>(t, nullptr).layout.bytes(), stream, t, grad_out.data,

@@ -145,17 +145,12 @@ Tiling cut_taps(const Image& x) {
 
 int64_t tap_parts(const Image& x) {
   int64_t parts = 0;
-  with_kernel(x, [&](auto* type, auto last) {
-    constexpr bool kLast = last;
-    parts = parts_of(cut_taps<std::remove_pointer_t<decltype(type)>, kLast>(x));
-  });
+  with_kernel(x, [&]<class T, bool kLast>() { parts = parts_of(cut_taps<T, kLast>(x)); });
   return parts;
 }
 
 void backward_taps(const Image& grad_out, const Image& x, const StripFilters& filters, float* partial, cudaStream_t stream) {
-  with_kernel(x, [&](auto* type, auto last) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    constexpr bool kLast = last;
+  with_kernel(x, [&]<class T, bool kLast>() {
     Tiling t = cut_taps<T, kLast>(x);
     t.vectors = aligned(x) && aligned(grad_out);
     launch(taps<T, kLast>, t.blocks, t.threads, tap_arrays<T, kLast>(t, nullptr).layout.bytes(), stream, t, grad_out.data,
