@@ -54,7 +54,7 @@ def register(
     if triton is not None:
         _triton.define(backward_schema, triton.backward, backward_fake)
     for lib in libraries:
-        refuse = partial(_no_double_backward, _name(schema))
+        refuse = partial(_no_double_backward, _name(schema).partition("_projected")[0])
         torch.library.register_autograd(f"{lib.ns}::{_name(backward_schema)}", refuse, lib=lib)
 
 

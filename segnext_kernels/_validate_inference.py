@@ -28,8 +28,6 @@ PANEL = 32  # columns of packed weights that lie together
 def conv_act(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, stride: int, activation: str) -> tuple:
     """Checks the arguments of conv_act and returns them, x in a dense layout."""
     channels_last("conv_act", "x", x[:0] if isinstance(x, Tensor) and x.dim() else x)
-    whole("conv_act", "kernel_size", kernel_size)
-    whole("conv_act", "stride", stride)
     if kernel_size < 1 or kernel_size % 2 == 0 or stride < 1:
         raise ValueError(f"conv_act: kernel_size must be odd and stride at least 1, got {kernel_size} and {stride}")
     if activation not in ACTIVATIONS:
@@ -77,7 +75,6 @@ def mlp(
     check_shape("mlp", "bias2", bias2, (x.shape[1],))
     depthwise_bias = floats("mlp", "depthwise_bias", depthwise_bias, (bias1.shape[0],), x)
     depthwise = floats("mlp", "depthwise", depthwise, (bias1.shape[0], 1, 3, 3), x)
-    number("mlp", "eps", eps)
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("mlp: norm_weight and norm_bias must be given together")
     if norm_weight is not None:
@@ -90,7 +87,7 @@ def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     """Checks the arguments of group_norm_relu and returns them, x and the residual in channels_last."""
     op = "group_norm_relu"
     x = channels_last(op, "x", x)
-    weight, bias = group_norm(op, {"weight": weight, "bias": bias}, groups, eps, x)
+    weight, bias = group_norm(op, {"weight": weight, "bias": bias}, groups, x)
     if residual is not None:
         check_companion(op, "residual", residual, x)
         check_shape(op, "residual", residual, tuple(x.shape))
@@ -119,18 +116,22 @@ def hamburger(
     check_shape(op, "the bias of ham_in", bias, (channels,))
     check_bases(op, bases, tuple(x.shape[:2]), (x.dtype, torch.float32), x)
     ham_out = floats(op, "ham_out", ham_out, (channels, channels), x)
-    norm = group_norm(op, {"norm_weight": norm_weight, "norm_bias": norm_bias}, groups, eps, x)
+    norm = group_norm(op, {"norm_weight": norm_weight, "norm_bias": norm_bias}, groups, x)
     return x, ham_in, bias, bases.float().contiguous(), steps, ham_out, *norm, groups, eps, round_factors
 
 
-def group_norm(op: str, factors: dict[str, Tensor], groups: int, eps: float, x: Tensor) -> tuple[Tensor, ...]:
+def group_norm(op: str, factors: dict[str, Tensor], groups: int, x: Tensor) -> tuple[Tensor, ...]:
     """Checks a group norm of x, its weight and bias by the names of the arguments, and returns them contiguous."""
     factors = tuple(floats(op, name, factor, (x.shape[1],), x) for name, factor in factors.items())
-    whole(op, "groups", groups)
-    number(op, "eps", eps)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"{op}: groups must divide the {x.shape[1]} channels, got {groups}")
     return factors
+
+
+def check_groups(op: str, groups: int, eps: float) -> None:
+    """Checks the numbers of a group norm, which kernels are asked with before tensors are checked: they take a bool for one."""
+    whole(op, "groups", groups)
+    number(op, "eps", eps)
 
 
 def number(op: str, name: str, value: float) -> None:

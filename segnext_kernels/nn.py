@@ -177,7 +177,7 @@ class NMF2D(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"rank={self.rank}, train_steps={self.train_steps}, eval_steps={self.eval_steps}, bases={self.bases!r}, "
-            f"seed={self.seed}, gradient={self.gradient!r}"
+            f"seed={self.seed}, gradient={self.gradient!r}, round_factors={self.round_factors}"
         )
 
 

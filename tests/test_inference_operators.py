@@ -196,6 +196,7 @@ BAD = [
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, k, 0, a), ValueError, "stride at least 1"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, 1.0, s, a), TypeError, "kernel_size must be an int, got float"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, k, None, a), TypeError, "stride must be an int, got NoneType"),
+    ("conv_act", lambda x, w, b, k, s, a: (x, w, b, True, s, a), TypeError, "kernel_size must be an int, got bool"),
     ("conv_act", lambda x, w, b, k, s, a: (x, w, b, k, s, "tanh"), ValueError, "activation must be one of none, gelu, relu"),
     (
         "conv_act",
@@ -217,6 +218,8 @@ BAD = [
     ("mlp", lambda x, *w: (x, *w[:6], w[5], w[5][1:]), ValueError, "norm_bias must be"),
     ("mlp", lambda x, *w: (x, *w[:6], w[5].double(), w[5]), TypeError, "norm_weight must be a float32 tensor"),
     ("mlp", lambda x, *w: (x, *w[:8], "1e-6"), TypeError, "eps must be a number, got str"),
+    ("mlp", lambda x, *w: (x, *w[:8], True), TypeError, "eps must be a number, got bool"),
+    ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, True, e, r), TypeError, "groups must be an int, got bool"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, "8", e, r), TypeError, "groups must be an int, got str"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, g, None, r), TypeError, "eps must be a number, got NoneType"),
     ("group_norm_relu", lambda x, w, b, g, e, r: (x, w, b, 4, e, r), ValueError, "groups must divide the 17 channels"),

@@ -85,7 +85,7 @@ def test_no_double_backward(gradient, backend):
     leaves = tuple(leaf.requires_grad_() for leaf in projected(2, 5, 9, 3, 2).leaves)
     y = nmf(*leaves[:2], 2, gradient, projection=leaves[2], backend=backend)
     (grad_x,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="nmf_projected has no second derivative.*backend='reference'"):
+    with pytest.raises(NotImplementedError, match="^nmf has no second derivative.*backend='reference'"):
         grad_x.square().sum().backward()
 
 
@@ -187,9 +187,9 @@ def test_the_operator_itself_checks_its_memory(backend):
     x, bases, projection = projected(2, 5, 9, 3, 2).to(torch.float32).leaves
     operators = torch.ops.segnext_kernels
     _, factors = operators.nmf_projected(x, bases, projection, 2, "exact", True, False)
-    with pytest.raises(RuntimeError, match=r"projection must be contiguous \[D, D\]"):
+    with pytest.raises(RuntimeError, match=r"projection must be contiguous \[5, 5\] on the CPU in float32"):
         operators.nmf_projected(x, bases, projection[:, :4], 2, "exact", True, False)
-    with pytest.raises(RuntimeError, match="factors must be as"):
+    with pytest.raises(RuntimeError, match=r"factors must be contiguous \[\d+\] on the CPU in float32"):
         operators.nmf_projected_backward(x, x, bases, projection, factors[1:], 2, "exact", True, True, True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -265,6 +266,10 @@ def dilated(module: nn.Module, name: str) -> None:
     module.add_module(name, new)
 
 
+def reflected(module: nn.Module, name: str) -> None:
+    module.get_submodule(name).padding_mode = "reflect"
+
+
 def normed(module: nn.Module, name: str) -> None:
     nn.utils.parametrizations.weight_norm(module.get_submodule(name))
     module.get_submodule(name).parametrizations.weight.original0.data.mul_(2)
@@ -274,7 +279,9 @@ CONVOLUTIONS = [(AttentionModule, "conv0"), (AttentionModule, "conv1_1"), (Atten
 
 
 @pytest.mark.parametrize(
-    "change", [pruned, dilated, normed, lambda module, name: None], ids=["pruned", "dilated", "normed", "as made"]
+    "change",
+    [pruned, dilated, reflected, normed, lambda module, name: None],
+    ids=["pruned", "dilated", "reflected", "normed", "as made"],
 )
 @pytest.mark.parametrize("kind, name", CONVOLUTIONS)
 def test_convolutions_that_were_changed_are_called(kind, name, change):
@@ -304,6 +311,14 @@ def test_convolutions_that_were_changed_are_called(kind, name, change):
 def test_one_image_as_convolutions_take_it(make):
     module, x = make(5), images(5, 9, 11)
     assert torch.equal(module(x), module(x[None])[0])
+
+
+def test_nmf2d_passes_on_whether_factors_are_rounded(monkeypatch):
+    decompose = Mock(wraps=nmf)
+    monkeypatch.setattr(segnext_kernels.nn, "nmf", decompose)
+    for rounded in (False, True):
+        NMF2D(3, round_factors=rounded)(images(1, 4, 9, 10))
+        assert decompose.call_args.kwargs["round_factors"] is rounded
 
 
 def test_nmf2d_names_what_it_takes():

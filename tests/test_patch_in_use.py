@@ -10,7 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from operators import error
-from standins import SWAPPED, Attention, Mlp, Network, image, labels, step
+from standins import (
+    NMF2D,
+    SWAPPED,
+    Attention,
+    CrossEntropyLoss,
+    Mlp,
+    Network,
+    OfficialHead,
+    OfficialNMF2D,
+    image,
+    labels,
+    step,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
@@ -153,6 +165,52 @@ def test_parts_that_are_replaced_are_told(name, part):
         RuntimeError, match=f"^{type(part).__name__} took a place in {type(module).__base__.__name__} after it was"
     ):
         module(image())
+    unpatch(module)
+    assert patch(module).swapped == {}
+
+
+class Adapted(nn.Module):
+    """A convolution with something beside it, as of LoRA."""
+
+    def __init__(self, dwconv: nn.Module) -> None:
+        super().__init__()
+        self.dwconv, self.beside = dwconv, nn.Conv2d(dwconv.in_channels, dwconv.in_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dwconv(x) + self.beside(x)
+
+
+def head() -> nn.Module:
+    return OfficialHead(8, 5, nn.Identity(), CrossEntropyLoss())
+
+
+def official_mlp() -> nn.Module:
+    return Mlp(8, 8, code="official")
+
+
+# A patched module, what changes in it, the reason in the error, and what it is called on.
+CHANGES = {
+    "loss": (head, lambda m: setattr(m, "loss_decode", nn.NLLLoss()), r"its loss \(NLLLoss\) has use_sigmoid None"),
+    "hooked loss": (head, lambda m: m.loss_decode.register_forward_hook(print), r"its loss \(CrossEntropyLoss\) has hooks"),
+    "corners": (head, lambda m: setattr(m, "align_corners", True), "its align_corners is not False"),
+    "sampler": (head, lambda m: setattr(m, "sampler", 1), r"its sampler \(int\)"),
+    "wrapped": (official_mlp, lambda m: setattr(m, "dwconv", Adapted(m.dwconv.dwconv)), "its dwconv holds beside as well"),
+    "hooked": (official_mlp, lambda m: m.dwconv.register_forward_hook(print), "dwconv has hooks"),
+    "tanh": (lambda: Mlp(8, 8), lambda m: setattr(m.act, "approximate", "tanh"), "act is GELU by tanh"),
+    "S": (lambda: NMF2D(4), lambda m: setattr(m, "S", 2), "S is 2, the fused operator has 1"),
+    "inv_t": (lambda: OfficialNMF2D(4, on_gpu=False), lambda m: setattr(m, "inv_t", 100), "inv_t is 100"),
+}
+
+
+@pytest.mark.parametrize(("make", "change", "reason"), CHANGES.values(), ids=CHANGES)
+def test_changes_that_would_be_ignored_are_told(make, change, reason):
+    module, given = make(), (torch.randn(2, 5, 3, 4), labels()) if make is head else (image().abs(),)
+    assert len(patch(module).swapped) == 1
+    run = module.losses if make is head else module
+    run(*given)
+    change(module)
+    with pytest.raises(RuntimeError, match=f"^{type(module).__base__.__name__} was changed after it was patched.*: {reason}"):
+        run(*given)
     unpatch(module)
     assert patch(module).swapped == {}
 

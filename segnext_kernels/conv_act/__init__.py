@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _inference, _validate_inference
+from .._validate import whole
 from . import autograd as _autograd  # noqa: F401 (registers the operator)
 from . import reference as _reference
 
@@ -48,5 +49,7 @@ def conv_act(
     Source:
         SegNeXt (NeurIPS 2022), section 3.1: its stem, downsampling and projections, batch norms folded.
     """
+    for name, number in (("kernel_size", kernel_size), ("stride", stride)):  # of which the kernel would take other types
+        whole("conv_act", name, number)
     args = (x, weight, bias, kernel_size, stride, activation)
     return _inference.call("conv_act", backend, _validate_inference.conv_act, _reference.conv_act, *args)

@@ -45,5 +45,6 @@ def group_norm_relu(
     Source:
         "Group Normalization" (ECCV 2018); ``LightHamHead`` of the official code.
     """
+    _validate_inference.check_groups("group_norm_relu", groups, eps)
     args = (x, weight, bias, groups, eps, residual)
     return _inference.call("group_norm_relu", backend, _validate_inference.group_norm_relu, _reference.group_norm_relu, *args)

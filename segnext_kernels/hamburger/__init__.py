@@ -60,5 +60,6 @@ def hamburger(
         "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), figure 2; ``Hamburger`` of the official code.
     """
     check_updates("hamburger", steps, round_factors)  # of which the kernel would take other types than the others do
+    _validate_inference.check_groups("hamburger", groups, eps)
     args = (x, ham_in, bias, bases, steps, ham_out, norm_weight, norm_bias, groups, eps, round_factors)
     return _inference.call("hamburger", backend, _validate_inference.hamburger, _reference.hamburger, *args)

@@ -54,5 +54,6 @@ def mlp(
     Source:
         SegNeXt (NeurIPS 2022), section 3.1; ``Mlp`` and the norms of ``MSCAN`` of the official code.
     """
+    _validate_inference.number("mlp", "eps", eps)
     args = (x, fc1, bias1, depthwise, depthwise_bias, fc2, bias2, norm_weight, norm_bias, eps)
     return _inference.call("mlp", backend, _validate_inference.mlp, _reference.mlp, *args)

@@ -66,10 +66,10 @@ def patch(model: nn.Module) -> Patched:
     alone where something differs, where it holds hooks that would no longer run, and where it is compiled. What a module does
     for sizes and values that were not tried is not seen.
 
-    The convolutions in a swapped module are no longer called: before hooking, pruning, quantising or replacing them, or
-    changing their attributes, and before tracing, scripting or exporting the model to ONNX, call :func:`unpatch`; also before
-    pickling it whole for somewhere without this package (the state_dict needs none). The compiled kernels have no second
-    derivative.
+    The convolutions and losses in a swapped module are no longer called: before hooking, pruning, quantising or replacing them,
+    or changing their attributes or the module's own, and before tracing, scripting or exporting the model to ONNX, call
+    :func:`unpatch` (most of it is refused otherwise); also before pickling it whole for somewhere without this package (the
+    state_dict needs none). The compiled kernels have no second derivative.
 
     Args:
         model: it is changed. Patch it before ``torch.compile``.

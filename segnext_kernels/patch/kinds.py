@@ -14,6 +14,7 @@ from .._validate import accumulator
 from ..dwconv_gelu import dwconv_gelu
 from ..msca_strips import msca_strips
 from ..nmf import nmf
+from .changed import require_unchanged, require_unreplaced
 
 MLP_PARTS = ("fc1", "dwconv", "act", "fc2", "drop")
 KIND = "_segnext_kernels_kind"
@@ -125,7 +126,7 @@ class Attention(Kind):
     @staticmethod
     def fused(self: nn.Module, x: Tensor) -> Tensor:
         *convolutions, mixing = self.children()
-        _unreplaced(self, *convolutions)
+        require_unreplaced(self, *convolutions)
         weights = [tensor for convolution in convolutions for tensor in (convolution.weight, bias(convolution))]
         return mixing(on_images(msca_strips, x, weights)) * x
 
@@ -167,7 +168,11 @@ class MLP(Kind):
     @staticmethod
     def fused(self: nn.Module, x: Tensor) -> Tensor:
         convolution = inner(self.dwconv)
-        _unreplaced(self, convolution, self.act)
+        require_unreplaced(self, convolution, self.act)
+        wrapper = self.dwconv
+        wrapped = wrapper is not convolution and (len(wrapper._modules) > 1 or why_must_be_called("dwconv", wrapper))
+        if wrapped or self.act.approximate != "none":
+            require_unchanged(MLP.why_not, self)
         x = on_images(dwconv_gelu, self.fc1(x), convolution.weight, bias(convolution))
         return self.drop(self.fc2(self.drop(x)))
 
@@ -273,6 +278,7 @@ def decomposes(module: nn.Module) -> bool:
 
 def decompose(module: nn.Module, x: Tensor, bases: Tensor) -> Tensor:
     """The low-rank approximation of x [N, C, H, W] that starts from bases [N, C, R]."""
+    require_unchanged(NMF.why_not, module)
     steps = module.train_steps if module.training else module.eval_steps
     return nmf(x.flatten(2), bases.to(accumulator(x.dtype)), steps).view(x.shape)
 
@@ -291,19 +297,3 @@ def images(channels: int, reach: int, dtype: torch.dtype, batch: int = 1) -> lis
 
 def normal(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, dtype=dtype).requires_grad_()
-
-
-def _unreplaced(module: nn.Module, *children: nn.Module) -> None:
-    """What was checked when the module was patched, as far as it costs nothing at every call."""
-    for child in children:
-        name, parent = type(child).__name__, type(module).__base__.__name__
-        if type(child) not in (nn.Conv2d, nn.GELU):
-            raise RuntimeError(
-                f"{name} took a place in {parent} after it was patched, where the fused operator would ignore it: call"
-                " segnext_kernels.unpatch, replace, and patch again"
-            )
-        if why_must_be_called(name, child) is not None:
-            raise RuntimeError(
-                f"{name} in {parent} got hooks, as of pruning, or another forward after it was patched, which the fused"
-                " operator would ignore: call segnext_kernels.unpatch before, and patch again"
-            )

@@ -11,6 +11,7 @@ from .._modules import why_must_be_called
 from .._validate import accumulator
 from ..upsample_argmax import upsample_argmax
 from ..upsample_cross_entropy import upsample_cross_entropy
+from .changed import require_unchanged
 from .kinds import Kind, normal
 
 EPS = torch.finfo(torch.float32).eps  # what mmsegmentation adds to a number of pixels before it divides by it
@@ -75,6 +76,7 @@ def criteria(head: nn.Module) -> list[nn.Module]:
 
 def losses(head: nn.Module, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Logits [N, C, h, w] and labels [N, 1, H, W] to the losses by name, and "acc_seg", the right pixels in percent."""
+    require_unchanged(LossByFeat.why_not, head)
     labels = labels.squeeze(1)
     known = labels != head.ignore_index
     result: dict[str, Tensor] = {}
