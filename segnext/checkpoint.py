@@ -145,12 +145,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """As :func:`replacing`, for a checkpoint.
+    """As :func:`replacing`, for a checkpoint, whose folder is made if it isn't there.
 
     Raises:
         WeightsError: it cannot be written.
     """
     try:
+        check_file(path)
         with replacing(path) as file:
             yield file
     except (OSError, RuntimeError) as error:  # torch tells of a full disk in its own way

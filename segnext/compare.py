@@ -20,7 +20,7 @@ from .figure import at_width, figure, fitting_legend, model_title, require_new_p
 from .fuse import inference_model
 from .images import read_image, write_png
 from .palette import IGNORED, generated_palette, overlay, photo_image
-from .predict import InputError, class_names, require_photographs, seen_size, segment
+from .predict import InputError, class_names, least_side, require_photographs, segment
 from .recipes import show_as
 from .weights import load
 
@@ -64,8 +64,9 @@ def compare(
 ) -> None:
     """Draws a figure: a row for every photo, with the labels of a SegFormer, ours and the true ones, and the classes' colours.
 
-    Both models are shown the same: the photo resized to the scale that ours was trained on, normalised by ImageNet's mean
-    and standard deviation; both models' logits are upsampled bilinearly to the photo's full size.
+    Both models are shown the same: the photo resized to the scale that ours was trained on, through the windows of its recipe
+    where that has them, normalised by ImageNet's mean and standard deviation; both models' logits are upsampled bilinearly to
+    the photo's full size.
 
     Args:
         inputs, truth: image files, and as many mask files.
@@ -108,7 +109,7 @@ def compare(
     for photo, mask in zip(photos, truth, strict=True):
         image, labels = read_image(photo), read_by_table(mask, table)
         require_same_size(image, labels, mask)
-        if min(seen_size(ours, image, short_side)) < LEAST:
+        if least_side(ours, image, short_side) < LEAST:
             raise InputError(f"{photo}: a SegFormer cannot be shown less than {LEAST} pixels in height or width")
         maps = [*(segment(model, image, short_side).cpu() for model in models), labels.long()]
         row = [overlay(image, found, palette, alpha) for found in maps]

@@ -26,7 +26,7 @@ from .figure import at_width, figure, for_each, model_title, require_new_png
 from .images import read_image, write_png
 from .model import SegNeXt
 from .palette import photo_image
-from .predict import InputError, class_names, find_images, require_photographs, seen, segment
+from .predict import InputError, class_names, find_images, require_photographs, seen, segment_whole
 from .weights import load, load_classifier, locate
 
 LAYERS = ("stage1", "stage2", "stage3", "stage4", "head")
@@ -65,7 +65,7 @@ def gradcam(
         compare: one of ``CONVNEXTS``, an ImageNet classifier.
         compare_classes: the class for it, where ImageNet calls it otherwise than our model does.
         compare_weights: file with its weights; None for torchvision's, which are fetched once.
-        rank: of the decomposition, where the checkpoint doesn't say it.
+        rank: of the decomposition, in place of what the checkpoint says.
         short_side: of what our model sees; None for what it was trained on. The ConvNeXt always sees 224 pixels.
         width: of a column of the figure in pixels, 0 for that of the widest photo.
 
@@ -76,6 +76,8 @@ def gradcam(
     """
     photos, out = find_images(inputs), Path(out)
     require_new_png(out, photos)
+    if compare is None and (compare_classes or compare_weights is not None):
+        raise InputError("--compare-class and --compare-weights go with --compare")
     given = {"photograph": photos, "class": classes, "region": regions, "class to compare": compare_classes}
     count = max(map(len, given.values()))
     each = [for_each(values, count, what) for what, values in given.items()]
@@ -120,7 +122,7 @@ def heat_map(
         layer: one of ``LAYERS``: the normalised output of a stage of the encoder (of a ConvNeXt, the plain output), or "head":
             what a whole model's last convolution sees.
         region: of a whole model: a pixel, which means the connected pixels around it of one label, or a box.
-        short_side: as for :func:`segnext.predict.segment`; None for what the model was trained on, and 224 for
+        short_side: as for :func:`segnext.predict.segment_whole`; None for what the model was trained on, and 224 for
             classifiers.
 
     Returns:
@@ -138,7 +140,7 @@ def heat_map(
     module, size = _layer(model, layer), tuple(image.shape[-2:])
     images = seen(model, image, short_side)
     if isinstance(model, SegNeXt):
-        mask = _mask(segment(model, image, short_side), category, region)
+        mask = _mask(segment_whole(model, image, short_side), category, region)
         logits_size = tuple(-(-side // 8) for side in images.shape[-2:])
         target = SemanticSegmentationTarget(category, _on_logits(mask, logits_size).numpy())
     elif region is not None:
@@ -251,7 +253,7 @@ def _category(
         raise InputError("give a class (--class NAME), or a pixel whose class is meant (--region X,Y)")
     category = None if name is None else find_class(name, names)
     if segments and (category is None or region is None):
-        labels = segment(model, image, short_side)
+        labels = segment_whole(model, image, short_side)
         if category is None:
             return int(labels[region[1], region[0]])
         if not (labels == category).any():

@@ -71,6 +71,8 @@ class Loop:
             self.run.draw()
             self.run.save_weights(self.trainer, "model.pth")
             best = f" and {self.run.folder / 'best.pth'} (mIoU {self.best:.3f})" if self.best >= 0 else ""
+            if self.val is not None and not best:
+                best = f"; there is no best.pth, since no pixel of {self.trainer.recipe.val} has a class"
             print(f"wrote {self.run.folder / 'model.pth'}{best}")
 
     def _after(self, step: Step) -> None:

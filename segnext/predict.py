@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ def predict(
     Args:
         inputs: files, and folders of which every image directly inside is taken in order of its name.
         weights: what :func:`segnext.load` takes, with at most 256 classes.
-        out: folder, made if it isn't there.
-        rank: of the decomposition, where the checkpoint doesn't say it.
+        out: folder, made if it isn't there, and none of the inputs.
+        rank: of the decomposition, in place of what the checkpoint says.
         alpha: how much of the overlay is the classes' colour, 0..1.
         short_side, multi_scale, flip: see :func:`segment`.
         shown: ``scale``, ``multiple``, ``window`` and ``stride`` (see :class:`segnext.SegNeXt`), in place of the checkpoint's.
@@ -62,8 +62,8 @@ def predict(
 
     Raises:
         InputError: no inputs, results that would overwrite them or have too long names, a model that is not for photographs,
-            ``shown`` beside ``short_side``.
-        RecipeError: ``shown`` makes no sense.
+            ``shown`` beside ``short_side``, a ``short_side`` that is too small.
+        RecipeError: ``shown`` makes no sense, or ``out`` is a folder of the inputs.
         WeightsError: from :func:`segnext.load`.
     """
     if shown and short_side is not None:
@@ -76,6 +76,7 @@ def predict(
     for photo in photos:
         if photo.name in results and photo.resolve().parent == out.resolve():
             raise InputError(f"{photo} would be overwritten by a result; choose another folder than {out}")
+    require_outside(out, [photo for folder in map(Path, inputs) if folder.is_dir() for photo in image_files(folder)])
     model = load_for_photographs(weights, rank)
     asked = recipes.asked_of_shown(shown)
     if short_side is None and "scale" not in asked:
@@ -155,9 +156,23 @@ def segment(
 
     Returns:
         Labels int64 [H, W], at the full size of the picture.
+
+    Raises:
+        InputError: ``short_side`` is below 8, and not 0.
     """
     view = _tested(model, image, short_side)
     return label_map(model, image, replace(view, ratios=MULTI_SCALE if multi_scale else (1.0,), flip=flip))
+
+
+def segment_whole(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
+    """As :func:`segment`, of a picture that is shown whole, whatever windows the recipe has."""
+    return label_map(model, image, _whole(model, image, short_side))
+
+
+def least_side(model: nn.Module, image: Tensor, short_side: int | None = None) -> int:
+    """The shortest side of what :func:`segment` shows the model of a picture, of the whole or of a window."""
+    view = _tested(model, image, short_side)
+    return min(*view.size(tuple(image.shape[-2:])), *(view.window or ()))
 
 
 def seen(model: nn.Module, image: Tensor, short_side: int | None = None) -> Tensor:
@@ -173,6 +188,8 @@ def seen_size(model: nn.Module, image: Tensor, short_side: int | None = None) ->
 def _whole(model: nn.Module, image: Tensor, short_side: int | None) -> View:
     if short_side is None:
         return View(getattr(model, "scale", None) or SCALE, getattr(model, "multiple", 1))
+    if 0 < short_side < recipes.LEAST_SIDE:
+        raise InputError(f"a short side of {short_side} is neither 0 nor at least {recipes.LEAST_SIDE} pixels")
     bound = (4 * short_side, short_side)
     return View(None if short_side == 0 or fit_factor(tuple(image.shape[-2:]), bound) >= 1 else bound)
 
@@ -201,6 +218,12 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     if not found:
         raise InputError("no photographs given")
     return list({path.absolute(): path for path in found}.values())
+
+
+def require_outside(folder: Path, files: Iterable[Path]) -> None:
+    """Raises a RecipeError where pictures would come among the data's, or among what these are links to."""
+    if folder.resolve() in {place for file in files for place in (file.parent.resolve(), file.resolve().parent)}:
+        raise recipes.RecipeError(f"{folder} holds images or masks of the data; choose another folder for the pictures")
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:

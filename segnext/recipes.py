@@ -15,6 +15,7 @@ from .checkpoint import plain, replacing
 from .errors import SegnextError
 
 Pair = tuple[int, int]
+LEAST_SIDE = 8  # pixels of what a network may be told to be shown
 
 
 class RecipeError(SegnextError, ValueError):
@@ -151,7 +152,7 @@ _CHOICES = {
 _RANGES = {
     "dropout": (0, 1), "drop_path": (0, 1), "betas": (0, 1), "warmup_start": (0, 1), "seed": (0, 2**63),
     "weight_decay": (0, math.inf), "balance": (0, math.inf), "multiple": (1, 1025),
-    "scale": (8, 1 << 16), "window": (8, 1 << 16),
+    "scale": (LEAST_SIDE, 1 << 16), "window": (LEAST_SIDE, 1 << 16),
 }  # fmt: skip
 _POSITIVE = (
     "rank", "batch", "iterations", "seconds", "crop", "scale", "ratio", "max_share", "lr", "head_lr", "power", "log_every",

@@ -145,7 +145,8 @@ def _stages(
                 _stage(recipe, data, root, folder, before, device, machine, begin)
             begin = None
         elif distributed.rank() == 0:
-            print(f"{folder} is trained to its end")
+            on = f"; to train on from its weights: --weights {finished} --out ANOTHER" if i + 1 == len(stages) else ""
+            print(f"{folder} is trained to its end{on}")
         distributed.barrier()
         before = finished
     return load(before) if distributed.rank() == 0 else None

@@ -121,8 +121,8 @@ def save(model: SegNeXt, path: str | os.PathLike[str]) -> None:
     """Writes a checkpoint that :func:`load` takes: the state, and beside it the configuration and what rides along.
 
     Args:
-        path: ends in .pth, .pt, .ckpt, .tar or .safetensors. A file that was there is replaced only once the new one is
-            complete.
+        path: ends in .pth, .pt, .ckpt, .tar or .safetensors; its folder is made if it isn't there. A file that was there is
+            replaced only once the new one is complete.
 
     Raises:
         TypeError: the model is no SegNeXt, compiled or not.

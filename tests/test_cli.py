@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import small
@@ -40,6 +42,27 @@ def test_python_m_segnext():
     assert ended.returncode == 0 and "usage: segnext table2" in ended.stdout
 
 
+HUGE_PAGES = """
+import re
+from segnext.cli import main
+main(["info"])
+import torch
+tensor, inside = torch.ones(16 << 20), False
+for line in open("/proc/self/smaps"):
+    if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+        inside = int(bounds[1], 16) <= tensor.data_ptr() < int(bounds[2], 16)
+    if inside and line.startswith("VmFlags:"):
+        print("asked" if " hg" in line else line)
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with huge pages")
+def test_huge_pages_are_asked_for():
+    """PyTorch reads its switch when it allocates for the first time, which no import may do before."""
+    done = subprocess.run([sys.executable, "-c", HUGE_PAGES], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "asked", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("size, head, figures", [("t", "ham", ("4.3", "6.6")), ("b", "msca", ("28.0", "33.6"))])
 def test_info(size, head, figures, capsys):
     assert run("info", "--size", size, "--head", head) == 0
@@ -60,12 +83,16 @@ def test_table2(capsys):
     assert "48.9" in capsys.readouterr().out
 
 
-def test_predict_exit_codes(tmp_path, weights, capsys):
+def test_predict_exit_codes(tmp_path, weights, capsys, monkeypatch):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
     options = ("--weights", weights, "--out", tmp_path / "out")
+    called = Mock(wraps=predict.predict)
+    monkeypatch.setattr(predict, "predict", called)
     assert run("predict", tmp_path / "a.png", *options, "--rank", 3, "--alpha", 0.3, "--short-side", 16) == 0
     assert capsys.readouterr().err == ""
+    given = called.call_args.kwargs
+    assert (given["rank"], given["alpha"], given["short_side"]) == (3, 0.3, 16)
     assert run("predict", tmp_path / "a.png", tmp_path / "b.png", *options) == 1
     error = capsys.readouterr().err
     assert "b.png: not an image" in error and "1 of the files" in error
@@ -96,6 +123,13 @@ def test_expected_errors_are_one_line(tmp_path, weights, capsys, arguments, mess
         (["predict", "a.png"], "--weights"),
         (["predict", "a.png", "--weights", "w", "--out", "o", "--alpha", "1.5"], "not between 0 and 1"),
         (["predict", "a.png", "--weights", "w", "--out", "o", "--short-side", "-1"], "negative"),
+        (["predict", "a.png", "--weights", "w", "--out", "o", "--short-side", "1"], "1 is neither 0 nor at least 8"),
+        (["compare", "a.png", "--short-side", "7"], "7 is neither 0 nor at least 8"),
+        (["serve", "--short-side", "1"], "1 is neither 0 nor at least 8"),
+        (["gradcam", "a.png", "--width", "4097"], "4097 is more than a column of a figure may have, 4096"),
+        (["train", "--step", "4"], "segnext train: unrecognized arguments: --step 4 (segnext train --help says more)"),
+        (["data", "list", "a"], "segnext data list: unrecognized arguments: a (segnext data list --help says more)"),
+        (["--size", "info"], "segnext: unrecognized arguments: --size (segnext --help says more)"),
         (["predict", "a.png", "--weights", "w", "--out", "o", "--rank", "0"], "not positive"),
         (["predict", "a.png", "--weights", "w", "--out", "o", "--rank", "100000000"], "more than any head has channels, 1024"),
         (["predict", "a.png", "--weights", "w", "--out", "o", "--device", "abacus"], "abacus"),
@@ -153,11 +187,12 @@ def test_names_that_a_terminal_cannot_show(tmp_path):
     assert done.returncode == 0 and rb"\u9053" in done.stdout, done.stderr
 
 
-def test_interruption(monkeypatch, capsys):
+@pytest.mark.parametrize("place, name", [(demo, "demo"), (cli, "_parser")], ids=["running", "parsing"])
+def test_interruption(monkeypatch, capsys, place, name):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "demo", interrupted)
+    monkeypatch.setattr(place, name, interrupted)
     assert run("demo") == 130
     assert capsys.readouterr().err == "segnext: interrupted\n"
 

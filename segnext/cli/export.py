@@ -15,7 +15,7 @@ def add(commands) -> None:
     export.description = (
         "Writes the model for inference on the CPU, in float32, for programs that know nothing of segnext. The file is run on"
         " the spot and compared with the model in PyTorch; if they differ it is not kept. Its metadata says how images are"
-        " normalised, and the classes and colours where the checkpoint has them."
+        " normalised, and what the checkpoint says of classes, colours, scale and windows."
     )
     options.add_weights(export)
     export.add_argument(

@@ -102,7 +102,7 @@ def add(commands) -> None:
 
 def _add_shared(parser) -> None:
     parser.add_argument(
-        "--width", type=options.count, default=320, help="of a column in pixels; 0: the photograph's (default: %(default)s)"
+        "--width", type=options.width, default=320, help="of a column in pixels; 0: the photograph's (default: %(default)s)"
     )
     _add_seen(parser)
 
@@ -110,7 +110,7 @@ def _add_shared(parser) -> None:
 def _add_seen(parser) -> None:
     parser.add_argument(
         "--short-side",
-        type=options.count,
+        type=options.short_side,
         metavar="PIXELS",
         help="larger photographs are shown shrunk to this on the shorter side, 0 for never (default: resized to what our model"
         " was trained on)",

@@ -29,7 +29,7 @@ def add(commands) -> None:
     )
     predict.add_argument(
         "--short-side",
-        type=options.count,
+        type=options.short_side,
         metavar="PIXELS",
         help="larger photographs are shown to the network whole, shrunk to this on the shorter side, which bounds time and"
         " memory; 0 for never (default: as evaluation shows them, resized to what the checkpoint was trained on, or to 512"

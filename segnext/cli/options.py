@@ -8,9 +8,9 @@ from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 from ..model import HEADS, SIZES
-from ..recipes import Recipe
+from ..recipes import LEAST_SIDE, Recipe
 
-MOST_RANK = 1024
+MOST_RANK, MOST_WIDTH = 1024, 4096
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +18,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help says more)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """With what is left over as an error of this command, not of the one above it."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
 
 def command(commands, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
@@ -34,7 +41,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rank(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rank", type=_rank, help="rank of the decomposition, where the checkpoint doesn't say it")
+    parser.add_argument("--rank", type=_rank, help="rank of the decomposition, in place of what the checkpoint says")
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +86,20 @@ def _rank(text: str) -> int:
     value = positive(text)
     if value > MOST_RANK:
         raise argparse.ArgumentTypeError(f"{text} is more than any head has channels, {MOST_RANK}")
+    return value
+
+
+def short_side(text: str) -> int:
+    value = count(text)
+    if 0 < value < LEAST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 nor at least {LEAST_SIDE}")
+    return value
+
+
+def width(text: str) -> int:
+    value = count(text)
+    if value > MOST_WIDTH:
+        raise argparse.ArgumentTypeError(f"{text} is more than a column of a figure may have, {MOST_WIDTH}")
     return value
 
 
@@ -169,11 +190,14 @@ def take(given: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 def overridden(stages: tuple[Recipe, ...], options: dict[str, Any]) -> tuple[Recipe, ...]:
     """The recipe's trainings with the fields that are among the options, which are taken out, in place of theirs.
 
-    A training by the clock has no number of steps, and a warm-up in steps becomes its share of the recipe's.
+    A training by the clock has no number of steps, and a warm-up in steps becomes its share of the recipe's; one of a number of
+    steps does not end by the clock.
     """
     changes = take(options, [field.name for field in fields(Recipe)])
     if changes.get("seconds") is not None and "iterations" not in changes:
         return tuple(replace(stage, **{"iterations": None, "warmup": stage.warmup_share, **changes}) for stage in stages)
+    if changes.get("iterations") is not None:
+        changes = {"seconds": None, **changes}
     return tuple(replace(stage, **changes) for stage in stages)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from ..checkpoint import replacing
+from ..checkpoint import check_file, replacing
 from ..model import SegNeXt
 from .check import TOLERANCE, Agreement, checked_shapes, compare
 from .formats import find_format, has_compiler, quiet
@@ -49,7 +49,8 @@ def export(
 
     Args:
         model: left as it is; on the CPU, in float32. A Ham head's bases are the fixed ones of its seed.
-        out: ends in the format's ending. A file that was there is replaced only once the new one is complete and checked.
+        out: ends in the format's ending; its folder is made if it isn't there. A file that was there is replaced only once the
+            new one is complete and checked.
         format: "onnx" (.onnx, opset 20, standard operators only), "torch-export" (.pt2 for ``torch.export.load`` after
             ``import segnext_kernels``) or "aoti" (.pt2 for ``torch._inductor.aoti_load_package`` and C++, compiled for this
             kind of processor).
@@ -80,6 +81,7 @@ def export(
     model = copy.deepcopy(model).eval()
     shapes = checked_shapes(model, size, dynamic)
     try:
+        check_file(out)
         with replacing(out) as file, tempfile.TemporaryDirectory() as folder, quiet():
             made = str(Path(folder, f"model{kind.ending}"))
             traced = trace(model, shapes[0], dynamic=dynamic, labels=labels)

@@ -15,6 +15,7 @@ import segnext_kernels
 from ..errors import SegnextError
 from ..fuse import fuse
 from ..model import MEAN, STD, SegNeXt
+from ..recipes import SHOWN
 
 LEAST = 33  # pixels: of fewer the coarsest map has a single row or column, for which torch.export traces another program
 DECOMPOSED = ("conv_act", "group_norm_relu", "hamburger", "mlp", "resize_concat_conv", "spatial_attention")
@@ -73,10 +74,12 @@ def _labels(logits: Tensor, height: int, width: int) -> Tensor:
 def metadata(model: SegNeXt, labels: bool) -> dict[str, str]:
     """What a file says of itself: its input and output in words, the rest that is known as JSON.
 
-    The keys are input, output, mean and std (for three channels), classes, palette and scale.
+    The keys are input, output, mean and std (for three channels), classes, palette, and how the model is shown pictures (see
+    :class:`segnext.SegNeXt`): scale, multiple (above 1), window and stride.
     """
     config = model.config
-    facts = {name: getattr(model, name) for name in ("classes", "palette", "scale")}
+    facts = {name: getattr(model, name) for name in ("classes", "palette", *SHOWN)}
+    facts["multiple"] = model.multiple if model.multiple > 1 else None
     values = "normalised as in training"
     if config.in_channels == len(MEAN):
         facts |= {"mean": MEAN, "std": STD}

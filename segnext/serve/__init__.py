@@ -29,7 +29,7 @@ def serve(
     Args:
         weights: what :func:`segnext.load` takes, of a model for photographs with at most 256 classes.
         port: 0 for any that is free. The address is printed.
-        rank: of the decomposition, where the checkpoint doesn't say it.
+        rank: of the decomposition, in place of what the checkpoint says.
         short_side: see :func:`segnext.predict.segment`; None for what the checkpoint was trained on.
         megabytes: larger files are refused.
 

@@ -97,13 +97,13 @@ def create_app(session: Session, most_bytes: int) -> FastAPI:
             "width": width,
             "height": height,
             "original": photo.original[::-1],
-            "shares": list(session.shares(photo).items()),
+            "shares": list((await work(session.shares, photo)).items()),
             "seconds": list(photo.seconds.items()),
         }
 
     @app.get("/api/photos/{key}/photo")
     async def shown(key: str) -> Response:
-        return await work(encoded, session.picture(session.photo(key)), "JPEG")
+        return await work(encoded, await work(session.picture, session.photo(key)), "JPEG")
 
     @app.get("/api/photos/{key}/labels")
     async def labels(key: str) -> Response:
@@ -111,7 +111,7 @@ def create_app(session: Session, most_bytes: int) -> FastAPI:
 
     @app.get("/api/photos/{key}/mask.png")
     async def mask(key: str) -> Response:
-        return await work(encoded, session.mask(session.photo(key)), "PNG")
+        return await work(encoded, await work(session.mask, session.photo(key)), "PNG")
 
     @app.get("/api/photos/{key}/pixel")
     async def pixel(key: str, x: int, y: int) -> dict:
