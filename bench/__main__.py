@@ -16,10 +16,10 @@ from tqdm import tqdm
 import segnext_kernels
 from segnext import speed
 from segnext.checkpoint import check_folder
-from segnext.cli.options import positive
+from segnext.cli.options import positive, seconds
 
 from . import cases, ceilings, cuda_static, loop, memory, output, report, scaling, triton_static
-from .case import DIRECTIONS, Case, Contender
+from .case import DIRECTIONS, Case, Contender, run_on
 from .environment import missing
 from .measure import measure
 
@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as problem:
         print(f"bench: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -53,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     growth = commands.add_parser("scaling", help="time of SegNeXt-T against image size, batch and threads")
     growth.set_defaults(run=_scaling)
     for command in (timing, growth):
-        command.add_argument("--seconds", type=float, default=3.0, help="time for the rounds of one case in one direction")
+        command.add_argument("--seconds", type=seconds, default=3.0, help="time for the rounds of one case in one direction")
     space = commands.add_parser("memory", help="peak memory of operators, a training step and a prediction")
     space.add_argument("--case", default="", metavar="NAME", help="only this one, e.g. msca_strips")
     space.add_argument("--contender", metavar="LABEL", help="measure this one here and print bytes")
@@ -70,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     ahead = commands.add_parser(
         "triton-static", help="the same of the Triton kernels, which it compiles for GPUs that are not there, and bytes moved"
     )
+    ahead.add_argument("--case", default="*", metavar="PATTERN", help="only operators of this name, e.g. 'upsample*'")
+    ahead.add_argument("--target", default="*", metavar="PATTERN", help="only GPUs of this name, e.g. 'sm_90'")
     ahead.set_defaults(run=_triton_static)
     for command in (static, ahead):
         command.set_defaults(threads=None, device=None)
@@ -88,22 +93,28 @@ def _report(arguments: argparse.Namespace) -> None:
     for pattern in arguments.without:
         if not any(_is_called(contender, [pattern]) for contender in known):
             raise ValueError(f"--without {pattern}: no contender is called so")
-    if arguments.device != "cpu":  # every call of torch's looks at it, and what can run there
+    if arguments.device != "cpu":
         if not torch.cuda.is_available():
             raise ValueError("there is no GPU that torch can use")
-        torch.set_default_device(arguments.device)
+        run_on(arguments.device)
         torch.backends.cudnn.benchmark = True  # PyTorch's convolutions in their best form, and our Triton kernels
     contenders = {case.name: _contenders(case, arguments.without) for case in chosen}
     turns = sorted(((case, direction) for case in chosen for direction in case.directions), key=_place)
     limits, absent = ceilings.measure(min(arguments.seconds, 1.0), {case.dtype for case in chosen}), missing(chosen)
+    absent |= {c.label: "left out by --without" for c in known if _is_called(c, arguments.without)}
     table, progress = [], tqdm(turns)
-    for case, direction in progress:
-        progress.set_description(f"{case.name} {direction}")
-        table += report.rows(measure(case, direction, arguments.seconds, contenders[case.name]), limits)
-        if arguments.out:  # after every case, since all of them take long
-            output.write_json(arguments.out / "report.json", report.as_json(table, limits, absent))
-    figures = report.as_json(table, limits, absent)
-    _finish(arguments.out, "report", figures, report.markdown(figures), lambda folder: report.plots(table, folder))
+    try:
+        for case, direction in progress:
+            progress.set_description(f"{case.name} {direction}")
+            results = measure(case, direction, arguments.seconds, contenders[case.name], absent)
+            table += report.rows(results, limits)
+            if arguments.out:  # after every case, since all of them take long
+                output.write_json(arguments.out / "report.json", report.as_json(table, limits, absent))
+    finally:  # what there is, where it was interrupted
+        progress.close()
+        if table:
+            figures = report.as_json(table, limits, absent)
+            _finish(arguments.out, "report", figures, report.markdown(figures), lambda folder: report.plots(table, folder))
 
 
 def _contenders(case: Case, without: list[str]) -> tuple[Contender, ...]:
@@ -124,8 +135,8 @@ def _place(turn: tuple[Case, str]) -> tuple[object, ...]:
 
 
 def _scaling(arguments: argparse.Namespace) -> None:
-    figures = scaling.run(scaling.grid(), arguments.seconds)
-    text = scaling.markdown(figures)
+    for figures in scaling.run(scaling.grid(), arguments.seconds):
+        _write(arguments.out, "scaling", figures, text := scaling.markdown(figures))
     _finish(arguments.out, "scaling", figures, text, lambda folder: scaling.plot(figures, folder / "scaling.png"))
 
 
@@ -138,13 +149,15 @@ def _memory(arguments: argparse.Namespace) -> None:
         print(memory.peak(memory.select(arguments.case), arguments.contender))
         return
     problems = [memory.select(arguments.case)] if arguments.case else list(memory.PROBLEMS.values())
-    figures = memory.run(problems, torch.get_num_threads())
-    _finish(arguments.out, "memory", figures, memory.markdown(figures))
+    for figures in memory.run(problems, torch.get_num_threads()):
+        _write(arguments.out, "memory", figures, text := memory.markdown(figures))
+    print(text)
 
 
 def _loop(arguments: argparse.Namespace) -> None:
-    figures = loop.run(arguments.rounds)
-    _finish(arguments.out, "loop", figures, loop.markdown(figures))
+    for figures in loop.run(arguments.rounds):
+        _write(arguments.out, "loop", figures, text := loop.markdown(figures))
+    print(text)
 
 
 def _cuda_static(arguments: argparse.Namespace) -> None:
@@ -160,22 +173,28 @@ def _cuda_static(arguments: argparse.Namespace) -> None:
 def _triton_static(arguments: argparse.Namespace) -> None:
     if reason := segnext_kernels.build_info()["missing"].get("triton"):
         raise ValueError(f"there are no Triton kernels to compile: {reason}")
-    text = triton_static.report()
+    text = triton_static.report(arguments.case, arguments.target)
     print(text)
     if arguments.out:
         output.write(arguments.out / "triton-static.md", text + "\n")
 
 
-def _finish(folder: Path | None, name: str, figures: dict, text: str, plot: Callable[[Path], None] | None = None) -> None:
+def _write(folder: Path | None, name: str, figures: dict, text: str) -> None:
+    """The Markdown and the figures if there is a folder."""
+    if folder is not None:
+        output.write(folder / f"{name}.md", text + "\n")
+        output.write_json(folder / f"{name}.json", figures)
+
+
+def _finish(folder: Path | None, name: str, figures: dict, text: str, plot: Callable[[Path], None]) -> None:
     """Prints the Markdown, and writes it with the figures and plots if there is a folder."""
     print(text)
+    _write(folder, name, figures, text)
     if folder is None:
         return
-    output.write(folder / f"{name}.md", text + "\n")
-    output.write_json(folder / f"{name}.json", figures)
-    if plot is not None and output.can_plot():
+    if output.can_plot():
         plot(folder)
-    elif plot is not None:
+    else:
         print(f"bench: {output.NO_PLOTS}", file=sys.stderr)
 
 

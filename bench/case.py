@@ -15,6 +15,7 @@ from segnext.export.formats import has_compiler
 
 LAYOUTS = ("contiguous", "channels_last")
 DIRECTIONS = ("forward", "backward", "step")  # step is forward and backward together
+_device = torch.device("cpu")
 
 
 class Work(NamedTuple):
@@ -63,7 +64,7 @@ class Contender:
 
 
 _compiles = cache(has_compiler)
-FROZEN = {"freezing": True}  # torch.compile takes weights as constants: it folds norms and packs them, as the others do
+FROZEN = {"freezing": True}  # torch.compile takes weights as constants: it folds norms and packs them before
 
 
 def in_both_layouts(
@@ -119,7 +120,7 @@ class Case:
         """The inputs, rounded to the case's dtype and cast to ``dtype``; the first, those of its shape and
         filters in the layout.
 
-        They are drawn on the CPU and lie on the default device.
+        They are drawn on the CPU and lie on :func:`device`.
         """
         given, drawn = self.input_dtype or self.dtype, _drawn(self.setup, device())
         inputs = [tensor.to(given).to(dtype or given) if tensor.is_floating_point() else tensor for tensor in drawn]
@@ -145,13 +146,12 @@ class Case:
 
 @lru_cache(maxsize=1)  # all contenders of a case have the same, and drawing takes longer than they do on a GPU
 def _drawn(setup: Callable[[], list[Tensor]], where: torch.device) -> list[Tensor]:
-    with torch.device("cpu"):
-        return [tensor.to(where) for tensor in setup()]
+    return [tensor.to(where) for tensor in setup()]
 
 
 @lru_cache(maxsize=1)
 def _normal(shape: torch.Size, where: torch.device) -> Tensor:
-    return torch.randn(shape, generator=generator(), dtype=torch.float64, device="cpu").to(where)
+    return torch.randn(shape, generator=generator(), dtype=torch.float64).to(where)
 
 
 def forget_inputs() -> None:
@@ -161,8 +161,14 @@ def forget_inputs() -> None:
 
 
 def device() -> torch.device:
-    """Where contenders run: ``torch.set_default_device`` chooses."""
-    return torch.get_default_device()
+    """Where contenders run."""
+    return _device
+
+
+def run_on(name: str) -> None:
+    """Chooses :func:`device`; PyTorch's default stays, since with another one every call of a function goes through Python."""
+    global _device
+    _device = torch.device(name)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from functools import cache
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -13,13 +19,17 @@ import torch
 
 import segnext_kernels
 from segnext.export.formats import ONNX_RUNTIME
+from segnext_kernels._load import ISA_VARIABLE
 
 from .case import Case, device
 from .exported import OPENVINO
 
+ROOT = Path(__file__).parents[1]
+VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", ISA_VARIABLE)  # which change the speed
+
 
 def environment() -> dict[str, object]:
-    """Processor, threads, instruction set, versions; None for a package that is not installed."""
+    """Processor, threads, instruction set, versions, command; None for a package that is not installed."""
     info = segnext_kernels.build_info()
     return {
         "processor": processor(),
@@ -30,9 +40,22 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "compiler": info["compiler"],
         "segnext_kernels": info["version"],
+        "commit": _commit(),
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        **{name: os.environ[name] for name in VARIABLES if name in os.environ},
         **{package: _version(package) for package in dict.fromkeys(ONNX_RUNTIME + OPENVINO)},
         "missing": info["missing"],
     }
+
+
+@cache
+def _commit() -> str | None:
+    """What git calls the code; None without git or its folder."""
+    if not Path(ROOT, ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

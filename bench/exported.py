@@ -1,4 +1,4 @@
-"""Models outside PyTorch: an ONNX file of the same weights, and what runs it."""
+"""Models outside PyTorch: ONNX files of the same weights, and what runs them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from segnext.export.formats import ONNX_EXPORT, onnx_program
+from segnext.export.program import decomposed, trace
+from segnext.model import SegNeXt
 
 OPENVINO = (*ONNX_EXPORT, "openvino")
 
@@ -23,19 +26,24 @@ def _directory() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
 
 
-def onnx_file(key: Hashable, model: Callable[[], nn.Module], shape: tuple[int, ...]) -> str:
-    """The path of the model's ONNX file for float32 images of the shape, made once per key in this process."""
+def onnx_file(key: Hashable, program: Callable[[], ExportedProgram]) -> str:
+    """The path of the program's ONNX file, made once per key in this process."""
     if key not in _files:
         path = str(Path(_directory().name) / f"{len(_files)}.onnx")
-        export(model(), shape, path)
+        onnx_program(program()).save(path, external_data=False)
         _files[key] = path
     return _files[key]
 
 
-def export(model: nn.Module, shape: tuple[int, ...], path: str) -> None:
+def program(model: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
+    """The model as it is, for float32 images of the shape."""
     with torch.no_grad():
-        program = torch.export.export(model.eval(), (torch.zeros(shape),))
-    onnx_program(program).save(path, external_data=False)
+        return torch.export.export(model.eval(), (torch.zeros(shape),))
+
+
+def segnext_program(model: SegNeXt, shape: tuple[int, ...], labels: bool) -> ExportedProgram:
+    """What ``segnext export --format onnx`` makes of the model; that takes one image, or any number."""
+    return decomposed(trace(model, shape, labels=labels))
 
 
 def openvino(path: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -105,7 +105,8 @@ def hamburger_case(channels: int, side: int, rank: int, dtype: torch.dtype) -> C
     """The Hamburger of [1, channels, side, side] with seven steps.
 
     Counted is what :func:`segnext_kernels.hamburger` computes: W_in on all pixels, the decomposition's products with x (two a
-    step, and one more) and the last one, of the factors.
+    step, and two more, of which the last is that of the factors), and those of a factor with itself and of that with the other
+    (two a step, and one more).
     """
     steps = 7
 
@@ -122,7 +123,8 @@ def hamburger_case(channels: int, side: int, rank: int, dtype: torch.dtype) -> C
         return lambda x: kernels.hamburger(x, packed, bias, bases, steps, ham_out, *norm, GROUPS, round_factors=rounded)
 
     pixels = channels * side**2
-    products = pixels * (channels + (2 * steps + 2) * rank)
+    grams = (2 * steps + 1) * (channels + side**2) * rank**2
+    products = pixels * (channels + (2 * steps + 2) * rank) + grams
     shape = f"{image_shape(1, channels, side, side)}-rank{rank}"
     function = partial(plain.hamburger, steps=steps, groups=GROUPS)
     return _case("hamburger", shape, dtype, setup, fused, function, pixels, products)

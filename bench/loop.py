@@ -33,27 +33,42 @@ CROP, SIZE, PICTURES = (512, 512), (512, 683), 24
 WORKERS = (0, 1, 2)
 
 
-def run(rounds: int, crop: tuple[int, int] = CROP, size: tuple[int, int] = SIZE, pictures: int = PICTURES) -> dict:
-    """SegNeXt-T by the recipe ade20k, but for the crop and two pictures in a step, on JPEG files of drawn scenes."""
+def run(rounds: int, crop: tuple[int, int] = CROP, size: tuple[int, int] = SIZE, pictures: int = PICTURES) -> Iterator[dict]:
+    """SegNeXt-T by the recipe ade20k, but for the crop and two pictures in a step, on JPEG files of drawn scenes.
+
+    Yields:
+        The environment and the rows so far, after each one: what was timed, seconds, and as parts of them the waiting for
+        pictures and what comes beside the model.
+    """
     (recipe,) = RECIPES["ade20k"]
     recipe = replace(recipe, crop=crop, scale=(4 * min(crop), min(crop)), batch=2, iterations=2 * rounds + 1, warmup=0)
-    rows = []
+    figures = {"environment": environment(), "missing_peers": {}, "rows": []}
     with _folder(size, pictures) as root:
         train, val = (open_dataset("folder", root, split) for split in ("train", "val"))
         for dtype, workers in itertools.product(("float32", "bfloat16"), WORKERS):
-            figures = _training(train, replace(recipe, precision=dtype), workers, rounds)
-            rows.append([f"training, {dtype}, {workers} workers", *figures])
+            timed = _training(train, replace(recipe, precision=dtype), workers, rounds)
+            figures["rows"].append({"what": f"training, {dtype}, {workers} workers", **timed})
+            yield figures
         for workers in WORKERS:
-            rows.append([f"evaluation, {workers} workers", *_evaluation(val, view_of(recipe), workers, max(3, rounds // 4))])
-    return {"environment": environment(), "missing_peers": {}, "rows": rows}
+            timed = _evaluation(val, view_of(recipe), workers, max(3, rounds // 4))
+            figures["rows"].append({"what": f"evaluation, {workers} workers", **timed})
+            yield figures
 
 
 def markdown(figures: dict) -> str:
     header = ["", "ms", "waiting for pictures", "beside the model"]
-    return "\n\n".join([*heading(figures), output.table(header, figures["rows"])])
+    lines = [
+        [
+            r["what"],
+            output.short(1e3 * r["seconds"]),
+            *("" if part is None else f"{part:.1%}" for part in (r["waited"], r["beside"])),
+        ]
+        for r in figures["rows"]
+    ]
+    return "\n\n".join([*heading(figures), output.table(header, lines)])
 
 
-def _training(pairs: Pairs, recipe: Recipe, workers: int, rounds: int) -> list[str]:
+def _training(pairs: Pairs, recipe: Recipe, workers: int, rounds: int) -> dict[str, float | None]:
     """A step of the loop, and in turns the same model's forward, loss, backward and optimizer on a batch that is ready."""
     model = create("t", 150)
     trainer = Trainer(model, pairs, recipe, augment=augmentation(recipe.crop, recipe.scale), workers=workers)
@@ -68,7 +83,7 @@ def _training(pairs: Pairs, recipe: Recipe, workers: int, rounds: int) -> list[s
             ratios.append((step.seconds - step.waited) / bare - 1)
     seconds = [step.seconds for step in in_a_row]
     waited = sum(step.waited for step in in_a_row) / sum(seconds)
-    return [output.short(1e3 * statistics.median(seconds)), f"{waited:.1%}", f"{statistics.median(ratios):.1%}"]
+    return {"seconds": statistics.median(seconds), "waited": waited, "beside": statistics.median(ratios)}
 
 
 def _bare(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
@@ -80,7 +95,7 @@ def _bare(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
     trainer.optimizer.zero_grad()
 
 
-def _evaluation(pairs: Pairs, view: View, workers: int, rounds: int) -> list[str]:
+def _evaluation(pairs: Pairs, view: View, workers: int, rounds: int) -> dict[str, float | None]:
     """All pictures from files, and in turns the model alone on as many that are read, resized and normalised."""
     model = inference_model(create("t", len(pairs.classes)), torch.device("cpu"))
     sizes = [tuple(image.shape[-2:]) for image, _ in Memory(pairs)]
@@ -96,7 +111,7 @@ def _evaluation(pairs: Pairs, view: View, workers: int, rounds: int) -> list[str
         alone.append(_timed(bare))
         whole.append(_timed(lambda: evaluate(model, pairs, len(pairs.classes), view, workers=workers)))
     beside = statistics.median(w / a - 1 for w, a in zip(whole[1:], alone[1:], strict=True))
-    return [output.short(1e3 * statistics.median(whole[1:]) / len(pairs)), "", f"{beside:.1%}"]
+    return {"seconds": statistics.median(whole[1:]) / len(pairs), "waited": None, "beside": beside}
 
 
 def _timed(call: Callable[[], object]) -> float:

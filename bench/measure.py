@@ -6,7 +6,7 @@ import gc
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, quantiles
 from time import perf_counter
 
 import torch
@@ -35,6 +35,11 @@ class Measurement:
     @property
     def seconds(self) -> float:
         return median(self.rounds)
+
+    @property
+    def quartiles(self) -> list[float]:
+        """The first and the third, between which half of the rounds lie."""
+        return quantiles(self.rounds, n=4, method="inclusive")[::2]
 
     def ratio(self, other: Measurement) -> float:
         """How many times longer ``other`` takes: the median over rounds, so that the machine's drift cancels."""
@@ -105,13 +110,18 @@ def exact(case: Case, direction: str) -> list[Tensor]:
 
 
 def measure(
-    case: Case, direction: str, seconds: float = 3.0, contenders: tuple[Contender, ...] | None = None
+    case: Case,
+    direction: str,
+    seconds: float = 3.0,
+    contenders: tuple[Contender, ...] | None = None,
+    absent: dict[str, str] | None = None,
 ) -> list[Measurement]:
     """Times every contender once a round, in an order that changes, until the time is over and five rounds are done.
 
     Args:
         seconds: for all rounds; building the contenders and finding their errors comes before.
         contenders: those of the case that can run here, unless told.
+        absent: where it is given, a peer that fails before it is timed is left out and its reason put here.
     """
     if device().type == "cuda":  # graphs of the last case, which keep their memory
         gc.collect()
@@ -119,8 +129,8 @@ def measure(
     torch.compiler.reset()  # what was compiled for other shapes counts against the limit of recompilations
     contenders = case.present() if contenders is None else contenders
     truth = exact(case, direction)
-    runners = [Runner(case, contender) for contender in contenders]
-    turns = [(Measurement(case, direction, r.contender, error(case, r, direction, truth)), r) for r in runners]
+    made = [_turn(case, direction, contender, truth, absent) for contender in contenders]
+    turns = [turn for turn in made if turn]
     results, order = [result for result, _ in turns], random.Random(0)
     time = _time_on_gpu if device().type == "cuda" else _time_calls
     end = perf_counter() + seconds
@@ -130,6 +140,20 @@ def measure(
             time(runner, direction, WARM_UP)  # the previous contender's threads may still spin
             result.rounds.append(time(runner, direction, TURN))
     return results
+
+
+def _turn(
+    case: Case, direction: str, contender: Contender, truth: list[Tensor], absent: dict[str, str] | None
+) -> tuple[Measurement, Runner] | None:
+    try:
+        runner = Runner(case, contender)
+        return Measurement(case, direction, contender, error(case, runner, direction, truth)), runner
+    except Exception as problem:  # the peer's own, of many kinds
+        if contender.ours or absent is None:
+            raise
+        first, *_ = str(problem).strip().splitlines() or [""]
+        absent[f"{contender.label} of {case.name}, {direction}"] = f"{type(problem).__name__}: {first}"
+        return None
 
 
 def _time_calls(runner: Runner, direction: str, seconds: float) -> float:
@@ -150,7 +174,7 @@ def _time_on_gpu(runner: Runner, direction: str, seconds: float) -> float:
     Meanwhile the host runs ahead; where it does not, because there is more to launch than to compute, its time is what counts.
     """
     spent, calls = 0.0, 0
-    other = torch.empty(LARGER_THAN_L2, dtype=torch.uint8)
+    other = torch.empty(LARGER_THAN_L2, dtype=torch.uint8, device=device())
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     while spent < seconds:
         call = runner.prepare(direction)

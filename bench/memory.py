@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from subprocess import CalledProcessError
 
 import torch
@@ -15,13 +15,11 @@ from segnext.model import SIZES, Config
 
 from . import output
 from .case import Case, forget_inputs
-from .environment import environment, heading, missing
+from .environment import ROOT, environment, heading, missing
 from .measure import Runner
 from .models import complexity, labels_case
 from .operators import msca_strips_case, upsample_cross_entropy_case
 from .training import training_case
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,10 @@ def in_new_process(arguments: list[str]) -> int:
     return int(speed.in_new_process(arguments, returning=True, cwd=ROOT))
 
 
-def run(problems: list[Problem], threads: int) -> dict[str, object]:
-    """The environment, missing peers, and the bytes of every contender of every problem."""
+def run(problems: list[Problem], threads: int) -> Iterator[dict[str, object]]:
+    """Yields the environment, missing peers, and the bytes of every contender of every problem so far, after each of them."""
     rows, absent = [], missing(p.case for p in problems)
+    figures = {"environment": environment(), "missing_peers": absent, "rows": rows}
     for p in problems:
         for label in p.labels:
             row = {"case": p.case.name, "direction": p.direction, "contender": label, "ours": p.case.contender(label).ours}
@@ -129,7 +128,7 @@ def run(problems: list[Problem], threads: int) -> dict[str, object]:
                 rows.append(row | {"bytes": peak_apart(p, label, threads)})
             except CalledProcessError as error:  # what the process said is in the terminal
                 absent[f"{label} of {p.case.name}"] = f"its process ended with {error.returncode}"
-    return {"environment": environment(), "missing_peers": absent, "rows": rows}
+            yield figures
 
 
 def markdown(figures: dict[str, object]) -> str:

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import segnext
 from segnext.complexity import count_model
@@ -17,7 +18,7 @@ from segnext.model import Config, SegNeXt
 from segnext_kernels.nn import NMF2D
 
 from . import exported, plain
-from .case import FROZEN, Case, Contender, Work, generator, image_shape
+from .case import FROZEN, LAYOUTS, Case, Contender, Work, device, generator, image_shape
 
 
 @lru_cache(maxsize=1)
@@ -33,7 +34,7 @@ def network(config: Config) -> SegNeXt:
         for name, parameter in model.named_parameters():
             if "layer_scale" in name:
                 parameter.normal_(std=0.03)
-    return model.eval()
+    return model.eval().to(device())
 
 
 class PlainModel(nn.Module):
@@ -103,7 +104,7 @@ def _case(
 def _contenders(
     config: Config, shape: tuple[int, ...], dtype: torch.dtype, labels: bool, on_gpu: bool
 ) -> tuple[Contender, ...]:
-    """The fused model and the same weights elsewhere; torch.compile where it is faster, in channels_last."""
+    """The fused model and the same weights elsewhere; on the CPU torch.compile in channels_last, where it is faster."""
 
     def fused() -> Callable[[Tensor], Tensor]:
         model = segnext.fuse(network(config), dtype)
@@ -114,35 +115,55 @@ def _contenders(
             memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format"))
         )
 
-    def compiled(model: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
-        return torch.compile(
-            model or pytorch("channels_last"), fullgraph=True, dynamic=False, options=None if on_gpu else FROZEN
-        )
+    def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return torch.compile(model, fullgraph=True, dynamic=False, options=None if on_gpu else FROZEN)
 
-    def file() -> str:
-        return exported.onnx_file((config, shape, labels), lambda: PlainModel(config, torch.float32, labels), shape)
-
+    ways = {
+        "PyTorch": pytorch,
+        "torch.compile": lambda layout: compiled(pytorch(layout)),
+        "PyTorch, CUDA graph": lambda layout: Graphed(pytorch(layout)),
+        "torch.compile, CUDA graph": lambda layout: Graphed(compiled(pytorch(layout))),
+    }
     if on_gpu:
         ours = partial(FusedModel, config, dtype, labels)
         return (
             Contender("fused", None, ours, ours=True),
             Contender("fused, CUDA graph", None, lambda: Graphed(ours()), ours=True),
             Contender("fused torch.compile, CUDA graph", None, lambda: Graphed(compiled(ours())), ours=True),
-            Contender("PyTorch", "contiguous", partial(pytorch, "contiguous")),
-            Contender("PyTorch", "channels_last", partial(pytorch, "channels_last")),
-            Contender("PyTorch, CUDA graph", "channels_last", lambda: Graphed(pytorch("channels_last"))),
-            Contender("torch.compile", "channels_last", compiled),
-            Contender("torch.compile, CUDA graph", "channels_last", lambda: Graphed(compiled())),
+            *(Contender(name, layout, partial(build, layout)) for name, build in ways.items() for layout in LAYOUTS),
         )
-    onnx = Contender("ONNX Runtime", None, lambda: onnx_runtime(file()), packages=ONNX_RUNTIME)
     return (
         Contender("fused", None, fused, ours=True),
-        Contender("PyTorch", "contiguous", partial(pytorch, "contiguous")),
-        Contender("PyTorch", "channels_last", partial(pytorch, "channels_last")),
-        Contender("torch.compile", "channels_last", compiled),
-        *((onnx,) if dtype == torch.float32 else ()),
-        Contender("OpenVINO", None, lambda: exported.openvino(file(), dtype), packages=exported.OPENVINO),
+        *(Contender("PyTorch", layout, partial(pytorch, layout)) for layout in LAYOUTS),
+        Contender("torch.compile", "channels_last", partial(ways["torch.compile"], "channels_last")),
+        *_runtimes(config, shape, dtype, labels),
     )
+
+
+def _runtimes(config: Config, shape: tuple[int, ...], dtype: torch.dtype, labels: bool) -> list[Contender]:
+    """What runs ONNX files, each with the file of the plain model and with the one that ``segnext export`` writes."""
+
+    def file(own: bool) -> str:
+        def program() -> ExportedProgram:
+            if own:
+                return exported.segnext_program(network(config), shape, labels)
+            return exported.program(PlainModel(config, torch.float32, labels), shape)
+
+        return exported.onnx_file((config, shape, labels, own), program)
+
+    def in_onnx_runtime(own: bool) -> Callable[[Tensor], Tensor]:
+        return onnx_runtime(file(own))
+
+    def in_openvino(own: bool) -> Callable[[Tensor], Tensor]:
+        return exported.openvino(file(own), dtype)
+
+    runtimes = [("ONNX Runtime", in_onnx_runtime, ONNX_RUNTIME)] if dtype == torch.float32 else []
+    runtimes.append(("OpenVINO", in_openvino, exported.OPENVINO))
+    return [
+        Contender(name + ending, None, partial(run, own), packages=packages)
+        for name, run, packages in runtimes
+        for ending, own in (("", False), (", exported by segnext", True))
+    ]
 
 
 @lru_cache

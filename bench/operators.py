@@ -17,7 +17,7 @@ from segnext_kernels.nmf.reference import nmf as nmf_reference
 from segnext_kernels.scale_add.reference import scale_add as scale_add_reference
 
 from . import plain
-from .case import DIRECTIONS, Case, Contender, Work, generator, image_shape, in_both_layouts
+from .case import DIRECTIONS, Case, Contender, Work, device, generator, image_shape, in_both_layouts
 
 BRANCHES = (7, 11, 21)
 Backends = tuple[str | None, ...]
@@ -44,7 +44,7 @@ def contenders(
 
 
 def _refusal(operator: str, dtype: torch.dtype, backend: str | None) -> str | None:
-    return backend and _select.why_not(backend, operator, torch.empty(1, 1, 1, 1, dtype=dtype))
+    return backend and _select.why_not(backend, operator, torch.empty(1, 1, 1, 1, dtype=dtype, device=device()))
 
 
 def msca_strips_case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,16 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, figures: object) -> None:
-    write(path, json.dumps(figures, indent=1) + "\n")
+    """Numbers that are none, such as a peer's error, become null."""
+    write(path, json.dumps(_finite(figures), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(figures: object) -> object:
+    if isinstance(figures, dict):
+        return {key: _finite(value) for key, value in figures.items()}
+    if isinstance(figures, (list, tuple)):
+        return [_finite(value) for value in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
 def short(value: float) -> str:

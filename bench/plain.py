@@ -93,6 +93,13 @@ class PlainDWConvGELU(DWConvGELU):
 
 
 class PlainNMF2D(NMF2D):
+    """Keeps its fixed bases, as a fused model does."""
+
+    kept: Tensor  # [1, C, rank], in float64
+
+    def fixed_bases(self, channels: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.kept.to(dtype)
+
     def forward(self, x: Tensor, bases: Tensor | None = None) -> Tensor:
         bases = self.initial_bases(x) if bases is None else bases
         steps = self.train_steps if self.training else self.eval_steps
@@ -111,6 +118,10 @@ PLAIN |= {PointwiseConv2d: nn.Conv2d}
 def network(model: nn.Module) -> nn.Module:
     """A copy of a SegNeXt, with its parameters, that has no operator of ours and computes in the official code's order."""
     model = in_published_order(copy.deepcopy(model))
+    where = next(model.parameters()).device
     for module in model.modules():
+        if isinstance(module, NMF2D):
+            kept = module.fixed_bases(model.config.decoder_channels, where, torch.float64)
+            module.register_buffer("kept", kept, persistent=False)
         module.__class__ = PLAIN.get(type(module), type(module))
     return model

@@ -29,6 +29,7 @@ def row(measurement: Measurement, peers: list[Measurement], limits: dict[str, fl
         "label": measurement.contender.label,
         "ours": measurement.contender.ours,
         "seconds": seconds,
+        "quartiles": measurement.quartiles,
         "rounds": len(measurement.rounds),
         "error": measurement.error,
         "gbytes_per_s": work.bytes / seconds / 1e9,
@@ -60,7 +61,8 @@ def markdown(figures: dict[str, object]) -> str:
     products = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items() if rate)
     parts.append(
         f"Ceilings: a large copy moves {limits['copy_gbytes_per_s']:.1f} GB/s, a large matrix product makes {products}. "
-        "The column \"ceiling\" is the share of the nearer one, of memory's (M) or arithmetic's (A)."
+        "The column \"ceiling\" is the share of the nearer one, of memory's (M) or arithmetic's (A; for bfloat16 the larger of "
+        'both dtypes\'), "spread" the range of the middle half of the rounds over the median, ours and the widest of a peer.'
     )
     models = [r for r in figures["rows"] if r["model"] and r["direction"] == "forward"]
     if models:
@@ -120,20 +122,40 @@ def _title(r: Row) -> str:
 def _section(title: str, table: list[Row]) -> str:
     ours = [r for r in table if r["ours"]]
     peers = list(dict.fromkeys(label for r in ours for label in r["ratios"]))
-    header = ["case", "ours", "ms", *peers, "fastest peer", "error", "peers' error", "GB/s", "GFLOP/s", "ceiling"]
+    header = [
+        "case",
+        "ours",
+        "ms",
+        *peers,
+        "fastest peer",
+        "rounds",
+        "spread",
+        "error",
+        "peers' error",
+        "GB/s",
+        "GFLOP/s",
+        "ceiling",
+    ]
     lines = []
     for r in ours:
         others = {p["label"]: p for p in table if p["case"] == r["case"] and not p["ours"]}
         cells = [f"{output.short(others[p]['seconds'] * 1e3)} ({r['ratios'][p]:.2f}x)" if p in others else "" for p in peers]
         worst = max((p["error"] for p in others.values()), key=lambda error: (math.isnan(error), error), default=0)
+        spreads = [str(r["rounds"]), _spreads(r, list(others.values()))]
         errors = [f"{r['error']:.1e}", f"{worst:.1e}"]
         rates = [f"{r['gbytes_per_s']:.1f}", f"{r['gflops_per_s']:.0f}", f"{r['ceiling_share']:.2f} {r['ceiling'][0].upper()}"]
-        lines.append([r["case"], r["label"], output.short(r["seconds"] * 1e3), *cells, _fastest(r), *errors, *rates])
+        lines.append([r["case"], r["label"], output.short(r["seconds"] * 1e3), *cells, _fastest(r), *spreads, *errors, *rates])
     parts = [f"### {title}", "", output.table(header, lines, text_columns=2)]
     leads = [min(r["ratios"].values()) for r in ours if r["ratios"]]
     if leads:
         parts += ["", f"The fastest peer takes {min(leads):.2f} to {max(leads):.2f} times as long as ours."]
     return "\n".join(parts)
+
+
+def _spreads(r: Row, peers: list[Row]) -> str:
+    """The range of the middle half of the rounds, as a part of the median: of ours, and the widest of the peers'."""
+    own, *others = ((one["quartiles"][1] - one["quartiles"][0]) / one["seconds"] for one in (r, *peers))
+    return f"{own:.0%}" + (f", {max(others):.0%}" if others else "")
 
 
 def _fastest(r: Row) -> str:

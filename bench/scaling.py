@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,15 +50,18 @@ def grid(sides: Sequence[tuple[int, int]] = SIDES, batches: Sequence[int] = BATC
     }
 
 
-def run(points: dict[str, list[Point]], seconds: float = 3.0, config: Config = SIZES["t"], name: str = "segnext_t") -> dict:
+def run(
+    points: dict[str, list[Point]], seconds: float = 3.0, config: Config = SIZES["t"], name: str = "segnext_t"
+) -> Iterator[dict]:
     """Measures every point once and fits every contender's time on every axis.
 
-    Returns:
-        The environment, missing peers, and for each axis its curves: label, x, seconds and error at the points, exponent.
+    Yields:
+        The environment, missing peers, and for each axis its curves, of the points so far and the contenders that were measured
+        at all of them, after every point: label, x, seconds and error at the points, exponent.
     """
     threads = torch.get_num_threads()
     cases = [logits_case(name, config, (512, 512), dtype) for dtype in DTYPES]
-    facts = {"environment": environment(), "missing_peers": missing(cases), "model": name}
+    figures = {"environment": environment(), "missing_peers": missing(cases), "model": name}
     every = tqdm(list(dict.fromkeys(point for axis in points.values() for point in axis)))
     found: dict[Point, dict[str, dict[str, float]]] = {}
     try:
@@ -68,13 +71,12 @@ def run(points: dict[str, list[Point]], seconds: float = 3.0, config: Config = S
             found[point] = {}
             for dtype in DTYPES:
                 case = logits_case(name, config, point.image_size, dtype, point.batch)
-                for result in measure(case, "forward", seconds, _fastest(case)):
+                for result in measure(case, "forward", seconds, _fastest(case), figures["missing_peers"]):
                     label = f"{result.contender.label} {case.name.rpartition('/')[2]}"
                     found[point][label] = {"seconds": result.seconds, "error": result.error}
+            yield figures | {"axes": {axis: _curves(axis, on_axis, found) for axis, on_axis in points.items()}}
     finally:
         torch.set_num_threads(threads)
-    axes = {axis: _curves(axis, on_axis, [found[point] for point in on_axis]) for axis, on_axis in points.items()}
-    return facts | {"axes": axes}
 
 
 def _fastest(case: Case) -> tuple[Contender, ...]:
@@ -85,17 +87,20 @@ def _fastest(case: Case) -> tuple[Contender, ...]:
     return (*ours, *(runtimes or [case.contender("PyTorch channels_last")]))
 
 
-def _curves(axis: str, points: list[Point], found: list[dict[str, dict[str, float]]]) -> list[dict[str, object]]:
+def _curves(axis: str, points: list[Point], found: dict[Point, dict[str, dict[str, float]]]) -> list[dict[str, object]]:
+    points = [point for point in points if point in found]
     curves = []
-    for label in found[0]:
-        seconds = [results[label]["seconds"] for results in found]
+    for label in dict.fromkeys(label for point in points for label in found[point]):
+        if not all(label in found[point] for point in points):
+            continue
+        seconds = [found[point][label]["seconds"] for point in points]
         curves.append(
             {
                 "label": label,
                 "points": [point.name(axis) for point in points],
                 "x": [point.x(axis) for point in points],
                 "seconds": seconds,
-                "error": [results[label]["error"] for results in found],
+                "error": [found[point][label]["error"] for point in points],
                 "exponent": exponent([point.x(axis) for point in points], seconds),
             }
         )
@@ -112,6 +117,8 @@ def markdown(figures: dict) -> str:
     parts = heading(figures)
     parts.append(f'{figures["model"]}, logits only, in ms; time grows with the power "exponent" of what is varied.')
     for axis, curves in figures["axes"].items():
+        if not curves:  # not yet
+            continue
         lines = [
             [
                 c["label"],

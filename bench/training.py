@@ -55,8 +55,9 @@ def training_case(
 
     def compilations(ending: str = "", **options) -> list[Contender]:
         return [
-            Contender(name + ending, "channels_last", partial(pytorch, "channels_last", compiled=what, **options))
+            Contender(name + ending, layout, partial(pytorch, layout, compiled=what, **options))
             for name, what in COMPILED.items()
+            for layout in (LAYOUTS if on_gpu else ("channels_last",))
         ]
 
     graphs = ()

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -277,17 +279,24 @@ def distinct(call: Callable[[], object], target: str) -> list[Launch]:
 
 def compile_all(jobs: Sequence[tuple[Launch, str]]) -> list[Compiled]:
     """Compiles on all processors, in processes that don't interpret."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # the caller is interrupted
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), **deaf) as pool:
         return list(tqdm(pool.map(compile_for, *zip(*jobs, strict=True)), total=len(jobs)))
 
 
-def report() -> str:
-    """Every kernel in all its configurations on every target, as Markdown."""
+def report(case: str = "*", target: str = "*") -> str:
+    """The kernels in all their configurations, as Markdown.
+
+    Args:
+        case, target: shell patterns of what :func:`calls` has and of ``TARGETS``; ValueError if nothing fits.
+    """
+    targets = matching("--target", target, TARGETS)
     jobs = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for last in (False, True):
-            for call in calls(dtype, last).values():
-                jobs += [(launch, target) for target in TARGETS for launch in distinct(call, target)]
+            every = calls(dtype, last)
+            for name in matching("--case", case, every):
+                jobs += [(launch, target) for target in targets for launch in distinct(every[name], target)]
     found = compile_all(list(dict.fromkeys(jobs)))
     columns = ("kernel", "configuration", "target", "registers", "spilled bytes", "shared bytes", "tensor core instructions")
     lines = ["# Triton kernels, compiled ahead of time", "", table_row(*columns, "fits"), "|" + "---|" * 8]
@@ -295,6 +304,13 @@ def report() -> str:
         fits = "yes" if c.fits else c.problem or "no"
         lines.append(table_row(c.kernel, c.configuration, c.target, c.registers, c.spills, c.shared, c.tensor_cores, fits))
     return "\n".join([*lines, "", *moved()])
+
+
+def matching(option: str, pattern: str, names: Iterable[str]) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise ValueError(f"{option} {pattern}: there is none; there are {', '.join(names)}")
+    return found
 
 
 def moved() -> list[str]:

@@ -2,6 +2,9 @@
 
 import json
 import subprocess
+import sys
+from dataclasses import replace
+from datetime import datetime
 from importlib.metadata import version
 from math import isnan
 from time import sleep
@@ -12,8 +15,9 @@ from benchmarks import ERRORS, LIMITS, PLAIN_NMF_ERROR, SMALL, small_ceilings, t
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bench.__main__
 from bench import case as bench_case
-from bench import cases, ceilings, environment, inference, loop, memory, operators
+from bench import cases, ceilings, environment, inference, loop, memory, operators, output, triton_static
 from bench.__main__ import main
 from bench.measure import Runner, error, exact, measure
 from bench.report import as_json, markdown, rows
@@ -91,10 +95,14 @@ def test_contender_gets_its_layout(case):
         assert (min(strides) == strides[1]) == (contender.layout == "channels_last")
 
 
-def test_inputs_lie_on_the_default_device():
+def test_inputs_and_results_lie_on_the_device(monkeypatch):
+    """Which is not PyTorch's default one."""
+    monkeypatch.setattr(bench_case, "_device", torch.device("meta"))
+    small_ceilings(monkeypatch)
     case = operators.nmf_case(6, 35, 3, 2)
-    with torch.device("meta"):
-        assert {tensor.device.type for tensor in case.inputs()} == {"meta"}
+    assert {tensor.device.type for tensor in (*case.inputs(), *exact(case, "step"))} == {"meta"}
+    assert {product().device.type for product in ceilings._products(torch.float32, 4)} == {"meta"}
+    assert torch.get_default_device().type == "cpu"
 
 
 def test_registry_has_every_operator():
@@ -118,6 +126,11 @@ def test_cases_for_a_gpu():
     assert ours == {f"fused {backend} {layout}" for backend in ("cuda", "triton") for layout in bench_case.LAYOUTS}
     ours = {c.name for c in cases.select("segnext_t/16*", "cuda")[0].contenders if c.ours}
     assert ours == {"fused", "fused, CUDA graph", "fused torch.compile, CUDA graph"}
+    for name in ("segnext_t/16*", "train_t*float32"):
+        (case,) = cases.select(name, "cuda")
+        peers = [c for c in case.contenders if not c.ours]
+        assert {c.name for c in peers} >= {"PyTorch, CUDA graph", "torch.compile", "torch.compile, CUDA graph"}
+        assert len({c.label for c in peers}) == len(peers) == 2 * len({c.name for c in peers})
 
 
 def test_a_backend_that_is_absent_leaves_the_rest():
@@ -153,7 +166,7 @@ def test_memory_of_the_others_is_told_where_a_process_dies(monkeypatch):
         return 1
 
     monkeypatch.setattr(memory, "peak_apart", peak)
-    figures = memory.run([problem], 1)
+    *_, figures = memory.run([problem], 1)
     assert [row["contender"] for row in figures["rows"]] == ["PyTorch contiguous", "PyTorch channels_last"]
     assert "missing peer fused contiguous of msca_strips/16x64x128x128/float32: its process ended with -9" in memory.markdown(
         figures
@@ -164,7 +177,8 @@ def test_only_the_ceilings_that_are_asked_for(monkeypatch):
     small_ceilings(monkeypatch)
     found = ceilings.measure(0.0, [torch.float32])
     assert set(found) == {"copy_gbytes_per_s", "float32_gflops_per_s"}
-    assert "bfloat16" not in markdown(as_json([], found, {}))
+    assert "in bfloat16" not in markdown(as_json([], found, {}))
+    assert {"float32_gflops_per_s", "bfloat16_gflops_per_s"} < set(ceilings.measure(0.0, [torch.bfloat16]))
 
 
 def test_a_slow_product_is_not_asked_for_large_matrices(monkeypatch):
@@ -201,6 +215,8 @@ def test_share_of_the_nearer_ceiling():
     work = bench_case.Work(bytes=10**10, flops=10**11)
     assert ceilings.share(LIMITS, work, torch.float32, 2.0) == (0.5, "memory")
     assert ceilings.share(LIMITS, work._replace(flops=4 * 10**11), torch.bfloat16, 4.0) == (0.5, "arithmetic")
+    slow = LIMITS | {"bfloat16_gflops_per_s": 50.0}
+    assert ceilings.share(slow, work._replace(flops=4 * 10**11), torch.bfloat16, 8.0) == (0.5, "arithmetic")
 
 
 def test_ratios_compare_ours_with_every_peer():
@@ -215,7 +231,12 @@ def test_ratios_compare_ours_with_every_peer():
         {},
         {},
     ]
-    assert "The fastest peer takes 1.50 to 3.00 times as long as ours." in markdown(as_json(table, LIMITS, {}))
+    text = markdown(as_json(table, LIMITS, {}))
+    assert "The fastest peer takes 1.50 to 3.00 times as long as ours." in text
+    assert table[1]["quartiles"] == [3, 5]
+    header, _, *lines = (line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|"))
+    cells = [dict(zip(header, line, strict=True)) for line in lines]
+    assert [(line["rounds"], line["spread"]) for line in cells] == [("3", "50%, 50%")] * 2
 
 
 def test_a_peer_whose_answer_is_nan_is_no_peer():
@@ -227,6 +248,103 @@ def test_a_peer_whose_answer_is_nan_is_no_peer():
     assert "| nan |" in markdown(as_json(table, LIMITS, {}))
 
 
+def broken(case, ours=False):
+    """The case with another contender, which fails."""
+
+    def build():
+        raise RuntimeError("no device found\nand a long trace")
+
+    return replace(case, contenders=(bench_case.Contender("broken", None, build, ours=ours), *case.contenders))
+
+
+def test_a_peer_that_fails_leaves_the_rest(one_small_case, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cases, "CASES", {one_small_case.name: broken(one_small_case)})
+    without(monkeypatch, "matplotlib")
+    assert main(["report", "--seconds", "0.001", "--without", "torch.compile", "--out", str(tmp_path)]) == 0
+    reason = "RuntimeError: no device found"
+    assert f"missing peer broken of {one_small_case.name}, forward: {reason}" in capsys.readouterr().out.splitlines()
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures["missing_peers"][f"broken of {one_small_case.name}, backward"] == reason
+    assert len(figures["rows"]) == 8 and not any(row["contender"] == "broken" for row in figures["rows"])
+
+
+def test_what_fails_of_ours_is_an_error(one_small_case):
+    with pytest.raises(RuntimeError, match="no device found"):
+        measure(broken(one_small_case, ours=True), "forward", 0, absent={})
+
+
+def test_an_interrupted_report_has_what_there_is(one_small_case, monkeypatch, tmp_path, capsys):
+    def once(case, direction, *rest):
+        if direction == "backward":
+            raise KeyboardInterrupt
+        return measure(case, direction, *rest)
+
+    monkeypatch.setattr(bench.__main__, "measure", once)
+    without(monkeypatch, "matplotlib")
+    assert main(["report", "--seconds", "0.001", "--without", "torch.compile", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "bench: interrupted"
+    text = (tmp_path / "report.md").read_text()
+    assert "### dwconv_gelu, forward, float32" in text and "backward" not in text
+
+
+def test_an_interrupted_comparison_of_memory_has_what_there_is(monkeypatch, tmp_path, capsys):
+    def peak(problem, label, threads):
+        if label == "PyTorch contiguous":
+            raise KeyboardInterrupt
+        return 1 << 20
+
+    monkeypatch.setattr(memory, "peak_apart", peak)
+    monkeypatch.setattr(speed, "CLEAR_REFS", tmp_path)
+    assert main(["memory", "--case", "msca_strips", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "bench: interrupted\n"
+    figures = json.loads((tmp_path / "memory.json").read_text())
+    assert [row["contender"] for row in figures["rows"]] == ["fused contiguous", "fused channels_last"]
+    assert "| fused channels_last | 1 |" in (tmp_path / "memory.md").read_text()
+
+
+def test_the_environment_says_what_was_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", "-m", "bench", "report", "--case", "nmf*"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(environment, "_commit", lambda: "529ec13-dirty")
+    found = environment.environment()
+    assert found["command"] == "python -m bench report --case 'nmf*'" and datetime.fromisoformat(found["date"])
+    assert found["OMP_NUM_THREADS"] == "2" and "OMP_WAIT_POLICY" not in found
+    text = environment.heading({"environment": found, "missing_peers": {}})[0]
+    assert "; commit 529ec13-dirty; date " in text and "; OMP_NUM_THREADS 2; " in text
+
+
+def test_the_commit_of_a_folder_of_git(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment._commit.__wrapped__() is None
+    (tmp_path / ".git").mkdir()  # but no repository
+    assert environment._commit.__wrapped__() is None
+
+
+def test_json_has_null_for_what_is_no_number(tmp_path):
+    output.write_json(tmp_path / "a.json", {"rows": [{"error": float("nan"), "seconds": 0.5}], "ratio": float("inf")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"rows": [{"error": None, "seconds": 0.5}], "ratio": None}
+
+
+def test_work_of_a_hamburger_is_that_of_nmf_and_a_convolution():
+    hamburger = inference.hamburger_case(64, 6, 5, torch.float32).work("forward").flops
+    assert hamburger == operators.nmf_case(64, 36, 5, 7).work("forward").flops + 2 * 64 * 64 * 36
+
+
+def test_triton_kernels_of_some_operators_and_targets(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    asked = []
+    monkeypatch.setattr(triton_static, "distinct", lambda call, target: [target])
+    monkeypatch.setattr(triton_static, "calls", lambda dtype, last: dict.fromkeys(("scale_add", "nmf"), None))
+    monkeypatch.setattr(triton_static, "compile_all", lambda jobs: asked.extend(jobs) or [])
+    triton_static.report("nmf", "sm_*0")
+    assert {target for _, target in asked} == {"sm_80", "sm_90", "sm_100"}
+    assert main(["triton-static", "--case", "upsample*"]) == 2
+    assert "--case upsample*: there is none; there are scale_add, nmf" in capsys.readouterr().err
+    assert main(["triton-static", "--target", "sm_70"]) == 2
+    assert "--target sm_70: there is none; there are sm_80, " in capsys.readouterr().err
+
+
 def test_filters_lie_as_images_do():
     """PyTorch would arrange them anew in every call."""
     for layout, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
@@ -236,13 +354,15 @@ def test_filters_lie_as_images_do():
 
 def test_report_prints_a_table_and_writes_files(one_small_case, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert main(["report", "--seconds", "0", "--without", "torch.compile", "--out", str(tmp_path)]) == 0
+    assert main(["report", "--seconds", "0.001", "--without", "torch.compile", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "### dwconv_gelu, backward, float32" in printed.splitlines()
     assert len({line.count("|") for line in printed.splitlines() if line.startswith("|")}) == 1
     assert (tmp_path / "report.md").read_text() == printed
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["environment"]["torch"] == torch.__version__
+    left_out = {f"torch.compile {layout}": "left out by --without" for layout in bench_case.LAYOUTS}
+    assert figures["missing_peers"] == left_out
     assert [(row["direction"], row["contender"], row["layout"]) for row in figures["rows"]] == [
         (direction, contender, layout)
         for direction in ("forward", "backward")
@@ -257,7 +377,7 @@ def test_report_prints_a_table_and_writes_files(one_small_case, tmp_path, capsys
 
 def test_report_without_matplotlib_says_so(one_small_case, monkeypatch, tmp_path, capsys):
     without(monkeypatch, "matplotlib")
-    assert main(["report", "--seconds", "0", "--without", "torch.compile", "--out", str(tmp_path)]) == 0
+    assert main(["report", "--seconds", "0.001", "--without", "torch.compile", "--out", str(tmp_path)]) == 0
     assert "no plots: matplotlib not installed" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
@@ -275,10 +395,15 @@ def test_unknown_case_is_an_error(monkeypatch, capsys):
         if "cuda" not in arguments or not torch.cuda.is_available():
             assert main(arguments) == 2
             assert problem in capsys.readouterr().err
-    for arguments in (["report", "--threads", "0"], ["loop", "--rounds", "0"]):
+    seconds = [(["report", "--seconds", text], "no length of time") for text in ("0", "nan", "inf", "-1")]
+    for arguments, problem in (
+        (["report", "--threads", "0"], "not positive"),
+        (["loop", "--rounds", "0"], "not positive"),
+        *seconds,
+    ):
         with pytest.raises(SystemExit):
-            main(arguments)
-        assert f"argument {arguments[1]}: 0 is not positive" in capsys.readouterr().err
+            bench.__main__._parser().parse_args(arguments)
+        assert f"argument {arguments[1]}: {arguments[2]} is {problem}" in capsys.readouterr().err
     monkeypatch.setattr(_load, "failure", "they were not built")
     assert main(["report", "--case", "nothing"]) == 2
     assert "there are no kernels to measure: they were not built" in capsys.readouterr().err
@@ -328,7 +453,9 @@ def test_memory_table(monkeypatch, tmp_path, capsys):
 
 
 def test_loop_tells_what_is_spent_beside_the_model():
-    lines = loop.markdown(loop.run(rounds=1, crop=(64, 64), size=(64, 80), pictures=3)).splitlines()
+    *_, figures = loop.run(rounds=1, crop=(64, 64), size=(64, 80), pictures=3)
+    assert all(type(r["seconds"]) is type(r["beside"]) is float for r in figures["rows"])
+    lines = loop.markdown(figures).splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| training") or line.startswith("| evaluation")]
     assert len(rows) == 9 and all(float(row[1]) > 0 and row[-1].endswith("%") for row in rows)
     assert all(0 <= float(row[2].rstrip("%")) < 100 for row in rows[:6])

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from benchmarks import MODEL_ERRORS, MODELS, TINY, TRAINING, TRAINING_ERRORS, small_ceilings, turns, without
+from benchmarks import IMAGE, MODEL_ERRORS, MODELS, TINY, TRAINING, TRAINING_ERRORS, small_ceilings, turns, without
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import case as bench_case
 from bench import cases, models, plain, scaling, training
 from bench.__main__ import main
 from bench.measure import Runner, error, exact
@@ -59,6 +60,36 @@ def test_a_gpus_model_is_the_plain_one(labels):
     assert (found == want).float().mean() > 0.99 if labels else (found - want).abs().max() < 1e-5 * want.abs().max()
 
 
+def test_a_model_exported_by_segnext_has_its_norms_folded(monkeypatch):
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(models, "onnx_runtime", lambda path: path)
+
+    def operators(label):
+        return {node.op_type for node in onnx.load(MODELS[2].contender(label).build()).graph.node}
+
+    assert "BatchNormalization" in operators("ONNX Runtime")
+    assert "BatchNormalization" not in operators("ONNX Runtime, exported by segnext")
+
+
+def test_plain_model_keeps_its_fixed_bases(monkeypatch):
+    copied, images = plain.network(models.network(TINY)), MODELS[0].inputs()[0]
+    monkeypatch.setattr("segnext_kernels.nn.fixed_uniform", None)
+    with torch.no_grad():
+        assert copied(images).isfinite().all()
+
+
+def test_models_lie_on_the_device(monkeypatch):
+    monkeypatch.setattr(bench_case, "_device", torch.device("meta"))
+    models.network.cache_clear()
+    chosen = models.logits_case("segnext_tiny", TINY, IMAGE, torch.bfloat16, on_gpu=True)
+    try:
+        for label in ("fused", "PyTorch contiguous", "PyTorch channels_last"):
+            (y,) = Runner(chosen, chosen.contender(label)).forward()
+            assert y.device.type == "meta"
+    finally:
+        models.network.cache_clear()
+
+
 def test_plain_model_has_the_same_weights_of_its_own():
     model = models.network(TINY)
     copied = plain.network(model)
@@ -95,11 +126,17 @@ def test_report_lists_missing_peers_and_times_the_rest(monkeypatch, tmp_path, ca
     small_ceilings(monkeypatch)
     chosen = [*MODELS, TRAINING[0]]
     monkeypatch.setattr(cases, "CASES", {case.name: case for case in chosen})
-    assert main(["report", "--seconds", "0", "--without", "*torch.compile*", "--out", str(tmp_path)]) == 0
+    assert main(["report", "--seconds", "0.001", "--without", "*torch.compile*", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "missing peer OpenVINO: openvino not installed" in printed.splitlines()
     figures = json.loads((tmp_path / "report.json").read_text())
-    assert figures["missing_peers"] == {"ONNX Runtime": "onnxruntime not installed", "OpenVINO": "openvino not installed"}
+    endings, left_out = ("", ", exported by segnext"), "left out by --without"
+    compiled = ("torch.compile channels_last", "torch.compile with the loss channels_last", "fused torch.compile channels_last")
+    assert figures["missing_peers"] == {
+        **{f"ONNX Runtime{ending}": "onnxruntime not installed" for ending in endings},
+        **{f"OpenVINO{ending}": "openvino not installed" for ending in endings},
+        **dict.fromkeys(compiled, left_out),
+    }
     plain_labels = {"PyTorch contiguous", "PyTorch channels_last"}
     for case in chosen:
         timed = {row["label"] for row in figures["rows"] if row["case"] == case.name}
@@ -123,7 +160,9 @@ def test_scaling_measures_every_axis(monkeypatch, tmp_path):
     threads = torch.get_num_threads()
     points = scaling.grid(sides=((32, 32), (32, 64)), batches=(1, 2))
     points["threads"] = [scaling.Point((32, 64), 1, count) for count in (1, 2)]
-    figures = scaling.run(points, 0, TINY, "segnext_tiny")
+    first, *_, figures = scaling.run(points, 0, TINY, "segnext_tiny")
+    assert [[curve["x"] for curve in curves[:1]] for curves in first["axes"].values()] == [[[1024]], [], []]
+    assert "### Time against batch" not in scaling.markdown(first)
     assert torch.get_num_threads() == threads
     contenders = [f"{name} {dtype}" for dtype in ("float32", "bfloat16") for name in ("fused", "PyTorch channels_last")]
     assert {axis: [curve["label"] for curve in curves] for axis, curves in figures["axes"].items()} == {
