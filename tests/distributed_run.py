@@ -21,7 +21,7 @@ import torch.multiprocessing
 
 from segnext import distributed
 from segnext.data import Scenes
-from segnext.evaluate import evaluate
+from segnext.loop import _evaluated
 from segnext.recipes import Recipe
 from segnext.trainer import Trainer
 
@@ -32,9 +32,12 @@ RECIPE = Recipe(iterations=3, batch=4, lr=1e-3, head_lr=1.0, warmup=0.05, weight
 class Counted(Scenes):
     """Scenes that know which were asked for; some pixels have no label, on some more than on others."""
 
-    names = [f"scene {i}" for i in range(7)]
+    def __init__(self) -> None:
+        super().__init__(7, (32, 48))
+        self.asked: list[int] = []
 
     def __getitem__(self, index: int):
+        self.asked.append(index)
         image, labels = super().__getitem__(index)
         labels = labels.clone()
         labels[: 4 * index] = 255
@@ -46,7 +49,7 @@ def trainer(**changes) -> Trainer:
     bases = torch.rand(1, small.CONFIG.decoder_channels, small.CONFIG.rank, generator=torch.Generator().manual_seed(0))
     forward = model.forward
     model.forward = lambda images: forward(images, bases.expand(len(images), -1, -1))  # not drawn anew by each process
-    return Trainer(model, Counted(7, (32, 48)), replace(RECIPE, **changes))
+    return Trainer(model, Counted(), replace(RECIPE, **changes))
 
 
 def compare(sync_norm: bool) -> dict:
@@ -59,13 +62,13 @@ def compare(sync_norm: bool) -> dict:
         gradients = {name: parameter.grad.clone() for name, parameter in loop.model.named_parameters()}
         for parameter in loop.model.parameters():
             parameter.grad.zero_()
-    distributed.share_buffers(loop.model)
-    seen: list[str] = []
-    scores = evaluate(loop.model, loop.dataset, 10, look=lambda name, *rest: seen.append(name))
+    val = Counted()
+    del loop.model.forward  # evaluation has bases that are the same for all
+    scores = _evaluated(loop, val, 0)
     state, optimizer = loop.model.state_dict(), loop.optimizer.state
     momenta = {name: optimizer[parameter]["exp_avg"] for name, parameter in loop.model.named_parameters()}
     answer = {"losses": losses, "gradients": gradients, "momenta": momenta, "state": state}
-    return answer | {"confusion": scores.confusion, "seen": seen}
+    return answer | {"confusion": scores.confusion, "seen": val.asked}
 
 
 def resume() -> dict:

@@ -7,7 +7,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from segnext.data.augment import FILL, FillUp, RandomScaleCrop, augmentation, fit_factor, photometric_distortion
+from segnext.data.augment import FILL, FillUp, RandomScaleCrop, _source, augmentation, fit_factor, photometric_distortion
 
 
 def coordinates(height: int, width: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
@@ -91,7 +91,41 @@ def test_crops_of_one_class_are_avoided():
         crop = RandomScaleCrop((50, 50), (200, 200), (1.0, 1.0), max_share)
         seen = [crop(image, labels)[1] for _ in range(60)]
         shares[max_share] = sum(((part == 0).sum() < 0.75 * (part != 255).sum()).item() for part in seen) / len(seen)
-    assert shares[0.75] > 2 * shares[1.0]
+    assert shares[0.75] > 0.6 > 4 * shares[1.0]
+
+
+@pytest.mark.parametrize(
+    "labels, mixed",
+    [([0, 1], True), ([0, 0, 0, 1], False), ([0, 0, 255, 255], False), ([0, 1, *[255] * 10], True), ([255], False)],
+    ids=str,
+)
+def test_ignored_pixels_are_no_class(labels, mixed):
+    crop = augmentation((1, 1), (1, 1)).transforms[0]
+    assert crop._is_mixed(torch.tensor([labels]), 0, 1, 0, len(labels)) == mixed
+
+
+def test_the_largest_share_is_the_recipes():
+    assert augmentation((32, 32), (64, 32), max_share=0.3).transforms[0].max_share == 0.3
+
+
+def test_every_place_is_drawn():
+    labels = tv_tensors.Mask(torch.arange(9).view(3, 3))
+    torch.manual_seed(0)
+    corners = {RandomScaleCrop((2, 2), (3, 3), (1.0, 1.0), 1.0)(labels)[0, 0].item() for _ in range(50)}
+    assert corners == {0, 1, 3, 4}
+
+
+def test_the_pixels_that_a_part_shows():
+    assert [_source(start, 1, 3, 5) for start in range(3)] == [(0, 2), (1, 3), (3, 5)]
+    assert [_source(start, 2, 5, 3) for start in range(4)] == [(0, 1), (0, 2), (1, 2), (1, 3)]
+
+
+def test_small_pictures_are_means_of_large_ones():
+    """Where pixels alone are picked, a checkerboard at a third of its size is one again."""
+    checkers = (torch.arange(96)[:, None] + torch.arange(96)) % 2 * 255
+    image = tv_tensors.Image(checkers.expand(3, -1, -1).to(torch.uint8))
+    small = RandomScaleCrop((32, 32), (32, 32), (1.0, 1.0), 1.0)(image)
+    assert small.shape == (3, 32, 32) and small.min() > 110 and small.max() < 145
 
 
 def test_distortion_changes_colours_only():
@@ -102,6 +136,16 @@ def test_distortion_changes_colours_only():
     assert all(new_image.shape == image.shape and new_image.dtype == torch.uint8 for new_image, _ in results)
     unchanged = sum(torch.equal(new_image, image) for new_image, _ in results)
     assert 0 < unchanged < 20  # of four changes each happens in half of the pictures
+
+
+def test_distortion_keeps_within_its_amounts():
+    """Of a grey only the brightness changes, by a quarter at most; of a red the hue, not as far as to yellow or violet."""
+    torch.manual_seed(0)
+    grey, red = (tv_tensors.Image(torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)) for colour in ([128] * 3, [200, 0, 0]))
+    levels = [photometric_distortion()(grey)[0].item() for _ in range(100)]
+    assert 94 <= min(levels) < 105 and 150 < max(levels) <= 161
+    others = [photometric_distortion()(red).flatten().tolist() for _ in range(100)]
+    assert all(red > max(rest) for red, *rest in others)
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, suffix, monkeypatch):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_save_into_no_folder(tmp_path):
-    with pytest.raises(WeightsError, match=r"cannot write .*nowhere/model\.pth: No such file or directory"):
+def test_save_into_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "nowhere").touch()
+    with pytest.raises(WeightsError, match=r"cannot write .*nowhere/model\.pth: Not a directory"):
         segnext.save(golden.model(), tmp_path / "nowhere" / "model.pth")
 
 

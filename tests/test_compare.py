@@ -186,6 +186,16 @@ def test_errors_are_one_line(files, capsys, options, arguments, message):
     assert not (files / "error.png").exists()
 
 
+@pytest.mark.parametrize("window, code", [((16, 64), 2), ((64, 16), 2), ((32, 32), 0)], ids=str)
+def test_windows_are_not_too_small_for_a_segformer(files, tmp_path, capsys, window, code):
+    model = segnext.load(files / "small.pth")
+    model.window = model.stride = window
+    segnext.save(model, tmp_path / "w.pth")
+    assert run(files, "--weights", tmp_path / "w.pth", "--out", tmp_path / "out.png") == code
+    assert ("scene_0.png: a SegFormer cannot be shown less than 32 pixels" in capsys.readouterr().err) == bool(code)
+    assert run(files, "--weights", tmp_path / "w.pth", "--short-side", 32, "--out", tmp_path / "out.png") == 0
+
+
 def test_a_mask_of_another_size(files, tmp_path, capsys):
     Image.new("L", (WIDTH, HEIGHT - 1)).save(tmp_path / "mask.png")
     assert run(files, "--truth", tmp_path / "mask.png", "--out", tmp_path / "out.png") == 2
@@ -225,10 +235,11 @@ def test_names_of_classes_are_those_of_their_numbers(files, tmp_path):
     """In whatever order a configuration has them."""
     shutil.copytree(files / "segformer", tmp_path / "shuffled")
     config = json.loads((tmp_path / "shuffled" / "config.json").read_text())
-    config["id2label"] = dict(reversed(config["id2label"].items()))
+    config["id2label"] = dict(reversed(list(enumerate(folders.CLASSES))))
     (tmp_path / "shuffled" / "config.json").write_text(json.dumps(config))
     other = str(tmp_path / "shuffled")
     compare.compare([photo(files)], [mask(files)], files / "small.pth", tmp_path / "a.png", other=other)
+    assert (tmp_path / "a.png").exists()
 
 
 def test_the_same_classes_in_another_order_are_not_compared(files, tmp_path):

@@ -44,8 +44,9 @@ model = dict(
         ham_kwargs=dict(MD_S=1, MD_R=16, train_steps=6, eval_steps=9, inv_t=100, rand_init=True)),
     test_cfg=dict(mode='whole'))
 test_dataloader = dict(dataset=dict(pipeline=[
-    dict(type='mmseg.Resize', scale=(2048, 512), keep_ratio=True), dict(type='ResizeToMultiple', size_divisor=16)]))
+    dict(type='mmseg.Resize', scale=(512, 2048), keep_ratio=True), dict(type='ResizeToMultiple', size_divisor=16)]))
 """
+OLD_FLIP = "type='MultiScaleFlipAug', img_scale=(9, 9)"
 SHOWN_OLD = {"scale": (2048, 1024), "multiple": 32, "window": (1024, 512), "stride": (768, 384)}
 
 
@@ -61,13 +62,18 @@ SHOWN_OLD = {"scale": (2048, 1024), "multiple": 32, "window": (1024, 512), "stri
         ({"cfg": "head = dict(ham_kwargs=dict(RAND_INIT=False))"}, Described(other="rand_init is False")),
         ({"cfg": "a = dict(decode_head=dict(c=dict(num_groups=16)))"}, Described(other="num_groups is 16")),
         ({"cfg": "img_norm_cfg = dict(mean=[0, 0, 0])"}, Described(other="mean of the images is [0, 0, 0]")),
+        ({"cfg": "img_norm_cfg = dict(std=[1, 1, 1])"}, Described(other="std of the images is [1, 1, 1]")),
         ({"cfg": "img_norm_cfg = dict(to_rgb=False)"}, Described(other="to_rgb is False")),
+        ({"cfg": "model = dict(data_preprocessor=dict(bgr_to_rgb=False))"}, Described(other="bgr_to_rgb is False")),
         ({"cfg": "a = dict(MD_R=1025)"}, Described({"rank": 1025}, other="rank is 1025")),
         ({"cfg": "a = dict(decode_head=dict(type='mmseg.LightHamHead', ham_kwargs=dict()))"}, Described({"rank": 64})),
         ({"cfg": "decode_head=dict(ham_kwargs=dict(MD_R=24), who='somebody's')"}, Described({"rank": 24})),
         ({"cfg": "test_pipeline = [dict(type=['x']), dict(type='Resize', scale=(512, 512))]"}, Described()),
         ({"cfg": "model = dict(test_cfg=dict(mode='slide', crop_size=(32, 32), stride=(48, 48)))"}, Described()),
+        ({"cfg": f"test_pipeline = dict({OLD_FLIP}, transforms=[dict(type='Resize')])"}, Described({}, {"scale": (9, 9)})),
+        ({"cfg": "model = dict(test_cfg=dict(mode='whole', crop_size=(32, 32), stride=(16, 16)))"}, Described()),
         ({"cfg": "test_pipeline = [dict(type='Resize', scale=(9, 9), keep_ratio=False), dict(scale=f(1))]"}, Described()),
+        ({"cfg": f"test_pipeline = dict({OLD_FLIP}, transforms=[dict(type='Resize', keep_ratio=False)])"}, Described()),
         ({"cfg": "a = dict(**b)\nimport os\nos.abort()"}, Described()),
         ({"cfg": "no Python, 1."}, Described()),
         ({"cfg": 5, "config": None}, Described()),

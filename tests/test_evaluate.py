@@ -20,6 +20,7 @@ from segnext import evaluate as evaluate_module
 from segnext.data import open_dataset
 from segnext.errors import DeviceError
 from segnext.evaluate import Scores, as_dict, confusion_matrix, evaluate, evaluate_weights, load_evaluation, table, view_of
+from segnext.palette import generated_palette, mask_image
 from segnext.predict import InputError
 from segnext.recipes import RECIPES, RecipeError
 from segnext.views import MULTI_SCALE, View, label_map
@@ -39,7 +40,13 @@ def test_confusion_matrix_by_hand():
     assert str(Scores(torch.ones(2, 2))) == "mIoU 0.333, pixel accuracy 0.500"
     lines = table(["a", "long name", "c", "d"], {"IoU": scores.iou, "accuracy": scores.accuracy}).splitlines()
     assert lines[0].split() == ["class", "IoU", "accuracy"] and lines[2].split() == ["long", "name", "0.500", "0.667"]
-    assert as_dict(["a", "b", "c", "d"], scores)["classes"]["c"] == {"IoU": None, "accuracy": None}
+    mixed = {"IoU": 0.5, "accuracy": 0.666667}
+    assert as_dict(["a", "b", "c", "d"], scores) == {
+        "mIoU": 0.666667,
+        "mean_accuracy": 0.777778,
+        "pixel_accuracy": 0.714286,
+        "classes": {"a": mixed, "b": mixed, "c": {"IoU": None, "accuracy": None}, "d": {"IoU": 1.0, "accuracy": 1.0}},
+    }
 
 
 def test_a_class_that_is_only_predicted_counts_as_zero():
@@ -115,6 +122,14 @@ def test_the_command(tmp_path, data, weights, capsys):
     assert f"mIoU {scores['mIoU']:.3f}" in printed[-1] and "4 pictures" in printed[-1]
     assert sorted(path.stem for path in (tmp_path / "pictures").iterdir()) == pairs.names
     assert Image.open(tmp_path / "pictures" / f"{pairs.names[0]}.png").width >= 3 * 56
+
+
+def test_pictures_have_the_truth_before_the_prediction(tmp_path):
+    palette, labels = generated_palette(3), (torch.tensor([[0, 1], [2, 255]]), torch.tensor([[2, 0], [1, 1]]))
+    evaluate_module._writer(tmp_path, list("abc"), palette)("a/b", torch.zeros(3, 2, 2, dtype=torch.uint8), *labels)
+    sheet = Image.open(tmp_path / "a_b.png")
+    for left, expected in zip((10, 20), labels, strict=True):
+        assert sheet.crop((left, 24, left + 2, 26)) == mask_image(expected, palette).convert("RGB")
 
 
 def test_figures_of_pictures_that_were_trained_on_are_told(monkeypatch, capsys):

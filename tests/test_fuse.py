@@ -33,6 +33,7 @@ def harsh(head: str = "ham", **changes) -> nn.Module:
         if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
+            module.eps = 1e-2
     for name, parameter in model.named_parameters():
         if "layer_scale" in name:
             nn.init.normal_(parameter, std=0.5)
@@ -155,6 +156,7 @@ CUSTOMISED = {
     "no scale": (lambda model: setattr(model.backbone.block1[0], "layer_scale_1", None), r"block1\.0: Block\("),
     "no affine": (lambda model: setattr(model.decode_head.squeeze, "gn", nn.GroupNorm(32, 64, affine=False)), "gn: GroupNorm"),
     "no statistics": (lambda model: setattr(model.backbone.block1[0].norm1, "running_mean", None), r"norm1: BatchNorm2d"),
+    "padding": (lambda model: setattr(model.backbone.patch_embed1.proj[0], "padding_mode", "reflect"), "padding_mode=reflect"),
     "dilation": (dilate, r"backbone\.patch_embed2\.proj: Conv2d\(.*dilation=\(2, 2\)"),
     "activation": (other_activation, r"backbone\.patch_embed1\.proj\.2: GELU\(approximate='tanh'\)"),
     "hook": (lambda model: model.backbone.block1[0].mlp.fc1.register_forward_hook(print), "block1.0.mlp.fc1: Pointwise"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import small
@@ -111,6 +114,16 @@ def test_map_of_a_large_photo_is_seen_small():
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
     assert heat_map(model, image, 0, short_side=64).shape == (128, 192)
     assert set(sizes) == {(64, 96)}
+
+
+def test_pictures_are_looked_at_whole():
+    model, image = segmenter(), picture()
+    labels = segment(model, image)
+    expected = [heat_map(model, image, category) for category in range(7)]
+    model.window = model.stride = (32, 32)
+    y, x = (segment(model, image) != labels).nonzero()[0].tolist()
+    assert gradcam._category(model, CLASSES, image, Path("a.png"), None, (x, y), None) == labels[y, x]
+    assert all(torch.equal(heat_map(model, image, category), map_) for category, map_ in enumerate(expected))
 
 
 def test_a_frozen_model_and_no_grad_change_no_map():
@@ -255,7 +268,7 @@ def run(folder, *arguments) -> int:
 
 
 def test_figure_of_two_photos_and_two_models(files, capsys):
-    options = (*CONVNEXT, "convnext.pth", "--compare-class", "sports car")
+    options = (*CONVNEXT, "convnext.pth", "--compare-class", "sports car", "--layer", "head")  # of a ConvNeXt its last stage
     code = run(files, "a.png", "b.png", "--class", "car", "--weights", "whole.pth", *options, "--out", "out.png")
     assert code == 0 and capsys.readouterr().out == f"wrote {files / 'out.png'}\n"
     sheet = Image.open(files / "out.png")
@@ -282,9 +295,20 @@ def test_figure_shows_the_map_of_the_class_in_its_row(files):
     np.testing.assert_array_equal(np.asarray(sheet.crop((left, GAP + LINE, left + WIDTH, GAP + LINE + 27))), np.asarray(shown))
 
 
-def test_a_row_for_every_class_of_one_photo(files):
+def test_a_row_for_every_class_of_one_photo(files, monkeypatch):
+    drawn = Mock(wraps=figure)
+    monkeypatch.setattr(gradcam, "figure", drawn)
     assert run(files, "a.png", "--class", "sky", "--class", "car", "--weights", "whole.pth", "--out", "classes.png") == 0
     assert Image.open(files / "classes.png").height == GAP + 2 * (LINE + 27 + GAP) + LINE
+    assert drawn.call_args.kwargs["titles"] == ["sky", "car"]
+
+
+def test_the_short_side_of_the_command_is_what_the_model_sees(files, monkeypatch):
+    model, sizes = segmenter(), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    monkeypatch.setattr(gradcam, "_load", lambda *args: model)
+    options = ("--class", "car", "--weights", "whole.pth", "--short-side", "32", "--out", "short.png")
+    assert run(files, "a.png", *options) == 0 and set(sizes) == {(32, 48)}
 
 
 def test_encoder_as_classifier(files):
@@ -321,6 +345,8 @@ def test_an_absent_class_is_said(files, capsys):
         ),
         (["absent.png", "--class", "car", "--weights", "whole.pth"], "absent.png: no such file"),
         (["a.png", "--class", "car", "--weights", "absent.pth"], "absent.pth"),
+        (["a.png", "--class", "car", "--weights", "whole.pth", "--compare-class", "cab"], "go with --compare"),
+        (["a.png", "--class", "car", "--weights", "whole.pth", *CONVNEXT[2:], "convnext.pth"], "go with --compare"),
         (["a.png", "--class", "car", "--weights", "convnext.pth"], "convnext.pth holds no classifier head.weight"),
         (["a.png", "--class", "car", "--weights", "whole.pth", *CONVNEXT, "whole.pth"], "whole.pth holds no ConvNeXt"),
         (["a.png", "--class", "sky", "--weights", "whole.pth", *CONVNEXT, "convnext.pth"], "(--compare-class): there is no"),

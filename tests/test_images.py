@@ -223,6 +223,15 @@ def test_legend_shows_every_colour(count):
     assert set(palette) <= colours
 
 
+def test_a_legend_has_each_colour_beside_its_name():
+    names, palette = ["one", "two", "three"], generated_palette(3)
+    rows = np.asarray(legend(names, palette))[6:-6]
+    for row, name, colour in zip(np.split(rows, 3), names, palette, strict=True):
+        alone = np.asarray(legend([name], [colour]))[6:-6]
+        assert alone[10, 14].tolist() == list(colour)
+        np.testing.assert_array_equal(row[:, : alone.shape[1]], alone)
+
+
 def test_a_legend_has_letters_of_other_alphabets():
     """Where a font has none, boxes that are all alike."""
     drawn = [np.asarray(legend([name], [(0, 0, 0)])) for name in ("\u0436", "\u03b2", "\u00e9", "\u0142")]

@@ -11,13 +11,13 @@ import torch
 from torchvision.transforms import v2
 
 from segnext.data import DataError
-from segnext.data.loader import Order, batches, mixed_seed, one_by_one
+from segnext.data.loader import Augmented, Order, batches, mixed_seed, one_by_one
 from segnext.data.workers import report_dead_workers
 from segnext.images import ImageError
 
 
 class Numbers:
-    """Pictures of one colour, their number; some of them cannot be read."""
+    """Pictures whose pixels count up from their number, and labels of it alone; some of them cannot be read."""
 
     def __init__(self, count: int, broken: int | None = None, deadly: int | None = None) -> None:
         self.count, self.broken, self.deadly = count, broken, deadly
@@ -30,7 +30,8 @@ class Numbers:
             raise ImageError(f"{index}.jpg: not an image")
         if index == self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
-        return torch.full((3, 8, 8), index, dtype=torch.uint8), torch.full((8, 8), index, dtype=torch.uint8)
+        image = torch.arange(index, index + 64, dtype=torch.uint8).view(8, 8).repeat(3, 1, 1)
+        return image, torch.full((8, 8), index, dtype=torch.uint8)
 
 
 def places(order: Order, steps: int) -> list[list[tuple[int, int]]]:
@@ -83,6 +84,11 @@ def test_batches_are_the_same_for_any_number_of_workers_and_starts():
     assert here[0].images.shape == (4, 3, 4, 4) and here[0].labels[:, 0, 0].tolist() == here[0].indices
     halves = first_batches(4, 0, shares=2)
     assert torch.equal(torch.cat([halves[2].images, halves[3].images]), here[1].images)
+
+
+def test_a_picture_is_augmented_anew_in_every_round():
+    cropped = Augmented(Numbers(3), v2.RandomCrop(2), seed=0)
+    assert len({cropped[1, place][0][0, 0, 0].item() for place in range(8)}) > 3
 
 
 def test_augmentation_leaves_the_global_generator_alone():

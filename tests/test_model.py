@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import segnext
 import segnext_kernels
 from segnext.model import HEADS, SIZES, Config
-from segnext.mscan import MSCAN, DropPath
+from segnext.mscan import MSCAN, Block, DropPath
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -89,9 +89,9 @@ def test_golden_adamw(dtype):
 @pytest.mark.parametrize("size", SIZES)
 def test_create(size, head):
     with torch.device("meta"):
-        model = segnext.create(size, num_classes=19, head=head, in_channels=4, rank=8)
-    expected = SIZES[size]
-    assert model.training and model.config == replace(expected, num_classes=19, head=head, in_channels=4, rank=8)
+        model = segnext.create(size, num_classes=19, head=head, in_channels=4, rank=8, gradient="one_step", eval_steps=4)
+    expected, given = SIZES[size], {"in_channels": 4, "rank": 8, "gradient": "one_step", "eval_steps": 4}
+    assert model.training and model.config == replace(expected, num_classes=19, head=head, **given)
     assert model.backbone.patch_embed1.proj[0].in_channels == 4
     for i, (dim, depth, ratio) in enumerate(zip(expected.channels, expected.depths, expected.mlp_ratios, strict=True), 1):
         blocks = getattr(model.backbone, f"block{i}")
@@ -100,7 +100,8 @@ def test_create(size, head):
     assert model.decode_head.squeeze.conv.in_channels == sum(expected.channels[1:])
     assert model.decode_head.conv_seg.weight.shape == (19, expected.decoder_channels, 1, 1)
     if head == "ham":
-        assert model.decode_head.hamburger.ham.rank == 8
+        ham = model.decode_head.hamburger.ham
+        assert (ham.rank, ham.gradient, ham.eval_steps) == (8, "one_step", 4)
 
 
 @pytest.mark.parametrize(
@@ -236,9 +237,10 @@ def test_compile_training():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_stochastic_depth_grows_linearly(size):
+@pytest.mark.parametrize("create", [segnext.create, segnext.encoder])
+def test_stochastic_depth_grows_linearly(size, create):
     with torch.device("meta"):
-        model = segnext.create(size)
+        model = create(size)
     found = [module.p for module in model.modules() if isinstance(module, DropPath)]
     last = 0.3 if size == "l" else 0.1
     assert found == pytest.approx(torch.linspace(0, last, sum(SIZES[size].depths)).tolist())
@@ -252,6 +254,9 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
     assert torch.equal(y.unique(), torch.tensor([0.0, 1 / 0.75]))
     assert y.mean().item() == pytest.approx(1, abs=0.03)
     assert drop.eval()(x) is x
+    block, images = Block(8, 2, 0.5).train(), torch.randn(64, 8, 3, 3)
+    unchanged = (block(images) == images).flatten(1).all(1)
+    assert 0 < unchanged.sum() < 64
 
 
 def test_initialisation_is_the_official_one():

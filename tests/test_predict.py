@@ -14,6 +14,7 @@ from segnext.cli import main
 from segnext.images import normalise, read_image
 from segnext.palette import generated_palette
 from segnext.predict import InputError, find_images, predict, seen_size, segment, unique_names
+from segnext.recipes import RecipeError
 from segnext.views import View
 
 
@@ -153,13 +154,25 @@ def test_a_folder_that_is_a_file(tmp_path, weights):
         predict([tmp_path / "a.png"], weights, tmp_path / "a.png")
 
 
-def test_results_never_overwrite_inputs(tmp_path, weights):
+@pytest.mark.parametrize("name", ["a_mask.png", "a_overlay.png", "legend.png"])
+def test_results_never_overwrite_inputs(tmp_path, weights, name):
     small.photo(32, 32).save(tmp_path / "a.png")
-    small.photo(32, 32).save(tmp_path / "a_mask.png")
-    before = (tmp_path / "a_mask.png").read_bytes()
-    with pytest.raises(InputError, match="a_mask.png would be overwritten"):
+    small.photo(32, 32).save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(InputError, match=f"{name} would be overwritten"):
         predict([tmp_path], weights, tmp_path)
-    assert (tmp_path / "a_mask.png").read_bytes() == before and files(tmp_path) == {"a.png", "a_mask.png"}
+    assert (tmp_path / name).read_bytes() == before and files(tmp_path) == {"a.png", name}
+
+
+def test_results_do_not_come_among_the_inputs(tmp_path, weights):
+    small.photo(32, 32).save(tmp_path / "a.png")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.png").symlink_to(tmp_path / "a.png")
+    for folder in (tmp_path, tmp_path / "links"):
+        with pytest.raises(RecipeError, match="holds images or masks of the data; choose another folder for the pictures"):
+            predict([folder], weights, tmp_path)
+    assert files(tmp_path) == {"a.png", "links"}
+    assert predict([tmp_path], weights, tmp_path / "out") == predict([tmp_path / "a.png"], weights, tmp_path) == []
 
 
 def test_weights_errors_come_before_any_result(tmp_path):
@@ -208,12 +221,18 @@ def test_long_pictures_are_bounded_too():
     assert seen_size(small_model(), torch.empty(3, 1, 10**6, dtype=torch.uint8), None) == (1, 2048)
 
 
-@pytest.mark.parametrize("short_side, seen", [(0, (90, 121)), (32, (32, 43)), (90, (90, 121)), (512, (90, 121))])
+@pytest.mark.parametrize("short_side, seen", [(0, (90, 121)), (8, (8, 11)), (32, (32, 43)), (90, (90, 121)), (512, (90, 121))])
 def test_short_side_bounds_what_the_model_sees(short_side, seen):
     model, sizes = small_model(), []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
     labels = segment(model, torch.zeros(3, 90, 121, dtype=torch.uint8), short_side)
     assert sizes == [seen] and labels.shape == (90, 121)
+
+
+@pytest.mark.parametrize("short_side", [1, 7])
+def test_short_sides_that_are_too_small(short_side):
+    with pytest.raises(InputError, match=f"a short side of {short_side} is neither 0 nor at least 8 pixels"):
+        segment(small_model(), torch.zeros(3, 40, 40, dtype=torch.uint8), short_side)
 
 
 def test_windows_of_the_checkpoint(tmp_path):
@@ -267,9 +286,11 @@ def test_pictures_larger_than_cut_ones_keep_their_size():
     assert sizes == [(48, 40)]
 
 
-def test_flip_and_sizes_by_the_command(tmp_path, weights, monkeypatch):
+@pytest.mark.parametrize(("option", "view"), [("--flip", View(flip=True)), ("--multi-scale", View(ratios=views.MULTI_SCALE))])
+def test_options_of_the_command(tmp_path, weights, monkeypatch, option, view):
     small.photo(40, 60).save(tmp_path / "a.png")
-    seen = []
+    seen, place = [], ("--weights", str(weights), "--out", str(tmp_path / "out"))
     monkeypatch.setattr(predict_module, "label_map", lambda model, image, view: seen.append(view) or torch.zeros(40, 60).long())
-    assert main(["predict", str(tmp_path / "a.png"), "--weights", str(weights), "--out", str(tmp_path / "out"), "--flip"]) == 0
-    assert seen[0].flip and seen[0].ratios == (1.0,)
+    assert main(["predict", str(tmp_path / "a.png"), *place, "--short-side", "0", "--alpha", "0", option]) == 0
+    assert seen == [view]
+    np.testing.assert_array_equal(Image.open(tmp_path / "out" / "a_overlay.png"), Image.open(tmp_path / "a.png"))

@@ -12,16 +12,16 @@ from segnext import recipes
 from segnext.cli import options
 from segnext.recipes import RECIPES, Recipe, RecipeError
 
-# recipe: (crop, batch, steps of each training, data, window, stride, short side, multiple)
+# recipe: (crop, batch, steps of each training, data, window, stride, scale, multiple)
 PAPER = {
-    "ade20k": (512, 16, [160_000], ["ade20k"], None, None, 512, 32),
-    "cityscapes": (1024, 8, [160_000], ["cityscapes"], 1024, 768, 1024, 1),
-    "coco-stuff": (512, 16, [80_000], ["coco-stuff"], None, None, 512, 32),
-    "pascal-voc": (512, 16, [80_000, 80_000], ["pascal-voc", "pascal-voc"], None, None, 512, 1),
-    "pascal-voc-coco": (512, 16, [600_000, 40_000], ["coco-voc", "pascal-voc"], None, None, 512, 1),
-    "pascal-context": (480, 16, [80_000], ["pascal-context-59"], 480, 320, 520, 1),
-    "pascal-context-60": (480, 16, [80_000], ["pascal-context-60"], 480, 320, 520, 1),
-    "isaid": (896, 16, [160_000], ["isaid"], 896, 512, 896, 1),
+    "ade20k": (512, 16, [160_000], ["ade20k"], None, None, (2048, 512), 32),
+    "cityscapes": (1024, 8, [160_000], ["cityscapes"], 1024, 768, (2048, 1024), 1),
+    "coco-stuff": (512, 16, [80_000], ["coco-stuff"], None, None, (2048, 512), 32),
+    "pascal-voc": (512, 16, [80_000, 80_000], ["pascal-voc", "pascal-voc"], None, None, (2048, 512), 1),
+    "pascal-voc-coco": (512, 16, [600_000, 40_000], ["coco-voc", "pascal-voc"], None, None, (2048, 512), 1),
+    "pascal-context": (480, 16, [80_000], ["pascal-context-59"], 480, 320, (520, 520), 1),
+    "pascal-context-60": (480, 16, [80_000], ["pascal-context-60"], 480, 320, (520, 520), 1),
+    "isaid": (896, 16, [160_000], ["isaid"], 896, 512, (896, 896), 1),
 }
 
 
@@ -31,11 +31,11 @@ def square(side: int | None) -> tuple[int, int] | None:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_settings(name):
-    crop, batch, steps, data, window, stride, short, multiple = PAPER[name]
+    crop, batch, steps, data, window, stride, scale, multiple = PAPER[name]
     stages = RECIPES[name]
     assert [stage.iterations for stage in stages] == steps and [stage.dataset for stage in stages] == data
     for stage in stages:
-        assert (stage.crop, stage.batch, stage.scale[1]) == (square(crop), batch, short)
+        assert (stage.crop, stage.batch, stage.scale) == (square(crop), batch, scale)
     first = stages[0]
     assert (first.window, first.stride, first.multiple) == (square(window), square(stride), multiple)
     common = (6e-5, (0.9, 0.999), 0.01, 10.0, 1500, 1e-6, 1.0, 0.1, (0.5, 2.0), 0.75, "imagenet", True)
@@ -44,6 +44,16 @@ def test_the_papers_settings(name):
             stage.lr, stage.betas, stage.weight_decay, stage.head_lr, stage.warmup, stage.warmup_start, stage.power,
             stage.dropout, stage.ratio, stage.max_share, stage.encoder, stage.distort,
         )  # fmt: skip
+
+
+def test_the_settings_for_small_data():
+    common = {
+        "batch": 8, "crop": None, "scale": None, "warmup": 0.05, "balance": 0.3, "precision": "auto", "log_every": 20,
+        "save_every": 200, "evaluate_every": 500,
+    }  # fmt: skip
+    alone = {"encoder": None, "ratio": (0.75, 1.5), "head_lr": 1.0, "drop_path": 0.0}
+    assert RECIPES["folder"] == (Recipe(iterations=4000, lr=1e-4, **common),)
+    assert RECIPES["scratch"] == (Recipe(iterations=8000, lr=2e-3, **common, **alone),)
 
 
 def test_second_trainings_use_the_validation_pictures_and_so_are_not_evaluated_on_them():
@@ -197,3 +207,11 @@ def test_a_training_by_the_clock_keeps_the_share_of_the_warm_up():
     (stage,) = options.overridden(RECIPES["ade20k"], {"seconds": 60.0})
     assert (stage.iterations, stage.seconds, stage.warmup) == (None, 60.0, 1500 / 160_000)
     assert {**asdict(stage), "iterations": 160_000, "seconds": None, "warmup": 1500} == asdict(RECIPES["ade20k"][0])
+
+
+def test_a_number_of_steps_takes_the_place_of_the_clock():
+    by_the_clock = options.overridden(RECIPES["folder"], {"seconds": 4.0})
+    (stage,) = options.overridden(by_the_clock, {"iterations": 4000})
+    assert stage == RECIPES["folder"][0]
+    with pytest.raises(RecipeError, match="give iterations or seconds, one of them: got 2 and 4.0"):
+        options.overridden(RECIPES["folder"], {"iterations": 2, "seconds": 4.0})

@@ -111,6 +111,12 @@ def test_layout_is_kept(shape, layout, backend):
     assert sample(backend).stride() == sample.x.stride()
 
 
+def test_factors_with_gaps_between_them(backend):
+    x, y, scale = (sample := sample_of((3, 17, 6, 23)).to(torch.float32)).leaves
+    keep = arrange(sample.options["keep"].float(), "sliced")
+    check(Sample("scale_add", (x, y, arrange(scale, "sliced")), {"keep": keep}), backend, grad_like(x))
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_gradcheck(dropped, backend):
     sample = sample_of((2, 3, 4, 5), dropped)

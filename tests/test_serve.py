@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import struct
+import threading
 import zlib
 from io import BytesIO
 
@@ -103,17 +104,41 @@ def test_a_pixel_has_a_class_and_scores(client, session):
         np.testing.assert_allclose([score for _, score in answer["scores"]], expected.values, rtol=1e-4)
 
 
-@pytest.mark.parametrize("pixel", [{}, {"x": 30, "y": 20}], ids=["class", "region"])
+@pytest.mark.parametrize("pixel", [{}, {"x": 50, "y": 20}], ids=["class", "region"])
 @pytest.mark.parametrize("layer", ["stage3", "head"])
 def test_the_heat_map_is_that_of_segnext_gradcam(client, session, layer, pixel):
     found = send(client, small.encoded(small.photo(40, 56))).json()
     photo = session.photo(found["key"])
     answer = client.get(f"api/photos/{found['key']}/gradcam", params={"class": 2, "layer": layer, **pixel})
     assert answer.status_code == 200 and re.fullmatch(r"gradcam;dur=[\d.]+", answer.headers["Server-Timing"])
-    region = (30, 20) if pixel else None
+    region = (50, 20) if pixel else None
     expected = heat_image(photo.image, heat_map(session.model, photo.image, 2, layer, region))
     difference = np.asarray(Image.open(BytesIO(answer.content))).astype(int) - np.asarray(expected).astype(int)
     assert np.abs(difference).mean() < 8  # JPEG
+
+
+def test_one_thread_computes(client, session, monkeypatch):
+    threads = []
+
+    def telling(method):
+        return lambda *arguments: threads.append(threading.current_thread().name) or method(*arguments)
+
+    for name in ("add", "shares", "picture", "mask", "scores", "heat"):
+        monkeypatch.setattr(session, name, telling(getattr(session, name)))
+    key = send(client, small.encoded(small.photo(8, 8))).json()["key"]
+    for path in ("photo", "mask.png", "pixel?x=0&y=0", "gradcam?class=0"):
+        assert client.get(f"api/photos/{key}/{path}").status_code == 200
+    assert threads == ["model_0"] * 6
+
+
+def test_the_short_side_given_is_what_the_models_see(weights):
+    session, sizes = Session(weights, rank=None, short_side=16, device="cpu"), []
+    for model in (session.fast, session.model):
+        model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    photo = session.add(small.encoded(small.photo(40, 56)), "street.png")
+    assert sizes == [(16, 22)]
+    session.heat(photo, 0, "stage4", None)
+    assert len(sizes) > 1 and set(sizes) == {(16, 22)}
 
 
 def test_a_large_photograph_is_shown_smaller(client):

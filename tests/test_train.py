@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import folders
 import pytest
@@ -27,8 +28,10 @@ from segnext.data import DataError, open_dataset, pairs
 from segnext.errors import DeviceError
 from segnext.evaluate import Scores
 from segnext.images import ImageError
+from segnext.palette import IGNORED
 from segnext.recipes import RECIPES, RecipeError
 from segnext.train import Machine, resume, train
+from segnext.trainer import Step
 
 (SCRATCH,) = RECIPES["scratch"]
 SHORT = replace(
@@ -102,12 +105,47 @@ def test_kernels_are_not_tuned_for_each_size_of_the_evaluated_pictures(tmp_path,
     assert seen == [False, True]
 
 
+def test_figures_are_under_their_names(tmp_path):
+    with run.open_run(tmp_path, 0) as records:
+        records.log_step(Step(1, loss=9.0, lr=0.1, progress=0.2, seconds=3.0, waited=0.5), 2.0)
+        records.log_scores(1, Scores(torch.tensor([[3, 1], [0, 1]])))
+    steps, scores = (run.read_csv(tmp_path / f"{name}.csv") for name in ("train", "val"))
+    assert steps == [{"step": "1", "loss": "2", "lr": "0.1", "seconds": "3.0000", "waited": "0.5000"}]
+    assert scores == [{"step": "1", "mIoU": "0.625000", "mean_accuracy": "0.875000", "pixel_accuracy": "0.800000"}]
+
+
 def test_the_curves_are_in_tensorboard(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(trained)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
     assert [event.step for event in events.Scalars("val/mIoU")] == [3, 6]
+
+
+def step(number: int) -> trainer.Step:
+    return trainer.Step(number, loss=0.5, lr=0.1, progress=0.5, seconds=1.0, waited=0.0)
+
+
+def test_steps_that_are_done_again_are_recorded_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for done, numbers in ((0, (1, 2, 3)), (1, (2, 3, 4))):
+        with run.open_run(tmp_path, done) as records:
+            for number in numbers:
+                records.log_step(step(number), 0.5)
+    assert [int(row["step"]) for row in run.read_csv(tmp_path / "train.csv")] == [1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path):
+    with run.open_run(tmp_path, 0) as records:
+        records.log_step(step(1), 0.5)
+    with (tmp_path / "train.csv").open("a") as file:
+        file.write("2,0.5")
+    with run.open_run(tmp_path, 2) as records:
+        records.log_step(step(3), 0.5)
+    assert [int(row["step"]) for row in run.read_csv(tmp_path / "train.csv")] == [1, 3]
 
 
 def test_every_checkpoint_is_a_model(trained):
@@ -149,10 +187,44 @@ def test_the_end_of_a_gpus_memory_is_told(data, tmp_path, monkeypatch, batch, ac
         train([replace(SHORT, batch=batch, crop=(64, 64))], [data], tmp_path / "run", replace(HERE, accumulate=accumulate))
 
 
-def test_a_finished_training_is_finished(trained):
+def test_a_finished_training_is_finished(trained, capsys):
     before = (trained / "model.pth").stat().st_mtime_ns
     resume(trained)
     assert (trained / "model.pth").stat().st_mtime_ns == before
+    on = f"to train on from its weights: --weights {trained / 'model.pth'} --out ANOTHER"
+    assert capsys.readouterr().out == f"{trained} is trained to its end; {on}\n"
+
+
+def test_nothing_is_best_where_nothing_has_a_class(tmp_path, data, capsys):
+    for mask in (data / "val" / "masks").iterdir():
+        Image.new("L", Image.open(mask).size, IGNORED).save(mask)
+    train([replace(SHORT, iterations=1)], [data], tmp_path / "run", HERE)
+    assert not (tmp_path / "run" / "best.pth").exists()
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"wrote {tmp_path / 'run' / 'model.pth'}; there is no best.pth, since no pixel of val has a class"
+    train([replace(SHORT, iterations=1, val=None)], [data], tmp_path / "run 2", HERE)
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'run 2' / 'model.pth'}"
+
+
+def test_a_resumption_keeps_weights_that_were_better(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "model.pth").unlink()
+    state = torch.load(trained / "last.pth", weights_only=True)
+    torch.save({**state, "best": 1.0, "due": True}, tmp_path / "run" / "last.pth")
+    before = (tmp_path / "run" / "best.pth").stat().st_mtime_ns
+    resume(tmp_path / "run")
+    assert (tmp_path / "run" / "best.pth").stat().st_mtime_ns == before
+
+
+def test_a_resumption_on_another_machine(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("segnext.train._stages", lambda stages, roots, out, device, machine, **_: seen.append(machine))
+    machine = {"device": "cuda", "workers": 0, "accumulate": 1, "cuda_graph": True}
+    recipes.write(tmp_path / "recipe.json", [SHORT], data=["data"], machine=machine)
+    resume(tmp_path, device="cpu")
+    options = ("--device", "cpu", "--workers", "3", "--accumulate", "2", "--no-cuda-graph")
+    assert cli.main(["train", "--resume", str(tmp_path), *options]) == 0
+    assert seen == [Machine("cpu", 0, 1, True), Machine("cpu", 3, 2, False)]
 
 
 COMMAND = [sys.executable, "-m", "segnext", "train"]
@@ -483,15 +555,19 @@ def test_two_trainings_carry_the_weights_over_and_swap_the_classifier(tmp_path, 
             torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=1e-9)
 
 
-def test_a_killed_second_training_goes_on(tmp_path, data):
+def test_a_killed_second_training_goes_on(tmp_path, data, monkeypatch, capsys):
     stages = [replace(SHORT, iterations=2, seed=1), replace(SHORT, iterations=4)]
     train(stages, [data], tmp_path / "run", HERE)
     second = tmp_path / "run" / "2-folder-train"
     expected = weights(second / "model.pth")
     for name in ("model.pth", "last.pth"):
         (second / name).unlink()
+    begun = Mock(wraps=trainer.Trainer)
+    monkeypatch.setattr("segnext.train.Trainer", begun)
+    capsys.readouterr()
     resume(tmp_path / "run", workers=1)
-    assert same(weights(second / "model.pth"), expected)
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'run' / '1-folder-train'} is trained to its end\n")
+    assert begun.call_args.kwargs["workers"] == 1 and same(weights(second / "model.pth"), expected)
 
 
 def test_weights_to_begin_with(data, trained, tmp_path):
@@ -509,8 +585,16 @@ def test_weights_to_begin_with(data, trained, tmp_path):
     segnext.save(ham, tmp_path / "ham.pth")
     config = build(replace(SHORT, weights=str(tmp_path / "ham.pth")), pairs).config
     assert (config.rank, config.gradient, config.bases) == (4, "one_step", "random")
+    assert build(replace(SHORT, dropout=0.4), pairs).decode_head.dropout.p == 0.4
     with pytest.raises(WeightsError, match="absent.pth.*to train from random weights: --recipe scratch"):
         build(replace(SHORT, encoder=str(tmp_path / "absent.pth")), pairs)
+
+
+def test_classes_of_other_names_get_a_new_classifier(data, trained):
+    pairs, given = open_dataset("folder", data, "train"), weights(trained / "model.pth")
+    pairs.classes = [*folders.CLASSES[:-1], "renamed"]
+    built = build(replace(SHORT, weights=str(trained / "model.pth")), pairs).state_dict()
+    assert {key.rpartition(".")[0] for key in given if not torch.equal(built[key], given[key])} == {"decode_head.conv_seg"}
 
 
 def test_class_weights_by_hand():
@@ -527,10 +611,16 @@ def test_class_weights_by_hand():
 
 
 @pytest.mark.parametrize(
-    "size, crop, scale",
-    [((90, 120), 64, (360, 90)), ((40, 30), 32, (120, 30)), ((700, 900), 512, (2048, 512)), ((64, 512), 64, (512, 64))],
+    "sizes, crop, scale",
+    [
+        ([(90, 120)], 64, (360, 90)),
+        ([(40, 30)], 32, (120, 30)),
+        ([(700, 900)], 512, (2048, 512)),
+        ([(64, 512)], 64, (512, 64)),
+        ([(90, 120), (300, 400), (30, 300)], 64, (360, 90)),
+    ],
 )
-def test_a_folder_decides_on_its_scale(tmp_path, size, crop, scale, monkeypatch):
+def test_a_folder_decides_on_its_scale(tmp_path, sizes, crop, scale, monkeypatch):
     begun = []
 
     def begin(recipe, *rest):
@@ -540,7 +630,8 @@ def test_a_folder_decides_on_its_scale(tmp_path, size, crop, scale, monkeypatch)
     monkeypatch.setattr("segnext.train._stage", begin)
     for kind in ("images", "masks"):
         (tmp_path / "data" / "train" / kind).mkdir(parents=True)
-        Image.new("L", size[::-1]).save(tmp_path / "data" / "train" / kind / "a.png")
+        for i, size in enumerate(sizes):
+            Image.new("L", size[::-1]).save(tmp_path / "data" / "train" / kind / f"{i}.png")
     (tmp_path / "data" / "classes.txt").write_text("one\ntwo")
     with pytest.raises(KeyboardInterrupt):
         train([replace(SCRATCH, val=None)], [tmp_path / "data"], tmp_path / "run", HERE)

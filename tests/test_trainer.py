@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from segnext import distributed
 from segnext import trainer as trainer_module
 from segnext.data import Scenes
 from segnext.data.augment import augmentation
-from segnext.evaluate import evaluate
+from segnext.evaluate import Scores, evaluate
 from segnext.images import ImageError
-from segnext.loop import fit
+from segnext.loop import Loop, fit
 from segnext.optimizer import parameter_groups
 from segnext.recipes import Recipe, RecipeError
-from segnext.trainer import Trainer, pixel_loss, precision
+from segnext.trainer import Step, Trainer, pixel_loss, precision
 
 SCENES = Scenes(8, (32, 48))
 RECIPE = Recipe(iterations=40, batch=4, lr=5e-3, head_lr=1.0, warmup=0.05, precision="float32")
@@ -94,6 +95,13 @@ def test_a_continued_training_ends_with_the_same_bits(name):
     assert [step.loss for step in later] == [step.loss for step in steps[3:]]
     assert same(unbroken.model.state_dict(), second.model.state_dict())
     assert str(unbroken.optimizer.state_dict()) == str(second.optimizer.state_dict())
+    assert unbroken.scaler.state_dict() == second.scaler.state_dict()
+
+
+def test_a_continued_training_has_the_time_that_was_left():
+    loop = trainer(replace(RECIPE, iterations=None, seconds=2.0))
+    loop.load({**loop.state(), "seconds": 1.5})
+    assert loop.progress == 0.75
 
 
 def test_a_batch_in_parts_gives_the_gradients_of_the_whole(monkeypatch):
@@ -114,9 +122,24 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(monkeypatch):
             torch.testing.assert_close(value, states[0][1][key], rtol=1e-5, atol=1e-7)
 
 
+def test_parts_of_a_batch_draw_for_themselves(monkeypatch):
+    seeds = []
+    loss = trainer_module.pixel_loss
+    monkeypatch.setattr(trainer_module, "pixel_loss", lambda *args: seeds.append(torch.initial_seed()) or loss(*args))
+    list(trainer(replace(RECIPE, iterations=1, warmup=0), tiny_model(), accumulate=4).steps())
+    assert len(set(seeds)) == 4
+
+
 def test_batches_that_cannot_be_dealt_out():
     with pytest.raises(RecipeError, match="a batch of 4 cannot be dealt out: 1 processes, 3 parts each"):
         trainer(accumulate=3)
+
+
+def test_what_a_batch_norm_sees_at_once(monkeypatch):
+    trainer(replace(RECIPE, batch=1, crop=(40, 40)))  # four values at the encoder's end
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(RecipeError, match="one picture of 32x32 at a time"):
+        trainer(replace(RECIPE, batch=2, crop=(32, 32), sync_norm=False))
 
 
 def test_nothing_to_train_on():
@@ -190,6 +213,24 @@ def test_a_loss_that_is_not_finite_is_told_with_its_pictures():
     with pytest.raises(FloatingPointError, match="no longer finite after step 0"):
         loop.require_finite()
     Trainer(small_model(), SCENES, RECIPE).require_finite()
+
+
+def test_the_best_weights_are_those_of_the_best_evaluation(monkeypatch):
+    scores = [Scores(torch.tensor([[right, wrong], [wrong, right]])) for right, wrong in ((2, 1), (6, 7), (4, 3))]
+    monkeypatch.setattr("segnext.loop._evaluated", Mock(side_effect=scores))
+    loop = Loop(Mock(), Mock(), SCENES, -1.0, [], False, 0)
+    for _ in scores:  # of mIoU 0.5, 0.3, 0.4
+        loop._evaluate()
+    loop.run.save_weights.assert_called_once_with(loop.trainer, "best.pth")
+    assert loop.best == 0.5
+
+
+def test_a_logged_loss_is_the_mean_since_the_last():
+    recipe = replace(RECIPE, log_every=2, save_every=9)
+    loop = Loop(Mock(recipe=recipe), Mock(), None, -1.0, [], False, 0)
+    for number, loss in enumerate((1.0, 3.0, 5.0, 9.0), 1):
+        loop._after(Step(number, loss, 0.1, number / 9, 1.0, 0.0))
+    assert [call.args[1] for call in loop.run.log_step.call_args_list] == [2, 7]
 
 
 class Vanishing(Scenes):

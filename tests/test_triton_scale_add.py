@@ -83,6 +83,12 @@ def test_layouts_that_differ(layout, backend):
         checks.check_grad_out_layouts(sample_of((3, 17, 6, 23), torch.float32, layout), backend, other)
 
 
+def test_factors_with_gaps_between_them(backend):
+    x, y, scale = (sample := scale_add_sample((3, 17, 6, 23)).to(torch.float32)).leaves
+    keep = arrange(sample.options["keep"].float(), "sliced")
+    check(Sample("scale_add", (x, y, arrange(scale, "sliced")), {"keep": keep}), backend, grad_like(x))
+
+
 @image_layouts
 def test_operator_takes_other_layouts(layout, backend):
     """As a traced graph may bring them."""

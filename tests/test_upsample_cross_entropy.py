@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import poisoned
-from operators import HALVES, IMAGE_LAYOUTS, assert_same, compiled, dtypes, error, image_layouts
+from operators import HALVES, IMAGE_LAYOUTS, arrange, assert_same, compiled, dtypes, error, image_layouts
 from torch._subclasses.fake_tensor import FakeTensorMode
 from upsample import (
     CASES,
@@ -53,6 +53,11 @@ def test_where_all_is_ignored_it_is_zero(weighted, dtype, backend):
     weight = draw_weight(SHAPE, dtype) if weighted else None
     loss, grad = loss_and_gradient(logits, torch.full((2, *SIZE), IGNORED), IGNORED, weight, backend=backend)
     assert loss == 0 and (grad == 0).all()
+
+
+def test_class_weights_with_gaps_between_them(backend):
+    weight = arrange(draw_weight(SHAPE, torch.float32), "sliced")
+    check_loss(draw_logits(SHAPE, torch.float32), draw_target(SHAPE, SIZE), weight, backend)
 
 
 def test_class_weights_get_no_gradient(backend):

@@ -69,13 +69,13 @@ def test_save_and_load(tmp_path, suffix, head):
     model.classes = [f"class {i}" for i in range(7)]
     model.palette = [(i, 2 * i, 255) for i in range(7)]
     model.scale = (128, 96)
-    path = tmp_path / f"model{suffix}"
+    path = tmp_path / "new" / f"model{suffix}"
     segnext.save(model.to(memory_format=torch.channels_last), path)
     loaded = segnext.load(path)
     assert_same_weights(loaded, model)
     for name in ("config", "classes", "palette", "scale"):
         assert getattr(loaded, name) == getattr(model, name)
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 @SUFFIXES
