@@ -26,15 +26,20 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS |= {"amx_bf16": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
 
 
+def remove_other_libraries(wanted: list[Extension] | None) -> None:
+    """Those that an earlier build left in the source tree, which would be loaded beside the wanted ones."""
+    names = {extension.name.rpartition(".")[2] for extension in wanted or ()}
+    for library in Path("segnext_kernels").glob("_*.so"):
+        if library.name.partition(".")[0] not in names:
+            library.unlink()
+
+
 class BuildPy(build_py):
     """Begins without what an earlier build left, which would be packed too: modules that are gone, libraries not wanted now."""
 
     def run(self) -> None:
-        wanted = {extension.name.rpartition(".")[2] for extension in self.distribution.ext_modules or ()}
         if self.editable_mode:
-            for library in Path("segnext_kernels").glob("_*.so"):
-                if library.name.partition(".")[0] not in wanted:
-                    library.unlink()
+            remove_other_libraries(self.distribution.ext_modules)
         else:
             for package in ("segnext_kernels", "segnext"):
                 shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
@@ -204,6 +209,8 @@ else:
 
         def run(self) -> None:
             check_compiler()
+            if self.inplace:
+                remove_other_libraries(self.extensions)
             self.parallel = None  # each library's ninja has all processors, and its folder is the command's state
             super().run()
 

@@ -95,7 +95,7 @@ class PlainDWConvGELU(DWConvGELU):
 class PlainNMF2D(NMF2D):
     """Keeps its fixed bases, as a fused model does."""
 
-    kept: Tensor  # [1, C, rank], in float64
+    kept: Tensor  # [1, C, rank], in the model's dtype
 
     def fixed_bases(self, channels: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.kept.to(dtype)

@@ -24,7 +24,7 @@ from .images import write_png
 from .model import SegNeXt
 from .palette import comparison
 from .palette import legend as drawn_legend
-from .predict import SCALE, require_outside, require_photographs, tell_scale
+from .predict import SCALE, holds_any, require_photographs, tell_scale
 from .recipes import Recipe, RecipeError, asked_of_shown
 from .views import MULTI_SCALE, View, label_map
 from .weights import load
@@ -266,7 +266,8 @@ def table(classes: Sequence[str], columns: dict[str, Tensor]) -> str:
 def _outside(folder: Path, pairs: Pairs) -> None:
     """Pictures are called as the data's images, which they must not replace, nor what these are links to."""
     files = {Path(file) for both in pairs.files for file in both if isinstance(file, str)}  # a mask may be something else
-    require_outside(folder, files)
+    if holds_any(folder, files):
+        raise RecipeError(f"{folder} holds images or masks of the data; choose another folder for the pictures")
 
 
 def _writer(folder: Path, classes: list[str], palette: list) -> Callable[[str, Tensor, Tensor, Tensor], None]:

@@ -61,13 +61,14 @@ def predict(
         The files that could not be read, or for which memory was too small. Each was named on stderr and skipped.
 
     Raises:
-        InputError: no inputs, results that would overwrite them or have too long names, a model that is not for photographs,
-            ``shown`` beside ``short_side``, a ``short_side`` that is too small.
-        RecipeError: ``shown`` makes no sense, or ``out`` is a folder of the inputs.
+        InputError: no inputs, results that would overwrite them, come among them or have too long names, a model that is not
+            for photographs, ``shown`` beside ``short_side``, a ``short_side`` that is too small.
+        RecipeError: ``shown`` makes no sense.
         WeightsError: from :func:`segnext.load`.
     """
     if shown and short_side is not None:
         raise InputError(f"--short-side shows photographs whole and at that size; it goes without --{next(iter(shown))}")
+    _require_seen(short_side)
     photos, out = find_images(inputs), Path(out)
     names = unique_names(photos)
     if long := [photo for photo, name in zip(photos, names, strict=True) if len(os.fsencode(f"{name}_overlay.png")) > LONGEST]:
@@ -76,7 +77,8 @@ def predict(
     for photo in photos:
         if photo.name in results and photo.resolve().parent == out.resolve():
             raise InputError(f"{photo} would be overwritten by a result; choose another folder than {out}")
-    require_outside(out, [photo for folder in map(Path, inputs) if folder.is_dir() for photo in image_files(folder)])
+    if holds_any(out, [photo for folder in map(Path, inputs) if folder.is_dir() for photo in image_files(folder)]):
+        raise InputError(f"{out} holds photographs to look at; choose another folder for the pictures")
     model = load_for_photographs(weights, rank)
     asked = recipes.asked_of_shown(shown)
     if short_side is None and "scale" not in asked:
@@ -188,10 +190,14 @@ def seen_size(model: nn.Module, image: Tensor, short_side: int | None = None) ->
 def _whole(model: nn.Module, image: Tensor, short_side: int | None) -> View:
     if short_side is None:
         return View(getattr(model, "scale", None) or SCALE, getattr(model, "multiple", 1))
-    if 0 < short_side < recipes.LEAST_SIDE:
-        raise InputError(f"a short side of {short_side} is neither 0 nor at least {recipes.LEAST_SIDE} pixels")
+    _require_seen(short_side)
     bound = (4 * short_side, short_side)
     return View(None if short_side == 0 or fit_factor(tuple(image.shape[-2:]), bound) >= 1 else bound)
+
+
+def _require_seen(short_side: int | None) -> None:
+    if short_side is not None and 0 < short_side < recipes.LEAST_SIDE:
+        raise InputError(f"a short side of {short_side} is neither 0 nor at least {recipes.LEAST_SIDE} pixels")
 
 
 def _tested(model: nn.Module, image: Tensor, short_side: int | None) -> View:
@@ -220,10 +226,9 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     return list({path.absolute(): path for path in found}.values())
 
 
-def require_outside(folder: Path, files: Iterable[Path]) -> None:
-    """Raises a RecipeError where pictures would come among the data's, or among what these are links to."""
-    if folder.resolve() in {place for file in files for place in (file.parent.resolve(), file.resolve().parent)}:
-        raise recipes.RecipeError(f"{folder} holds images or masks of the data; choose another folder for the pictures")
+def holds_any(folder: Path, files: Iterable[Path]) -> bool:
+    """Whether one of the files, or what it is a link to, lies in the folder itself."""
+    return folder.resolve() in {place for file in files for place in (file.parent.resolve(), file.resolve().parent)}
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:

@@ -129,7 +129,7 @@ def group_norm(op: str, factors: dict[str, Tensor], groups: int, x: Tensor) -> t
 
 
 def check_groups(op: str, groups: int, eps: float) -> None:
-    """Checks the numbers of a group norm, which kernels are asked with before tensors are checked: they take a bool for one."""
+    """Checks the numbers of a group norm, before the kernel is called, which would accept a bool."""
     whole(op, "groups", groups)
     number(op, "eps", eps)
 

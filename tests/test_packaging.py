@@ -119,6 +119,17 @@ def test_compiled_wheel_is_for_every_python_from_3_10(source):
     assert all(name.endswith(".abi3.so") for name in libraries)
 
 
+def test_a_build_in_place_removes_libraries_of_an_earlier_one(source):
+    """They would be loaded beside the new ones, which know another interface."""
+    left, kept = source / "segnext_kernels" / "_C_cuda.abi3.so", source / "segnext_kernels" / "_C_baseline.abi3.so"
+    for library in (left, kept):
+        library.touch()
+    build = "b.inplace, b.build_extensions, b.copy_extensions_to_source = 1, print, print; b.run()"
+    checked("-c", f"{PLAN}; {build}", cwd=source, FORCE_CUDA="0")
+    assert kept.exists() and not left.exists()
+    kept.unlink()
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ on x86-64")
 def test_compiler_without_matrix_tiles_builds_the_rest(source, tmp_path):
     compiler = tmp_path / "compiler"

@@ -14,7 +14,6 @@ from segnext.cli import main
 from segnext.images import normalise, read_image
 from segnext.palette import generated_palette
 from segnext.predict import InputError, find_images, predict, seen_size, segment, unique_names
-from segnext.recipes import RecipeError
 from segnext.views import View
 
 
@@ -169,7 +168,7 @@ def test_results_do_not_come_among_the_inputs(tmp_path, weights):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "a.png").symlink_to(tmp_path / "a.png")
     for folder in (tmp_path, tmp_path / "links"):
-        with pytest.raises(RecipeError, match="holds images or masks of the data; choose another folder for the pictures"):
+        with pytest.raises(InputError, match="holds photographs to look at; choose another folder for the pictures"):
             predict([folder], weights, tmp_path)
     assert files(tmp_path) == {"a.png", "links"}
     assert predict([tmp_path], weights, tmp_path / "out") == predict([tmp_path / "a.png"], weights, tmp_path) == []
@@ -230,9 +229,14 @@ def test_short_side_bounds_what_the_model_sees(short_side, seen):
 
 
 @pytest.mark.parametrize("short_side", [1, 7])
-def test_short_sides_that_are_too_small(short_side):
-    with pytest.raises(InputError, match=f"a short side of {short_side} is neither 0 nor at least 8 pixels"):
+def test_short_sides_that_are_too_small(tmp_path, weights, short_side):
+    small.photo(32, 32).save(tmp_path / "a.png")
+    message = f"a short side of {short_side} is neither 0 nor at least 8 pixels"
+    with pytest.raises(InputError, match=message):
         segment(small_model(), torch.zeros(3, 40, 40, dtype=torch.uint8), short_side)
+    with pytest.raises(InputError, match=message):
+        predict([tmp_path / "a.png"], weights, tmp_path / "out", short_side=short_side)
+    assert not (tmp_path / "out").exists()
 
 
 def test_windows_of_the_checkpoint(tmp_path):

@@ -36,7 +36,8 @@ struct Matrices {
 inline constexpr int64_t kMostSteps = 1 << 20;  // of nmf
 // bases [B, D, rank] are accumulators, and so are the factors that forward may leave for backward, in an order of their own.
 // rounded: in products with bfloat16 x the factors may be rounded to it, where nothing is left for backward.
-// one_step: backward differentiates the last update of the coefficients alone. The size throws std::bad_alloc where it is none.
+// one_step: backward differentiates the last update of the coefficients alone. nmf_factors_size throws std::bad_alloc for more
+// than any memory holds.
 int64_t nmf_factors_size(const Matrices& x, int64_t rank, int64_t steps, bool one_step);
 // projection [D, D], accumulators, may be null: else y is multiplied with it from the left.
 void nmf_forward(const Matrices& x, const void* bases, int64_t rank, int64_t steps, bool rounded, bool one_step, void* factors,

@@ -21,7 +21,7 @@ struct NmfShape {
     constexpr int L = kLanes<A>;
     vectors = ceil_div(rank, L);
     padded = vectors * L;
-    chunk = N / 16 > 128 ? ((N + 15) / 16 + 31) / 32 * 32 : 128;
+    chunk = N / 16 > 128 ? round_up(ceil_div(N, 16), 32) : 128;
     chunks = ceil_div(N, chunk);
     const int64_t fits = 49152 / (D > 0 ? D : 1);  // a tile of x takes about 200 KB
     const int64_t most = fits < 32 ? 32 : fits;

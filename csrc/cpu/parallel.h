@@ -136,7 +136,7 @@ class Share {
 struct Parallel {
   using Body = std::function<void(Share&)>;
   int64_t threads;
-  void (*run)(int64_t count, const std::function<void(int64_t)>& f);  // f(i) for all i below count; what one throws, too
+  void (*run)(int64_t count, const std::function<void(int64_t)>& f);  // f(i) for all i below count; throws what an f threw
 
   void operator()(int64_t items, const Body& body) const { (*this)(Loop{items}, body); }
   void operator()(const Loop& loop, const Body& body) const {

@@ -49,7 +49,10 @@ def conv_act(
     Source:
         SegNeXt (NeurIPS 2022), section 3.1: its stem, downsampling and projections, batch norms folded.
     """
-    for name, number in (("kernel_size", kernel_size), ("stride", stride)):  # of which the kernel would take other types
+    for name, number in (
+        ("kernel_size", kernel_size),
+        ("stride", stride),
+    ):  # the kernel would accept a bool
         whole("conv_act", name, number)
     args = (x, weight, bias, kernel_size, stride, activation)
     return _inference.call("conv_act", backend, _validate_inference.conv_act, _reference.conv_act, *args)

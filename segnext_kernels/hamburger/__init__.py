@@ -59,7 +59,7 @@ def hamburger(
     Source:
         "Is Attention Better Than Matrix Decomposition?" (ICLR 2021), figure 2; ``Hamburger`` of the official code.
     """
-    check_updates("hamburger", steps, round_factors)  # of which the kernel would take other types than the others do
+    check_updates("hamburger", steps, round_factors)  # before the kernel is called, which would accept others
     _validate_inference.check_groups("hamburger", groups, eps)
     args = (x, ham_in, bias, bases, steps, ham_out, norm_weight, norm_bias, groups, eps, round_factors)
     return _inference.call("hamburger", backend, _validate_inference.hamburger, _reference.hamburger, *args)

@@ -68,8 +68,9 @@ def patch(model: nn.Module) -> Patched:
 
     The convolutions and losses in a swapped module are no longer called: before hooking, pruning, quantising or replacing them,
     or changing their attributes or the module's own, and before tracing, scripting or exporting the model to ONNX, call
-    :func:`unpatch` (most of it is refused otherwise); also before pickling it whole for somewhere without this package (the
-    state_dict needs none). The compiled kernels have no second derivative.
+    :func:`unpatch`; also before pickling it whole for somewhere without this package (the state_dict needs none). (What is
+    refused otherwise: hooks, replaced parts, another activation or loss, and what a decomposition is told.) The compiled
+    kernels have no second derivative.
 
     Args:
         model: it is changed. Patch it before ``torch.compile``.
