@@ -112,9 +112,9 @@ def test_autocast_on_gpus_is_registered():
 
 
 def test_triton_static_command(monkeypatch, capsys):
-    monkeypatch.setattr(triton_static, "report", lambda: "# a table")
-    assert main(["triton-static"]) == 0
-    assert capsys.readouterr().out == "# a table\n"
+    monkeypatch.setattr(triton_static, "report", lambda case, target: f"# a table of {case} for {target}")
+    assert main(["triton-static", "--target", "sm_90"]) == 0
+    assert capsys.readouterr().out == "# a table of * for sm_90\n"
     monkeypatch.setitem(_triton.__dict__, "failure", "Triton is not installed (somewhere)")
     assert main(["triton-static"]) == 2
     assert "there are no Triton kernels to compile: Triton is not installed" in capsys.readouterr().err
