@@ -4,8 +4,6 @@
 PYTHON ?= python3
 VENV := .venv
 PIP = $(VENV)/bin/python -m pip
-# Byte code is made of what is imported, when it is: of all that is installed it takes a third of the installation's time.
-INSTALL = $(PIP) install --no-compile
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f ! -name '*.md')
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -66,10 +64,10 @@ $(VENV)/.python:
 
 # Without build isolation, so that torch is fetched once, and compiled against the torch that runs.
 $(VENV)/.built: $(SOURCES) | $(VENV)/.python
-	$(INSTALL) "setuptools>=77" "torch>=2.10" ninja
-	$(INSTALL) --no-build-isolation -e .
+	$(PIP) install "setuptools>=77" "torch>=2.10" ninja
+	$(PIP) install --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.models $(VENV)/.test $(VENV)/.docs $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
-	$(INSTALL) "segnext-kernels[$*]"
+	$(PIP) install "segnext-kernels[$*]"
 	touch $@
