@@ -114,7 +114,9 @@ def _report(arguments: argparse.Namespace) -> None:
         progress.close()
         if table:
             figures = report.as_json(table, limits, absent)
-            _finish(arguments.out, "report", figures, report.markdown(figures), lambda folder: report.plots(table, folder))
+            print(text := report.markdown(figures))
+            _write(arguments.out, "report", figures, text)
+            _plot(arguments.out, lambda folder: report.plots(table, folder))
 
 
 def _contenders(case: Case, without: list[str]) -> tuple[Contender, ...]:
@@ -137,7 +139,8 @@ def _place(turn: tuple[Case, str]) -> tuple[object, ...]:
 def _scaling(arguments: argparse.Namespace) -> None:
     for figures in scaling.run(scaling.grid(), arguments.seconds):
         _write(arguments.out, "scaling", figures, text := scaling.markdown(figures))
-    _finish(arguments.out, "scaling", figures, text, lambda folder: scaling.plot(figures, folder / "scaling.png"))
+    print(text)
+    _plot(arguments.out, lambda folder: scaling.plot(figures, folder / "scaling.png"))
 
 
 def _memory(arguments: argparse.Namespace) -> None:
@@ -186,10 +189,8 @@ def _write(folder: Path | None, name: str, figures: dict, text: str) -> None:
         output.write_json(folder / f"{name}.json", figures)
 
 
-def _finish(folder: Path | None, name: str, figures: dict, text: str, plot: Callable[[Path], None]) -> None:
-    """Prints the Markdown, and writes it with the figures and plots if there is a folder."""
-    print(text)
-    _write(folder, name, figures, text)
+def _plot(folder: Path | None, plot: Callable[[Path], None]) -> None:
+    """The plots if there is a folder, and matplotlib."""
     if folder is None:
         return
     if output.can_plot():

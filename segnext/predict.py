@@ -77,7 +77,8 @@ def predict(
     for photo in photos:
         if photo.name in results and photo.resolve().parent == out.resolve():
             raise InputError(f"{photo} would be overwritten by a result; choose another folder than {out}")
-    if holds_any(out, [photo for folder in map(Path, inputs) if folder.is_dir() for photo in image_files(folder)]):
+    folders = {path.absolute() for path in map(Path, inputs) if path.is_dir()}
+    if holds_any(out, [photo for photo in photos if photo.parent.absolute() in folders]):
         raise InputError(f"{out} holds photographs to look at; choose another folder for the pictures")
     model = load_for_photographs(weights, rank)
     asked = recipes.asked_of_shown(shown)

@@ -83,10 +83,7 @@ def positive(text: str) -> int:
 
 
 def _rank(text: str) -> int:
-    value = positive(text)
-    if value > MOST_RANK:
-        raise argparse.ArgumentTypeError(f"{text} is more than any head has channels, {MOST_RANK}")
-    return value
+    return _at_most(positive(text), MOST_RANK, "any head has channels")
 
 
 def short_side(text: str) -> int:
@@ -97,9 +94,12 @@ def short_side(text: str) -> int:
 
 
 def width(text: str) -> int:
-    value = count(text)
-    if value > MOST_WIDTH:
-        raise argparse.ArgumentTypeError(f"{text} is more than a column of a figure may have, {MOST_WIDTH}")
+    return _at_most(count(text), MOST_WIDTH, "a column of a figure may have")
+
+
+def _at_most(value: int, most: int, what: str) -> int:
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{value} is more than {what}, {most}")
     return value
 
 

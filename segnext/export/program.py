@@ -15,7 +15,7 @@ import segnext_kernels
 from ..errors import SegnextError
 from ..fuse import fuse
 from ..model import MEAN, STD, SegNeXt
-from ..recipes import SHOWN
+from ..recipes import shown
 
 LEAST = 33  # pixels: of fewer the coarsest map has a single row or column, for which torch.export traces another program
 DECOMPOSED = ("conv_act", "group_norm_relu", "hamburger", "mlp", "resize_concat_conv", "spatial_attention")
@@ -78,7 +78,7 @@ def metadata(model: SegNeXt, labels: bool) -> dict[str, str]:
     :class:`segnext.SegNeXt`): scale, multiple (above 1), window and stride.
     """
     config = model.config
-    facts = {name: getattr(model, name) for name in ("classes", "palette", *SHOWN)}
+    facts = {"classes": model.classes, "palette": model.palette, **shown(model)}
     facts["multiple"] = model.multiple if model.multiple > 1 else None
     values = "normalised as in training"
     if config.in_channels == len(MEAN):

@@ -169,7 +169,7 @@ class MLP(Kind):
     def fused(self: nn.Module, x: Tensor) -> Tensor:
         convolution = inner(self.dwconv)
         require_unreplaced(self, convolution, self.act)
-        wrapper = self.dwconv
+        wrapper = self.dwconv  # all of why_not at every call would take as long as a small kernel
         wrapped = wrapper is not convolution and (len(wrapper._modules) > 1 or why_must_be_called("dwconv", wrapper))
         if wrapped or self.act.approximate != "none":
             require_unchanged(MLP.why_not, self)
