@@ -1,4 +1,5 @@
 // The registration of the operators' CPU kernels. Only the bindings know torch; the schemas are Python's.
+#include "convolutions.h"
 #include "cpu/amx.h"
 #include "threads.h"
 
@@ -14,59 +15,24 @@ using segnext::ResidualScale;
 using segnext::StripFilters;
 using segnext::Targets;
 
-Tensor msca_strips(const Tensor& given, const std::vector<Tensor>& weights) {
-  const Tensor x = arranged(given);
-  const Image in = image(x, "x");
-  const Filters filters = strip_filters(weights, in);
-  Tensor y = torch::stable::empty_like(x);
-  segnext::msca_strips_forward(in, filters.pointers, image_like(y, in, "y"), parallel());
-  return y;
-}
-
-std::tuple<Tensor, std::vector<Tensor>> msca_strips_backward(const Tensor& given_grad, const Tensor& given,
-                                                             const std::vector<Tensor>& weights, bool need_x,
-                                                             bool need_weights) {
-  const Tensor x = arranged(given), grad_out = arranged(given_grad);
-  const Image in = image(x, "x"), grad = image_like(grad_out, in, "grad_out");
-  const Filters filters = strip_filters(weights, in);
-  Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
-  const Image out = need_x ? image_like(grad_x, in, "grad_x") : Image{};
-  std::vector<Tensor> grads;
-  StripFilters pointers = filters.pointers;
-  for (size_t i = 0; need_weights && i < weights.size(); ++i) {
-    grads.push_back(gradient_of(weights[i]));
-    pointers.tensors[i] = grads.back().data_ptr();
+// The kernels of convolutions.h on torch's threads; they check themselves where their tensors are.
+struct OnCpu {
+  OnCpu(const Tensor&, const Tensors&) {}
+  void msca_strips(const Image& x, const StripFilters& filters, const Image& y) const {
+    segnext::msca_strips_forward(x, filters, y, parallel());
   }
-  segnext::msca_strips_backward(grad, in, filters.pointers, out, need_weights ? &pointers : nullptr, parallel());
-  return {grad_x, grads};
-}
-
-Tensor dwconv_gelu(const Tensor& given, const Tensor& weight, const Tensor& bias) {
-  const Tensor x = arranged(given);
-  const Image in = image(x, "x");
-  const Dtype dtype = filter_dtype(weight, in);
-  const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
-  Tensor y = torch::stable::empty_like(x);
-  segnext::dwconv_gelu_forward(in, depthwise_filter(w, b, dtype), image_like(y, in, "y"), parallel());
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor> dwconv_gelu_backward(const Tensor& grad_out, const Tensor& given, const Tensor& weight,
-                                                        const Tensor& bias, bool need_x, bool need_weights) {
-  const Tensor x = arranged(given);
-  const Image in = image(x, "x");
-  const Tensor gradient = arranged_like(grad_out, in, "grad_out");
-  const Image grad = image_like(gradient, in, "grad_out");
-  const Dtype dtype = filter_dtype(weight, in);
-  const Tensor w = filter(weight, {in.channels, 1, 3, 3}, "weight", dtype), b = filter(bias, {in.channels}, "bias", dtype);
-  Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty(x);
-  Tensor grad_weight = need_weights ? gradient_of(weight) : empty(x);
-  Tensor grad_bias = need_weights ? gradient_of(bias) : empty(x);
-  const DepthwiseFilter grads{grad_weight.data_ptr(), grad_bias.data_ptr(), dtype};
-  segnext::dwconv_gelu_backward(grad, in, depthwise_filter(w, b, dtype), need_x ? image_like(grad_x, in, "grad_x") : Image{},
-                                need_weights ? &grads : nullptr, parallel());
-  return {grad_x, grad_weight, grad_bias};
-}
+  void msca_strips_backward(const Image& grad, const Image& x, const StripFilters& filters, const Image& grad_x,
+                            const StripFilters* grads) const {
+    segnext::msca_strips_backward(grad, x, filters, grad_x, grads, parallel());
+  }
+  void dwconv_gelu(const Image& x, const DepthwiseFilter& filter, const Image& y) const {
+    segnext::dwconv_gelu_forward(x, filter, y, parallel());
+  }
+  void dwconv_gelu_backward(const Image& grad, const Image& x, const DepthwiseFilter& filter, const Image& grad_x,
+                            const DepthwiseFilter* grads) const {
+    segnext::dwconv_gelu_backward(grad, x, filter, grad_x, grads, parallel());
+  }
+};
 
 ResidualScale residual_scale(const Tensor& scale, const std::optional<Tensor>& keep, const Image& x) {
   return {data_of(scale, "scale"), keep ? numbers(*keep, {x.images}, accumulator_of(x.dtype), "keep") : nullptr};
@@ -241,10 +207,7 @@ Tensor upsample_cross_entropy_backward(const Tensor& grad_out, const Tensor& giv
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(segnext_kernels, CPU, m) {
-  m.impl("msca_strips", TORCH_BOX(&msca_strips));
-  m.impl("msca_strips_backward", TORCH_BOX(&msca_strips_backward));
-  m.impl("dwconv_gelu", TORCH_BOX(&dwconv_gelu));
-  m.impl("dwconv_gelu_backward", TORCH_BOX(&dwconv_gelu_backward));
+  register_convolutions<OnCpu>(m);
   m.impl("scale_add", TORCH_BOX(&scale_add));
   m.impl("scale_add_backward", TORCH_BOX(&scale_add_backward));
   m.impl("nmf", TORCH_BOX(&nmf));

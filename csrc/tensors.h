@@ -140,10 +140,6 @@ inline Tensor filter(const Tensor& t, const Shape& shape, const char* name, Dtyp
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-inline DepthwiseFilter depthwise_filter(const Tensor& weight, const Tensor& bias, Dtype dtype) {
-  return {data_of(weight, "weight"), data_of(bias, "bias"), dtype};
-}
-
 // The dtype that all of an image's filters have, of which this is the first: x's, or float32 beside 16 bits.
 inline Dtype filter_dtype(const Tensor& first, const Image& x) {
   return x.dtype != Dtype::kFloat64 && first.scalar_type() == ScalarType::Float ? Dtype::kFloat32 : x.dtype;
