@@ -58,11 +58,17 @@ def register(
         torch.library.register_autograd(f"{lib.ns}::{_name(backward_schema)}", refuse, lib=lib)
 
 
-def register_inference(schema: str, fake: Callable, reference: Callable, triton: ModuleType | None = None) -> None:
+def like_image(x, *args):
+    """The fake of an operator whose result is like its image, in channels_last."""
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def register_inference(schema: str, reference: Callable, fake: Callable = like_image, triton: ModuleType | None = None) -> None:
     """Registers an operator that serves inference alone: its backward, which programs that were traced or exported can come to,
     refuses. ``_inference.call`` does so before.
 
     Args:
+        fake: shapes, dtypes and strides of the result.
         reference: takes the schema's arguments; serves programs that were exported where there are kernels, and run where for
             the device there are none. The public functions choose it themselves.
     """

@@ -150,8 +150,8 @@ class NMF2D(nn.Module):
         whole("NMF2D", "seed", seed)
         for steps in (train_steps, eval_steps):
             check_updates("NMF2D", steps, round_factors)
-        self.rank, self.train_steps, self.eval_steps = rank, train_steps, eval_steps
-        self.bases, self.seed, self.gradient, self.round_factors = bases, seed, gradient, round_factors
+        self.rank, self.train_steps, self.eval_steps = int(rank), int(train_steps), int(eval_steps)
+        self.bases, self.seed, self.gradient, self.round_factors = bases, int(seed), gradient, round_factors
 
     def forward(self, x: Tensor, bases: Tensor | None = None, projection: Tensor | None = None) -> Tensor:
         check_tensor("NMF2D", "x", x, "[N, C, H, W]")

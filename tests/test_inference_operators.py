@@ -365,3 +365,10 @@ def test_a_recorded_call_takes_any_strides(operator, dtype, backend):
     function = getattr(torch.ops.segnext_kernels, operator)
     for layout in ("sliced", "transposed", "contiguous"):
         assert_same([function(tree_map(lambda image: arrange(image, layout), x), *rest)], [function(x, *rest)])  # noqa: B023
+
+
+@pytest.mark.parametrize("served", ["reference", None])
+def test_no_outputs(served):
+    x, weight, bias = torch.rand(1, 8, 4, 5), kernels.pack(torch.empty(0, 8)), torch.empty(0)
+    assert kernels.conv_act(x, weight, bias, backend=served).shape == (1, 0, 4, 5)
+    assert kernels.resize_concat_conv([x, x], [weight, weight], bias, backend=served).shape == (1, 0, 4, 5)

@@ -28,6 +28,7 @@ from operators import (
     tolerance,
 )
 from operators import nmf_sample as sample_of
+from torch.func import jacfwd, jacrev
 
 from segnext_kernels import build_info, nmf
 
@@ -383,3 +384,11 @@ def test_factors_that_no_memory_holds(backend):
     x, bases = torch.ones(1, 1, 1 << 20), torch.ones(1, 1, 1 << 20, requires_grad=True)
     with pytest.raises(MemoryError):
         nmf(x, bases, 1 << 20, backend=backend)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "one_step"])
+def test_forward_mode_is_the_same_derivative(gradient):
+    x, bases = torch.rand(1, 4, 5, dtype=torch.float64), torch.rand(1, 4, 2, dtype=torch.float64)
+    for argument in (0, 1):
+        jacobians = [of(lambda x, bases: nmf(x, bases, 3, gradient), argument)(x, bases) for of in (jacfwd, jacrev)]
+        torch.testing.assert_close(*jacobians)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -326,3 +327,10 @@ def test_nmf2d_names_what_it_takes():
         NMF2D(3)(images(4, 9, 10))
     with pytest.raises(TypeError, match="NMF2D: seed must be an int, got float"):
         NMF2D(3, seed=1.5)
+
+
+def test_numbers_of_numpy():
+    x = torch.rand(1, 8, 3, 3)
+    ours, numpys = NMF2D(4, 6, 7, seed=3), NMF2D(np.int64(4), np.int32(6), np.int64(7), seed=np.uint32(3))
+    assert numpys.eval()(x).equal(ours.eval()(x))
+    assert torch.compile(numpys, fullgraph=True, backend="eager")(x).equal(ours(x))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import golden
 import pytest
@@ -317,3 +319,37 @@ def test_modules_that_only_look_odd():
     mlp = Mlp(8, 16)
     nn.utils.parametrizations.weight_norm(mlp.fc1)
     assert patch(mlp).swapped == {"": "dwconv_gelu"}
+
+
+def test_trials_leave_modules_in_lists_alone():
+    class Counter(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.watch = [Counter()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.watch[0](x)
+
+    model = Mlp(8, 16)
+    model.drop = Watched()
+    assert patch(model).swapped
+    assert model.drop.watch[0].calls == 0
+
+
+def test_patched_classes_are_freed():
+    class Own(Mlp):
+        table = torch.zeros(1)
+
+    model, known = Own(8, 16), weakref.ref(Own)
+    assert patch(model).swapped
+    unpatch(model)
+    del model, Own
+    gc.collect()
+    assert known() is None

@@ -241,3 +241,9 @@ def test_operator_without_checks_in_python_refuses_a_gradient_of_another_dtype(d
 def test_no_classes_are_refused_for_empty_targets_too(backend):
     with pytest.raises(ValueError, match="empty logits"):
         upsample_cross_entropy(torch.zeros(1, 0, 4, 4), torch.zeros(1, 0, 4, dtype=torch.int64), backend=backend)
+
+
+@pytest.mark.parametrize("served", ["reference", None])
+def test_no_pixels_of_logits_that_are_not_finite(served):
+    logits = torch.full((1, 3, 2, 2), torch.nan)
+    assert upsample_cross_entropy(logits, torch.empty(1, 0, 5, dtype=torch.int64), backend=served) == 0

@@ -8,8 +8,8 @@ namespace segnext {
 SEGNEXT_INLINE Vector<float> relu(Vector<float> z) { return z < 0.0f ? Vector<float>{} : z; }  // NaN stays
 
 // GELU(z) = z (1 / 2 + c P(u)) with c = z clamped to [-end, end] and u the polynomial `square` of c^2. P is fitted for the
-// least error of GELU and so that c P is one half at the end: from there on it is the ReLU, but for rounding (and minus
-// infinity, which stays).
+// least error of GELU and so that c P is one half at the end: from there on it is the ReLU, but for rounding. Minus infinity
+// stays where multiply-adds are fused, and is NaN elsewhere, as in PyTorch.
 template <int Tile, int N, class F>
 SEGNEXT_INLINE void gelu(Vector<float> (&z)[Tile], float end, const float (&p)[N], const F& square) {
   typedef Vector<float> V;

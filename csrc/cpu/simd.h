@@ -142,8 +142,10 @@ SEGNEXT_INLINE VectorN<float, N> widen(VectorN<uint16_t, N> half, Half) {
   auto bits = __builtin_convertvector(half, VectorN<uint32_t, N>);
   auto magnitude = bits & 0x7fff;
   auto shifted = magnitude << 13;  // exponent and fraction in float's places, the exponent 112 too small
-  auto scaled = bit_cast<VectorN<float, N>>(shifted) * 0x1p112f;
-  auto finite = bit_cast<VectorN<uint32_t, N>>(scaled);
+  // A half below the normal ones is so many units of 2^-24, which 0.5 has room for; a float below the normal ones in between
+  // would be zero where the processor flushes these (torch.set_flush_denormal).
+  auto units = bit_cast<VectorN<float, N>>(magnitude | 0x3f000000u) - 0.5f;
+  auto finite = magnitude < 0x400 ? bit_cast<VectorN<uint32_t, N>>(units) : shifted + 0x38000000u;
   auto special = shifted | 0x7f800000u;
   auto result = (magnitude >= 0x7c00 ? special : finite) | (bits & 0x8000) << 16;
   return bit_cast<VectorN<float, N>>(result);
@@ -285,7 +287,7 @@ SEGNEXT_INLINE Vector<float> clamp(Vector<float> z, float end) {
 #endif
 }
 
-// exp(x) for x <= 0, to 2 units in the last place, through the subnormals down to 0.
+// exp(x) for x <= 0, to 3 units in the last place, through the subnormals down to 0.
 SEGNEXT_INLINE Vector<float> exp_negative(Vector<float> x) {
   typedef Vector<float> V;
   typedef BitsVector<float> I;

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import segnext_kernels
+from segnext_kernels._select import INFERENCE_OPERATORS
 
 from ..errors import SegnextError
 from ..fuse import fuse
@@ -18,7 +19,6 @@ from ..model import MEAN, STD, SegNeXt
 from ..recipes import shown
 
 LEAST = 33  # pixels: of fewer the coarsest map has a single row or column, for which torch.export traces another program
-DECOMPOSED = ("conv_act", "group_norm_relu", "hamburger", "mlp", "resize_concat_conv", "spatial_attention")
 
 
 class ExportError(SegnextError, RuntimeError):
@@ -59,7 +59,7 @@ def trace(model: SegNeXt, shape: tuple[int, ...], *, dynamic: bool = False, labe
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
     """The same with PyTorch's own operators only: the references in place of ours."""
-    references = {name: getattr(import_module(f"segnext_kernels.{name}.reference"), name) for name in DECOMPOSED}
+    references = {name: getattr(import_module(f"segnext_kernels.{name}.reference"), name) for name in INFERENCE_OPERATORS}
     references["upsample_argmax"] = _labels
     return program.run_decompositions(
         {getattr(torch.ops.segnext_kernels, name).default: reference for name, reference in references.items()}

@@ -12,5 +12,5 @@ def _fake(x, weight, bias, kernel_size, stride, activation):
 
 
 register_inference(
-    "conv_act(Tensor x, Tensor weight, Tensor bias, int kernel_size, int stride, str activation) -> Tensor", _fake, conv_act
+    "conv_act(Tensor x, Tensor weight, Tensor bias, int kernel_size, int stride, str activation) -> Tensor", conv_act, _fake
 )

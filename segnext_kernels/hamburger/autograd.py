@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from .._register import register_inference
 from .reference import hamburger
-
-
-def _fake(x, *args):
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
 
 register_inference(
     "hamburger(Tensor x, Tensor ham_in, Tensor bias, Tensor bases, int steps, Tensor ham_out, Tensor norm_weight,"
     " Tensor norm_bias, int groups, float eps, bool round_factors) -> Tensor",
-    _fake,
     hamburger,
 )

@@ -24,6 +24,7 @@ def factorise(x: Tensor, bases: Tensor, steps: int, gradient: str = "exact") -> 
             coef = coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)
             bases = bases * (x @ coef) / (bases @ (coef.mT @ coef) + EPS)
     if gradient == "one_step":
+        coef = coef.detach()  # forward mode's derivatives, too, begin here
         # Those of all steps, with the caller's in the graph, whose gradient is then zero and not none
         bases = torch.where(torch.zeros_like(bases, dtype=torch.bool), given, bases.detach())
     return bases, coef * (x.mT @ bases) / (coef @ (bases.mT @ bases) + EPS)

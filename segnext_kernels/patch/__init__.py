@@ -69,7 +69,8 @@ def patch(model: nn.Module) -> Patched:
     The convolutions and losses in a swapped module are no longer called: before hooking, pruning, quantising or replacing them,
     or changing their attributes or the module's own, and before tracing, scripting or exporting the model to ONNX, call
     :func:`unpatch`; also before pickling it whole for somewhere without this package (the state_dict needs none). (What is
-    refused otherwise: hooks, replaced parts, another activation or loss, and what a decomposition is told.) The compiled
+    refused otherwise: hooks, replaced convolutions and activations, losses with other attributes, and what a decomposition is
+    told; a loss, or a wrapper of the MLP's convolution, of another class with the same attributes is not noticed.) The compiled
     kernels have no second derivative.
 
     Args:

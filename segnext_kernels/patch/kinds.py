@@ -57,9 +57,11 @@ class Kind:
         raise NotImplementedError
 
 
-@functools.cache
 def fused_class(kind: type[Kind], plain: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a module's class that runs the fused method; everything else stays the module's own."""
+    for made in plain.__subclasses__():  # weak references: a cache would keep both classes for ever
+        if kind_of(made) is kind:
+            return made
     members = {kind.method: kind.fused, KIND: kind, "__reduce_ex__": _reduce, "__module__": plain.__module__}
     return type(f"Fused{plain.__name__}", (plain,), members)
 

@@ -65,6 +65,8 @@ def _copied(value: object, change: Callable[[Tensor], Tensor], memo: dict[int, o
     """A tensor or container of its own; anything else is shared."""
     if id(value) in memo:
         return memo[id(value)]
+    if isinstance(value, nn.Module):  # in an attribute that is no child, such as a list
+        return twin(value, change, memo)
     if isinstance(value, Tensor):
         copied = change(value)
     elif type(value) in (dict, OrderedDict):  # others may not be what they inherit from

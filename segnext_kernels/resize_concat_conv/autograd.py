@@ -11,4 +11,4 @@ def _fake(maps, weights, bias):
     return maps[0].new_empty(images, height, width, bias.shape[0]).permute(0, 3, 1, 2)
 
 
-register_inference("resize_concat_conv(Tensor[] maps, Tensor[] weights, Tensor bias) -> Tensor", _fake, resize_concat_conv)
+register_inference("resize_concat_conv(Tensor[] maps, Tensor[] weights, Tensor bias) -> Tensor", resize_concat_conv, _fake)

@@ -18,5 +18,5 @@ def _reference(logits, height, width):
 
 
 register_inference(
-    "upsample_argmax(Tensor logits, SymInt height, SymInt width) -> Tensor", _fake, _reference, _triton.kernels(__package__)
+    "upsample_argmax(Tensor logits, SymInt height, SymInt width) -> Tensor", _reference, _fake, _triton.kernels(__package__)
 )

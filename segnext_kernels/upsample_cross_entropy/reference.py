@@ -13,7 +13,7 @@ def upsample_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None
     """The mean cross-entropy of bilinearly upsampled logits. See the public function."""
     logits = logits.to(accumulator(logits.dtype))
     if target.numel() == 0:
-        return logits.sum() * 0
+        return (logits * 0).nan_to_num(0).sum()
     upsampled = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(upsampled, target, weight, ignore_index=ignore_index, reduction="sum")
     known = target != ignore_index
