@@ -84,9 +84,9 @@ class Loop:
         def is_time(every: int) -> bool:
             return step.number % every == 0 or self.ended
 
-        save = is_time(recipe.save_every)
         self.due = self.val is not None and is_time(recipe.evaluate_every)
-        if save or self.due:
+        save = self.due or is_time(recipe.save_every)
+        if save:
             self.trainer.require_finite()
         if run is not None and is_time(recipe.log_every):
             run.log_step(step, sum(self.losses) / len(self.losses))
@@ -95,8 +95,7 @@ class Loop:
             self._save()  # first, so that an evaluation that fails costs no steps
         if self.due:
             self._evaluate()
-            if save:
-                self._save()
+            self._save()
             if run is not None and not self.ended:
                 run.draw()
 

@@ -143,7 +143,8 @@ class Trainer:
         self.model.load_state_dict(state["state_dict"])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # nothing but in float16, which the recipe may not have been in before
+            self.scaler.load_state_dict(state["scaler"])
         self.done, self.seconds = state["done"], state["seconds"]
 
     def require_finite(self) -> None:

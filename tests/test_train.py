@@ -509,11 +509,11 @@ def test_masks_of_one_class_are_told_before_training(tmp_path, data):
 
 
 def test_an_evaluation_that_fails_costs_no_steps(tmp_path, data, trained):
-    recipe, out = replace(SHORT, save_every=3), tmp_path / "run"
+    out = tmp_path / "run"
     for failing in ("log_scores", "save_weights"):  # before and after a line of val.csv
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(run.Run, failing, interrupted)
-            resume(out) if out.exists() else train([recipe], [data], out, HERE)
+            resume(out) if out.exists() else train([SHORT], [data], out, HERE)
         state = torch.load(out / "last.pth", weights_only=True)
         assert (state["done"], state["due"]) == (3, True)
     resume(out)

@@ -98,6 +98,12 @@ def test_a_continued_training_ends_with_the_same_bits(name):
     assert unbroken.scaler.state_dict() == second.scaler.state_dict()
 
 
+def test_a_training_goes_on_in_another_precision():
+    first, second = trainer(RECIPE), trainer(replace(RECIPE, precision="float16"))
+    second.load(first.state())
+    assert second.scaler.is_enabled() and next(iter(second.steps())).number == 1
+
+
 def test_a_continued_training_has_the_time_that_was_left():
     loop = trainer(replace(RECIPE, iterations=None, seconds=2.0))
     loop.load({**loop.state(), "seconds": 1.5})
