@@ -120,13 +120,9 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """Height and width, without reading the pixels.
 
     Raises:
-        ImageError: no such file, or no image.
+        ImageError: as :func:`read_image`, but for what only the pixels show.
     """
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:  # what a decoder raises on a broken file depends on where it breaks
-        raise ImageError(f"{path}: cannot be read as an image: {error}") from error
+    return _open(path, lambda image: (image.height, image.width))
 
 
 def image_files(folder: Path) -> list[Path]:

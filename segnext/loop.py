@@ -56,14 +56,10 @@ class Loop:
         if self.due:
             self._evaluate()
         with stop_signals() as signals:
-            try:
-                for step in with_bar(self.trainer, silent=self.run is None):
-                    self._after(step)
-                    if signals and self.run is not None:  # the other processes wait for this one, and end with it
-                        break
-            except (EOFError, ConnectionError, RuntimeError):
-                if not signals:  # else it may be that the processes that read pictures were told to stop, too
-                    raise
+            for step in with_bar(self.trainer, silent=self.run is None):
+                self._after(step)
+                if signals and self.run is not None:  # the other processes wait for this one, and end with it
+                    break
             if signals and not self.ended:
                 self._save_what_was_stopped()
                 raise KeyboardInterrupt

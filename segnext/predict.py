@@ -95,7 +95,9 @@ def predict(
             try:
                 image = read_image(photo)
                 with explain_out_of_memory(torch.device(device), f"a smaller --short-side for {photo}"):
-                    labels = segment(model, image, short_side, multi_scale=multi_scale, flip=flip)
+                    labels = segment(
+                        model, image, short_side, multi_scale=multi_scale, flip=flip, keep_larger="scale" not in asked
+                    )
             except (ImageError, DeviceError) as error:
                 broken.append(photo)
                 bar.write(f"skipped: {error}", file=sys.stderr)
@@ -141,7 +143,13 @@ def require_photographs(config: Config, weights: str | Path) -> None:
 
 
 def segment(
-    model: nn.Module, image: Tensor, short_side: int | None = None, *, multi_scale: bool = False, flip: bool = False
+    model: nn.Module,
+    image: Tensor,
+    short_side: int | None = None,
+    *,
+    multi_scale: bool = False,
+    flip: bool = False,
+    keep_larger: bool = True,
 ) -> Tensor:
     """The label map of one picture of any size, which the model is shown as evaluation by its recipe does.
 
@@ -156,6 +164,7 @@ def segment(
             most four times as many on the longer, which bounds time and memory; smaller pictures are not enlarged, 0 leaves
             every size as it is.
         multi_scale, flip: look at the picture in six sizes, 0.5 to 1.75 times that, and mirrored.
+        keep_larger: whether pictures that are larger than windows as large as the scale keep their size.
 
     Returns:
         Labels int64 [H, W], at the full size of the picture.
@@ -163,7 +172,7 @@ def segment(
     Raises:
         InputError: ``short_side`` is below 8, and not 0.
     """
-    view = _tested(model, image, short_side)
+    view = _tested(model, image, short_side, keep_larger)
     return label_map(model, image, replace(view, ratios=MULTI_SCALE if multi_scale else (1.0,), flip=flip))
 
 
@@ -201,11 +210,11 @@ def _require_seen(short_side: int | None) -> None:
         raise InputError(f"a short side of {short_side} is neither 0 nor at least {recipes.LEAST_SIDE} pixels")
 
 
-def _tested(model: nn.Module, image: Tensor, short_side: int | None) -> View:
+def _tested(model: nn.Module, image: Tensor, short_side: int | None, keep_larger: bool = True) -> View:
     view, window = _whole(model, image, short_side), getattr(model, "window", None)
     if short_side is not None or window is None:
         return view
-    larger = view.scale == window and fit_factor(tuple(image.shape[-2:]), window) < 1
+    larger = keep_larger and view.scale == window and fit_factor(tuple(image.shape[-2:]), window) < 1
     return replace(view, scale=None if larger else view.scale, window=window, stride=model.stride)
 
 

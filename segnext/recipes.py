@@ -65,7 +65,8 @@ class Recipe:
     seconds: float | None = _about("length of the training by the clock, instead of --iterations", None)
     crop: Pair | None = _about("HxW that the network is trained on; none for what suits the pictures", (512, 512))
     scale: Pair | None = _about(
-        "LONGxSHORT: pictures are resized to fit, as large as they can, into these two sides; none for what suits them",
+        "LONGxSHORT: pictures are resized to fit, as large as they can, into these two sides; none for what suits them, in"
+        " evaluation for the recipe's own",
         (2048, 512),
     )
     ratio: tuple[float, float] = _about(

@@ -1,4 +1,4 @@
-"""What asks a training to stop, heard between its steps."""
+"""What asks a training to stop, heard between its steps, and by the training alone."""
 
 from __future__ import annotations
 
@@ -27,9 +27,6 @@ def stop_signals() -> Iterator[list[int]]:
             if heard:
                 raise KeyboardInterrupt
             heard.append(number)
-        elif number == signal.SIGTERM:  # in a forked process, which reads pictures and ends with this one
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -37,3 +34,10 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For the ``worker_init_fn`` of a DataLoader: terminals and batch systems send these signals to all processes at once, and
+    a training needs its workers to end its step; they end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

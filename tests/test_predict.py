@@ -257,6 +257,7 @@ def test_windows_of_the_checkpoint(tmp_path):
         ("", View((96, 64), 8, (32, 40), (20, 24))),
         ("--multiple 1", View((96, 64), 1, (32, 40), (20, 24))),
         ("--scale 80x60 --window none", View((80, 60), 8)),
+        ("--scale 60x60 --window 60x60 --stride 60x60", View((60, 60), 8, (60, 60), (60, 60))),
         ("--scale none --window 40x40 --stride 40x40", View((96, 64), 8, (40, 40), (40, 40))),
     ],
 )

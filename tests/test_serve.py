@@ -141,6 +141,15 @@ def test_the_short_side_given_is_what_the_models_see(weights):
     assert len(sizes) > 1 and set(sizes) == {(16, 22)}
 
 
+def test_the_models_see_as_much_of_a_large_photograph_as_is_shown(weights):
+    session, sizes = Session(weights, rank=None, short_side=0, device="cpu"), []
+    for model in (session.fast, session.model):
+        model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    photo = session.add(small.encoded(Image.new("RGB", (2 * SHOWN_SIDE, 32), "grey")), "long.png")
+    session.heat(photo, 0, "stage4", None)
+    assert len(sizes) > 1 and set(sizes) == {(16, SHOWN_SIDE)}
+
+
 def test_a_large_photograph_is_shown_smaller(client):
     found = send(client, small.encoded(Image.new("RGB", (2 * SHOWN_SIDE, 300), "grey"))).json()
     assert (found["width"], found["height"], found["original"]) == (SHOWN_SIDE, 150, [2 * SHOWN_SIDE, 300])

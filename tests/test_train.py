@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import resource
 import shutil
@@ -703,6 +704,32 @@ def test_a_training_that_is_asked_to_stop_loses_no_step(tmp_path, data, trained,
     assert signal.getsignal(number) == before
     assert f"stopped after step 4, which {tmp_path / 'run' / 'last.pth'} holds: --resume goes on" in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["done"] == 4
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert same(weights(tmp_path / "run" / "model.pth"), weights(trained / "model.pth"))
+
+
+def test_processes_that_read_pictures_end_with_the_training_and_not_before(tmp_path, data, trained, monkeypatch):
+    """A terminal's Ctrl-C and a batch system's SIGTERM come to all processes at once; the step that they come in must end."""
+    log_step = run.Run.log_step
+
+    def ask(self, step, loss):
+        log_step(self, step, loss)
+        if step.number == 2:
+            readers = multiprocessing.active_children()
+            assert len(readers) == 2
+            for number in (signal.SIGINT, signal.SIGTERM):
+                for reader in readers:
+                    os.kill(reader.pid, number)
+            time.sleep(0.5)
+            assert all(reader.is_alive() for reader in readers)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(run.Run, "log_step", ask)
+    with pytest.raises(KeyboardInterrupt):
+        train([replace(SHORT, save_every=100)], [data], tmp_path / "run", replace(HERE, workers=2))
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["done"] == 2
+    assert not multiprocessing.active_children()
     monkeypatch.undo()
     resume(tmp_path / "run")
     assert same(weights(tmp_path / "run" / "model.pth"), weights(trained / "model.pth"))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
 from ..images import ImageError
+from ..signals import ignore_stop_signals
 from .pairs import DataError
 
 
@@ -127,6 +128,7 @@ def _checked(items: Augmented, order: Iterable, workers: int, pin_memory: bool =
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # of the workers' seeds; the global one is left alone
     )
     for batch in loader:

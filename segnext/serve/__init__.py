@@ -30,7 +30,8 @@ def serve(
         weights: what :func:`segnext.load` takes, of a model for photographs with at most 256 classes.
         port: 0 for any that is free. The address is printed.
         rank: of the decomposition, in place of what the checkpoint says.
-        short_side: see :func:`segnext.predict.segment`; None for what the checkpoint was trained on.
+        short_side: see :func:`segnext.predict.segment`; None for what the checkpoint was trained on. Photographs with more than
+            2048 pixels on their longer side count as shrunk to these.
         megabytes: larger files are refused.
 
     Raises:

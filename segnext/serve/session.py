@@ -23,7 +23,8 @@ from ..fuse import FusedSegNeXt, inference_model
 from ..gradcam import heat_image, heat_map
 from ..images import decode_image
 from ..palette import mask_image, photo_image
-from ..predict import load_for_photographs, seen
+from ..predict import load_for_photographs, seen_size
+from ..views import resized
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # MPO: what some telephones write as .jpg
 MOST_PIXELS = 100 * 10**6
@@ -90,7 +91,8 @@ class Session:
         original = decode_image(data, name, FORMATS, MOST_PIXELS)
         laps.lap("read the file")
         image = shrunk(original, SHOWN_SIDE)
-        images = seen(self.fast, original, self.short_side)
+        # As large as Grad-CAM, which has only what is shown, sees it
+        images = resized(original[None].to(self.device), seen_size(self.fast, image, self.short_side))
         laps.lap("resize, normalise")
         with torch.inference_mode(), explain_out_of_memory(self.device, "a smaller --short-side"):
             logits = timed(self.fast, images, laps)

@@ -43,16 +43,12 @@ def _projected_backward_fake(grad_out, x, bases, projection, factors, steps, gra
 
 
 def _setup_context(ctx, inputs, output):
-    x, bases, ctx.steps, ctx.gradient, *_ = inputs
-    ctx.save_for_backward(x, bases)
-
-
-def _setup_context_and_factors(ctx, inputs, output):
-    x, bases, ctx.steps, ctx.gradient = inputs
-    _, factors = output
-    ctx.mark_non_differentiable(factors)
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    ctx.steps, ctx.gradient = inputs[len(tensors) : len(tensors) + 2]
+    factors = output[1:] if isinstance(output, tuple) else ()
+    ctx.mark_non_differentiable(*factors)
     ctx.set_materialize_grads(False)  # zeros as many as the factors are
-    ctx.save_for_backward(x, bases, factors)
+    ctx.save_for_backward(*tensors, *factors)
 
 
 def _backward(operators, ctx, grad_out, _=None):
@@ -66,14 +62,6 @@ def _backward(operators, ctx, grad_out, _=None):
         like_layout(grad_out, x), x, bases, factors, ctx.steps, ctx.gradient, need_x, need_bases
     )
     return grad_x if need_x else None, grad_bases if need_bases else None, *others
-
-
-def _projected_setup_context(ctx, inputs, output):
-    x, bases, projection, ctx.steps, ctx.gradient, *_ = inputs
-    _, factors = output
-    ctx.mark_non_differentiable(factors)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, bases, projection, factors)
 
 
 def _projected_backward(operators, ctx, grad_out, _=None):
@@ -104,7 +92,7 @@ register(
     "nmf_and_factors(Tensor x, Tensor bases, int steps, str gradient) -> (Tensor y, Tensor factors)",
     None,
     fake=_fake_and_factors,
-    setup_context=_setup_context_and_factors,
+    setup_context=_setup_context,
     backward=_backward,
     autocast=autocast,
 )
@@ -115,7 +103,7 @@ register(
     " str gradient, bool need_x, bool need_bases, bool need_projection) -> (Tensor, Tensor, Tensor)",
     fake=_projected_fake,
     backward_fake=_projected_backward_fake,
-    setup_context=_projected_setup_context,
+    setup_context=_setup_context,
     backward=_projected_backward,
     autocast=autocast,
 )
