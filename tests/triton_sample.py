@@ -19,8 +19,6 @@ from bench import triton_static as static
 half, brain, single = torch.float16, torch.bfloat16, torch.float32
 # For every target the dtype, and whether channels (rows) lie together
 KINDS = {"sm_80": (single, False), "sm_90": (brain, True), "sm_100": (half, True), "gfx942": (brain, False)}
-# Those of which a target has one configuration: up to half a minute to compile, or far from filling the registers
-BY_TURNS = {"strips", "gradients"} | {"activate", "add_losses", "keep_log_sum_exps", "highest"}
 # Rows and rank: those of B and L, and above 64
 HIGH = {"sm_80": (brain, 512, 64), "sm_90": (half, 1024, 64), "sm_100": (single, 512, 64), "gfx942": (brain, 1024, 64)}
 HIGHER = {"sm_80": (single, 40, 65), "sm_90": (brain, 512, 128), "sm_100": (half, 512, 100), "gfx942": (single, 512, 128)}
@@ -33,31 +31,35 @@ ALLOWED = [("sm_80", single, 128), ("sm_90", single, 256), ("sm_100", single, 51
 Jobs = list[tuple[static.Launch, str]]
 
 
+def by_turns(call: Callable[[], object], target: str, turn: int) -> Jobs:
+    """Of each kernel every second kind of launch, in one of its configurations; at the next turn the others."""
+    kinds = defaultdict(list)  # by kernel
+    for configurations in static.record(call, target):
+        same = kinds[configurations[0].kernel]
+        if configurations not in same:
+            same.append(configurations)
+    jobs = []
+    for same in kinds.values():
+        step = min(2, len(same))
+        jobs += [(configurations[turn // step % len(configurations)], target) for configurations in same[turn % step :: step]]
+    return jobs
+
+
 def small() -> Jobs:
-    """All launches at the sizes of SegNeXt-T."""
+    """At the sizes of SegNeXt-T."""
     jobs = []
     for turn, (target, kind) in enumerate(KINDS.items()):
         for call in static.calls(*kind, whole=False).values():
-            for configurations in static.record(call, target):
-                if configurations[0].kernel in BY_TURNS:
-                    configurations = [configurations[turn % len(configurations)]]
-                jobs += [(configuration, target) for configuration in configurations]
+            jobs += by_turns(call, target, turn)
     return jobs
 
 
 def high() -> Jobs:
-    """Of each of nmf's kernels every second kind of launch, the others on that target with the other rank."""
+    """Of nmf at high ranks; a target has the kinds that are left out of one rank with the other."""
     jobs = []
     for shift, sizes in enumerate((HIGH, HIGHER)):
         for turn, (target, (dtype, rows, rank)) in enumerate(sizes.items(), shift):
-            kinds = defaultdict(list)  # by kernel
-            for configurations in static.record(decomposition(dtype, rows, rank, KINDS[target][1], "exact"), target):
-                same = kinds[configurations[0].kernel]
-                if configurations not in same:
-                    same.append(configurations)
-            for same in kinds.values():
-                for configurations in same[turn % min(2, len(same)) :: 2]:
-                    jobs.append((configurations[turn // 2 % len(configurations)], target))
+            jobs += by_turns(decomposition(dtype, rows, rank, KINDS[target][1], "exact"), target, turn)
     return jobs
 
 
@@ -65,9 +67,9 @@ def held() -> Jobs:
     jobs = []
     for precision, sizes in (("tf32", ALLOWED), ("none", HELD)):
         torch.backends.cuda.matmul.fp32_precision = precision
-        for target, dtype, rows in sizes:
-            launches = static.distinct(decomposition(dtype, rows, 16, False, "one_step"), target)
-            jobs += [(launch, target) for launch in launches if launch.kernel == "step"]
+        for turn, (target, dtype, rows) in enumerate(sizes):
+            launches = by_turns(decomposition(dtype, rows, 16, False, "one_step"), target, turn)
+            jobs += [(launch, target) for launch, _ in launches if launch.kernel == "step"]
     return jobs
 
 
