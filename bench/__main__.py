@@ -147,8 +147,8 @@ def _memory(arguments: argparse.Namespace) -> None:
     if not speed.CLEAR_REFS.exists():
         raise ValueError(f"peak memory is taken from {speed.CLEAR_REFS}, which this system does not have")
     if arguments.contender:
-        if not arguments.case:
-            raise ValueError("--contender needs a --case")
+        if not arguments.case or arguments.out:
+            raise ValueError("--contender needs a --case, and writes no --out")
         print(memory.peak(memory.select(arguments.case), arguments.contender))
         return
     problems = [memory.select(arguments.case)] if arguments.case else list(memory.PROBLEMS.values())

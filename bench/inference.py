@@ -133,14 +133,12 @@ def hamburger_case(channels: int, side: int, rank: int, dtype: torch.dtype) -> C
 def resize_concat_conv_case(channels: tuple[int, ...], side: int, outputs: int, dtype: torch.dtype) -> Case:
     """Maps of ``channels``, each half as high and wide as the one before, resized, concatenated and projected.
 
-    The smaller maps are in channels_last for everybody. Counted is projecting each at its own size, and resizing what that
-    gives.
+    Counted is projecting each at its own size, and resizing what that gives.
     """
     levels = len(channels)
 
     def setup() -> list[Tensor]:
         maps = [image(count, side >> i) for i, count in enumerate(channels)]
-        maps[1:] = [one.contiguous(memory_format=torch.channels_last) for one in maps[1:]]
         weight, bias = linear(outputs, sum(channels), 1)
         return [*maps, weight, bias]
 

@@ -91,19 +91,25 @@ def peak(problem: Problem, label: str) -> int:
     y, *_ = Runner(problem.small, problem.small.contender(label)).prepare(direction)()
     contender = case.contender(label)
     contender.build()  # the shared weights and the exported file stay
-    gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+    give_back()
     before = speed.resident("VmRSS")
     runner = Runner(case, contender)
     if direction != "forward" and case.gradients:
         runner.grad_out = case.grad_out(runner.inputs[0] if y.dim() else y)  # an image becomes an image, or one number
     forget_inputs()
     held = sum(tensor.nbytes for tensor in (*runner.inputs, runner.grad_out) if tensor is not None) + weights
+    give_back()
     speed.reset_peak()
     results = runner.prepare(direction)()
     after = speed.resident("VmHWM")
     del results
     return after - before - held
+
+
+def give_back() -> None:
+    """Gives the system the memory that was freed and that malloc keeps."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
 
 def peak_apart(problem: Problem, label: str, threads: int) -> int:

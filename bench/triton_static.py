@@ -303,7 +303,7 @@ def report(case: str = "*", target: str = "*") -> str:
     for c in sorted(found, key=lambda c: (c.kernel, c.configuration, c.target)):
         fits = "yes" if c.fits else c.problem or "no"
         lines.append(table_row(c.kernel, c.configuration, c.target, c.registers, c.spills, c.shared, c.tensor_cores, fits))
-    return "\n".join([*lines, "", *moved()])
+    return "\n".join([*lines, "", *moved()] if case == target == "*" else lines)
 
 
 def matching(option: str, pattern: str, names: Iterable[str]) -> list[str]:

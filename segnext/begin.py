@@ -18,7 +18,7 @@ from .data.pairs import DataError, Pairs
 from .data.workers import report_dead_workers
 from .images import image_size
 from .model import SegNeXt, create
-from .recipes import Recipe, RecipeError, show_as
+from .recipes import LEAST_SIDE, Recipe, RecipeError, show_as
 from .trainer import precision
 from .weights import WeightsError, check, load, load_encoder
 
@@ -32,7 +32,7 @@ def resolved(recipe: Recipe, pairs: Pairs, device: torch.device) -> Recipe:
     """The recipe with what it leaves to the data and the device, and with files where they are found from any folder."""
     if recipe.scale is None:
         sizes = [sorted(image_size(image)) for image, _ in pairs.files[:: math.ceil(len(pairs) / COUNTED)]]
-        short = min(LARGEST, sorted(low for low, _ in sizes)[len(sizes) // 2])
+        short = max(LEAST_SIDE, min(LARGEST, sorted(low for low, _ in sizes)[len(sizes) // 2]))
         length = sorted(high / low for low, high in sizes)[len(sizes) // 2]  # of panoramas more than the paper's 4
         recipe = replace(recipe, scale=(math.ceil(max(4.0, length) * short), short))
     if recipe.crop is None:

@@ -52,7 +52,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise
     except Exception as error:  # a damaged file can make the readers raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{path} cannot be read, it may be cut short or no checkpoint at all: {reason}") from error
+        reason = "" if isinstance(error, UnicodeDecodeError) else f": {reason}"  # that of a pickle that is none
+        raise WeightsError(f"{path} cannot be read, it may be cut short or no checkpoint at all{reason}") from error
     state = None
     if isinstance(checkpoint, dict):
         state = next((checkpoint[name] for name in STATES if isinstance(checkpoint.get(name), dict)), checkpoint)

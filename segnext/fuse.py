@@ -291,7 +291,7 @@ class FusedSegNeXt(nn.Module):
         return kernels.upsample_argmax(self(images), images.shape[-2:])
 
     def _apply(self, function: Callable, recurse: bool = True) -> FusedSegNeXt:
-        if any(function(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in {torch.float32, self.dtype}):
+        if any(function(torch.empty(0, dtype=dtype, device="cpu")).dtype != dtype for dtype in {torch.float32, self.dtype}):
             raise TypeError("a fused model keeps its dtype; fuse the model again with another")
         # packed weights keep their order where PyTorch would make them channels_last
         return super()._apply(lambda tensor: function(tensor).contiguous(), recurse)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .evaluate import Scores, evaluate, view_of
 from .fuse import inference_model
 from .recipes import Recipe
 from .run import Run
-from .signals import stop_signals
+from .signals import Signals, stop_signals
 from .trainer import Step, Trainer
 
 SMOOTHED = 20  # steps over which the shown loss is a mean
@@ -44,6 +44,7 @@ class Loop:
     due: bool
     workers: int
     ended: bool = False
+    signals: Signals = field(default_factory=Signals)
 
     def train(self) -> None:
         """Trains.
@@ -55,12 +56,12 @@ class Loop:
             print(_headline(self.trainer, self.val), flush=True)
         if self.due:
             self._evaluate()
-        with stop_signals() as signals:
+        with stop_signals() as self.signals:
             for step in with_bar(self.trainer, silent=self.run is None):
                 self._after(step)
-                if signals and self.run is not None:  # the other processes wait for this one, and end with it
+                if self.signals.heard and self.run is not None:  # the other processes wait for this one, and end with it
                     break
-            if signals and not self.ended:
+            if self.signals.heard and (self.due or not self.ended):
                 self._save_what_was_stopped()
                 raise KeyboardInterrupt
         if self.run is not None:
@@ -89,8 +90,13 @@ class Loop:
             self.losses.clear()
         if save:
             self._save()  # first, so that an evaluation that fails costs no steps
-        if self.due:
-            self._evaluate()
+        if self.due and (run is None or not self.signals.heard):
+            try:
+                self._evaluate()
+            except KeyboardInterrupt:
+                if self.signals.heard:  # last.pth says that it is due
+                    return
+                raise
             self._save()
             if run is not None and not self.ended:
                 run.draw()
@@ -109,7 +115,8 @@ class Loop:
     def _evaluate(self) -> None:
         """Evaluates, and keeps the scores and the best weights."""
         trainer, run = self.trainer, self.run
-        scores = _evaluated(trainer, self.val, self.workers)
+        with nullcontext() if run is None else self.signals.stopping_at_once():  # the other processes end with the first
+            scores = _evaluated(trainer, self.val, self.workers)
         if run is not None:
             tqdm.write(f"step {trainer.done}: {scores} on {len(self.val)} pictures of {trainer.recipe.val}")
             run.log_scores(trainer.done, scores)

@@ -51,7 +51,8 @@ def _is_matrix_on_gpu(x: Tensor) -> bool:
 class AttentionModule(nn.Module):
     """MSCA, the attention of SegNeXt: (1x1 convolution of msca_strips(x)) * x.
 
-    Where one of the depthwise convolutions was replaced, pruned, parametrized, or has hooks, all of them are called one by one.
+    Where one of the depthwise convolutions was replaced, pruned, parametrized, or has hooks of its own, all of them are called
+    one by one.
 
     Args:
         dim: channels.
@@ -93,7 +94,7 @@ def _tensors(convolutions: list[nn.Module]) -> list[Tensor]:
 class DWConvGELU(nn.Module):
     """The middle of SegNeXt's MLP: 3x3 depthwise convolution and GELU.
 
-    Where the convolution was replaced, pruned, parametrized, or has hooks, it is called as it is.
+    Where the convolution was replaced, pruned, parametrized, or has hooks of its own, it is called as it is.
 
     Args:
         dim: channels.

@@ -388,6 +388,7 @@ def test_unknown_case_is_an_error(monkeypatch, capsys):
         (["report", "--without", "fused"], "--without fused leaves nothing of ours to report for"),
         (["report", "--device", "cuda"], "there is no GPU that torch can use"),
         (["memory", "--contender", "fused"], "--contender needs a --case"),
+        (["memory", "--contender", "fused", "--case", "msca", "--out", "."], "and writes no --out"),
         (["report", "--out", "/dev/null/below"], "Not a directory"),
         (["report", "--out", "/proc"], "/proc"),
         (["report", "--threads", str(1 << 40)], "Overflow"),

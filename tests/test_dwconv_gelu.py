@@ -154,6 +154,19 @@ def test_large_values(dtype, backend):
     check(sample, backend, grad_like(x))
 
 
+@compiled
+@image_layouts
+def test_gradients_of_filters_are_exact_in_large_images(layout, backend):
+    """Sums of a million equal numbers, which one sum from pixel to pixel rounds the same way each time: to 1e-3 here."""
+    x = arrange(torch.full((1, 1, 1024, 1024), 0.7), layout)
+    weight, bias = (t.requires_grad_() for t in (torch.full((1, 1, 3, 3), 0.1), torch.zeros(1)))
+    dwconv_gelu(x, weight, bias, backend=backend).backward(torch.full_like(x, 0.1))
+    leaves = [t.detach().double().requires_grad_() for t in (weight, bias)]
+    dwconv_gelu(x.double(), *leaves, backend="reference").backward(torch.full_like(x, 0.1).double())
+    for ours, exact in zip((weight, bias), leaves, strict=True):
+        assert ((ours.grad - exact.grad).abs() <= 5e-5 * exact.grad.abs()).all()
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_gelu_of_very_negative_numbers_is_zero_from_below(backend, dtype):
     z = torch.tensor([-6.0, -7, -20, -1e3, -1e6, -1e10], dtype=dtype)

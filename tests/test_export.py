@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,6 +205,24 @@ def test_model_is_left_as_it_is_and_random_bases_become_fixed(tmp_path):
     model.config = replace(model.config, bases="fixed")
     model.decode_head.hamburger.ham.bases = "fixed"
     assert_agrees(found, model.eval(), images(1, 3, *SIZE), labels=False)
+
+
+def test_neither_defaults_nor_autocast_nor_the_dtype_matter(tmp_path):
+    """The model of a training in another dtype is exported in float32, wherever the caller makes tensors by default."""
+    model, x = network(), images(1, 3, *SIZE)
+    expected = None
+    for name, given in (("plain", model), ("double", copy.deepcopy(model).double()), ("autocast", model), ("defaults", model)):
+        with ExitStack() as stack:
+            if name == "autocast":
+                stack.enter_context(torch.autocast("cpu"))
+            if name == "defaults":
+                stack.enter_context(torch.device("meta"))
+                stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+                torch.set_default_dtype(torch.float64)
+            export(given, tmp_path / f"{name}.pt2", "torch-export", SIZE)
+        found = torch.export.load(tmp_path / f"{name}.pt2").module()(x)
+        expected = found if expected is None else expected
+        assert torch.equal(found, expected), name
 
 
 def test_metadata_without_legend_and_of_other_channels():

@@ -259,6 +259,15 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
     assert 0 < unchanged.sum() < 64
 
 
+def test_stochastic_depth_can_be_replaced():
+    block, x = Block(8, 2, 0.0).train(), torch.randn(2, 8, 3, 3)
+    expected = block(x)
+    block.drop_path = nn.Identity()
+    torch.testing.assert_close(block(x), expected)
+    block.drop_path = nn.Dropout(1.0)
+    assert torch.equal(block(x), x)
+
+
 def test_initialisation_is_the_official_one():
     torch.manual_seed(0)
     model = segnext.create("t")

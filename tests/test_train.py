@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import segnext
-from segnext import begin, cli, recipes, run, trainer
+from segnext import begin, cli, loop, recipes, run, trainer
 from segnext.begin import build, class_weights, label_counts, require_classes
 from segnext.checkpoint import WeightsError
 from segnext.data import DataError, open_dataset, pairs
@@ -735,6 +735,36 @@ def test_processes_that_read_pictures_end_with_the_training_and_not_before(tmp_p
     assert same(weights(tmp_path / "run" / "model.pth"), weights(trained / "model.pth"))
 
 
+@pytest.mark.parametrize("step", [3, 6])
+def test_an_evaluation_that_is_asked_to_stop_is_done_at_the_resumption(tmp_path, data, trained, monkeypatch, capsys, step):
+    """After the last step too; and whether it was asked before or meanwhile."""
+    evaluated, log_step = loop._evaluated, run.Run.log_step
+
+    def ask(trainer, *arguments):
+        if trainer.done == step:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it went on")
+        return evaluated(trainer, *arguments)
+
+    def ask_before(self, of, loss):
+        log_step(self, of, loss)
+        if of.number == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    for name, change in (("meanwhile", (loop, "_evaluated", ask)), ("before", (run.Run, "log_step", ask_before))):
+        out = tmp_path / name
+        with monkeypatch.context() as patched:
+            patched.setattr(*change)
+            with pytest.raises(KeyboardInterrupt):
+                train([replace(SHORT, log_every=1)], [data], out, HERE)
+        assert f"stopped after step {step}, which {out / 'last.pth'} holds" in capsys.readouterr().out
+        assert torch.load(out / "last.pth", weights_only=True)["done"] == step
+        resume(out)
+        assert same(weights(out / "model.pth"), weights(trained / "model.pth"))
+        assert same(weights(out / "best.pth"), weights(trained / "best.pth"))
+        assert (out / "val.csv").read_text() == (trained / "val.csv").read_text()
+
+
 def test_a_second_signal_stops_at_once(tmp_path, data, monkeypatch):
     def ask(self, step, loss):
         signal.raise_signal(signal.SIGTERM)
@@ -771,6 +801,13 @@ def test_other_pictures_are_told(tmp_path, data, capsys):
     resume(out)
     told = f"has {len(pictures) - 1} pictures where it had {len(pictures)}: they come in another order"
     assert told in capsys.readouterr().out
+
+
+def test_pictures_below_the_least_side_are_enlarged(data):
+    for picture in data.glob("train/*/*.png"):
+        Image.open(picture).resize((3, 1)).save(picture)
+    chosen = begin.resolved(replace(SHORT, scale=None, crop=None), open_dataset("folder", data, "train"), torch.device("cpu"))
+    assert (chosen.scale, chosen.crop) == ((32, 8), (32, 32))
 
 
 def test_the_rank_can_be_given(tmp_path, data):

@@ -85,6 +85,7 @@ void backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filt
   constexpr int L = kLanes<A>;
   const int64_t width = x.width, height = x.height;
   Buffer<A> taps(parts.block * kTaps * L), transposed(parts.block * kTaps * L), zeros(L);
+  Buffer<A> row_sums(parts.block * kTaps * L);  // each row's are added up first, since an image can have millions of pixels
   std::memset(zeros, 0, sizeof(A) * L);
   Source<A, T, Staged> source(x), dy(grad_out);
   Target<A, T, Staged> target(grad_x);
@@ -109,7 +110,11 @@ void backward(const Image& grad_out, const Image& x, const DepthwiseFilter& filt
     dy.restart(part, begin_row);
     for (int64_t row = begin_row; row < end_row; ++row) {
       const bool own = sums != nullptr && row >= part.first && row < part.last;
-      dz_row<A>(source.around(row), dy[row], taps, part.groups, dz_rows[row], own ? sums : nullptr);
+      if (own) std::memset(row_sums, 0, sizeof(A) * part.groups * kTaps * L);
+      dz_row<A>(source.around(row), dy[row], taps, part.groups, dz_rows[row], own ? static_cast<A*>(row_sums) : nullptr);
+      for (int64_t i = 0; own && i < part.groups * kTaps * L; i += L) {
+        store<A>(sums + i, load<A>(sums + i) + load<A>(row_sums + i));
+      }
       if (grad_x.data != nullptr && row > part.first) write_grad_x(row - 1);
     }
     if (grad_x.data != nullptr && part.last == height) write_grad_x(height - 1);

@@ -12,15 +12,26 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+
+import torch
 
 from ..checkpoint import check_file, replacing
 from ..model import SegNeXt
 from .check import TOLERANCE, Agreement, checked_shapes, compare
 from .formats import find_format, has_compiler, quiet
 from .program import LEAST, ExportError, decomposed, metadata, trace
+
+
+@contextmanager
+def plainly_on_the_cpu() -> Iterator[None]:
+    """Without autocast, and with tensors on the CPU, whatever the caller has about it."""
+    with torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ def export(
     """Writes the model for inference on the CPU, in float32, and checks the file on the spot against the model in torch.
 
     Args:
-        model: left as it is; on the CPU, in float32. A Ham head's bases are the fixed ones of its seed.
+        model: left as it is; on the CPU, in any dtype. A Ham head's bases are the fixed ones of its seed.
         out: ends in the format's ending; its folder is made if it isn't there. A file that was there is replaced only once the
             new one is complete and checked.
         format: "onnx" (.onnx, opset 20, standard operators only), "torch-export" (.pt2 for ``torch.export.load`` after
@@ -78,11 +89,11 @@ def export(
         import_module(package)
     if format == "aoti" and not has_compiler():
         raise ExportError("aoti needs a C++ compiler: install one, for example g++, or name it in CXX")
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).float().eval()
     shapes = checked_shapes(model, size, dynamic)
     try:
         check_file(out)
-        with replacing(out) as file, tempfile.TemporaryDirectory() as folder, quiet():
+        with replacing(out) as file, tempfile.TemporaryDirectory() as folder, quiet(), plainly_on_the_cpu():
             made = str(Path(folder, f"model{kind.ending}"))
             traced = trace(model, shapes[0], dynamic=dynamic, labels=labels)
             kind.write(traced if kind.operators else decomposed(traced), made, metadata(model, labels))

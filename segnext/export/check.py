@@ -49,7 +49,7 @@ def checked_shapes(model: SegNeXt, size: tuple[int, int], dynamic: bool) -> list
 @torch.inference_mode()
 def compare(run: Callable[[Tensor], Tensor], model: SegNeXt, shape: tuple[int, ...], labels: bool) -> Agreement:
     """An exported model's answer for random images against the model's own."""
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     bases = fixed_bases(model)
     logits = model(images, bases if bases is None else bases.expand(shape[0], -1, -1))
     found, largest = run(images), logits.abs().max()

@@ -51,9 +51,10 @@ def fixed_bases(model: SegNeXt) -> Tensor | None:
 
 def trace(model: SegNeXt, shape: tuple[int, ...], *, dynamic: bool = False, labels: bool = False) -> ExportedProgram:
     """The program of :class:`Deployed` for images of the shape, or of any batch, height and width, with our operators in it."""
+    images = torch.zeros(shape, dtype=torch.float32)  # whatever the default is
     with torch.no_grad():
         return torch.export.export(
-            Deployed(model, labels).eval(), (torch.zeros(shape),), dynamic_shapes=dynamic_shapes() if dynamic else None
+            Deployed(model, labels).eval(), (images,), dynamic_shapes=dynamic_shapes() if dynamic else None
         )
 
 
