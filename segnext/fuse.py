@@ -253,14 +253,16 @@ class FusedHead(nn.Module):
             self.mix = FusedAttention(head.attention, dtype, None, None)
 
     def forward(self, features: Sequence[Tensor], bases: Tensor | None = None) -> Tensor:
-        x = self.squeeze_norm(kernels.resize_concat_conv(features[1:], values(self.squeeze), self.squeeze_bias))
+        x = self.squeeze_norm(kernels.resize_concat_conv(features[-3:], values(self.squeeze), self.squeeze_bias))
         if isinstance(self.mix, FusedHamburger):
             x = self.mix(x, bases)
         elif bases is not None:
             raise ValueError("the MSCA head has no matrix decomposition, so it takes no bases")
         else:
             x = self.mix(x)
-        return self.conv_seg(self.align_norm(self.align(x)))
+        x = self.align(x)  # step by step, so that no more than two of these maps are held
+        x = self.align_norm(x)
+        return self.conv_seg(x)
 
 
 class FusedSegNeXt(nn.Module):
@@ -280,7 +282,8 @@ class FusedSegNeXt(nn.Module):
     def forward(self, images: Tensor, bases: Tensor | None = None) -> Tensor:
         """The logits [B, num_classes, ceil(H / 8), ceil(W / 8)] at stride 8, in ``dtype``; see :meth:`SegNeXt.forward`."""
         require_images(images, self.config.in_channels)
-        return self.decode_head(self.backbone(images.to(self.dtype)), bases)
+        features = self.backbone(images.to(self.dtype))[1:]  # the head has no use for the largest
+        return self.decode_head(features, bases)
 
     def __repr__(self) -> str:
         return f"FusedSegNeXt({self.config}, {self.dtype})"  # and not every packed weight

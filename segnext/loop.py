@@ -34,6 +34,8 @@ class Loop:
         losses: of the steps since the last line of train.csv.
         due: whether the evaluation of the last step has not been.
         workers: processes that read pictures for evaluation on a GPU.
+        ended: whether the last step was.
+        signals: what asked to stop.
     """
 
     trainer: Trainer
