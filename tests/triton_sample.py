@@ -32,7 +32,7 @@ Jobs = list[tuple[static.Launch, str]]
 
 
 def by_turns(call: Callable[[], object], target: str, turn: int) -> Jobs:
-    """Of each kernel every second kind of launch, in one of its configurations; at the next turn the others."""
+    """Of each kernel two kinds of launch, or every second of more, each in one configuration; at the next turn in another."""
     kinds = defaultdict(list)  # by kernel
     for configurations in static.record(call, target):
         same = kinds[configurations[0].kernel]
@@ -40,8 +40,10 @@ def by_turns(call: Callable[[], object], target: str, turn: int) -> Jobs:
             same.append(configurations)
     jobs = []
     for same in kinds.values():
-        step = min(2, len(same))
-        jobs += [(configurations[turn // step % len(configurations)], target) for configurations in same[turn % step :: step]]
+        step = 2 if len(same) > 2 else 1
+        for place in range(turn % step, len(same), step):
+            configurations = same[place]
+            jobs.append((configurations[(turn // step - place) % len(configurations)], target))
     return jobs
 
 
