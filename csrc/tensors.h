@@ -22,12 +22,13 @@ namespace segnext::tensors {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A None among the arguments is a tensor that is not defined, of which nothing else can be asked.
 #ifdef SEGNEXT_CUDA
 inline constexpr char kDevice[] = "a CUDA device";
-inline bool on_device(const Tensor& t) { return t.is_cuda(); }
+inline bool on_device(const Tensor& t) { return t.defined() && t.is_cuda(); }
 #else
 inline constexpr char kDevice[] = "the CPU";
-inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+inline bool on_device(const Tensor& t) { return t.defined() && t.is_cpu(); }
 #endif
 
 // A tensor's memory, which offloaders take away while the tensor stays. Asked for as what is only read, so that a lazy clone

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from segnext_kernels._modules import is_untouched
 from segnext_kernels.nn import NMF2D, PointwiseConv2d
 
-from .mscan import SpatialAttention, init_convolution
+from .mscan import SpatialAttention, draw_normal, init_convolution
 
 GROUPS = 32
 
@@ -87,7 +87,7 @@ class Head(nn.Module):
 
     def init_weights(self) -> None:
         self.apply(init_convolution)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        draw_normal(self.conv_seg.weight, 0.01)
 
     def mix(self, x: Tensor, bases: Tensor | None) -> Tensor:
         raise NotImplementedError

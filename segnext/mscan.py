@@ -169,6 +169,12 @@ def init_convolution(module: nn.Module) -> None:
     """Normal weights of variance 2 / fan_out, where fan_out counts one group only (PyTorch's counts all), and zero biases."""
     if isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        draw_normal(module.weight, math.sqrt(2 / fan_out))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def draw_normal(weight: Tensor, std: float) -> None:
+    """Nothing on the meta device, where PyTorch would import its compiler for it, which takes seconds."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)

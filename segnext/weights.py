@@ -68,7 +68,7 @@ def load(path_or_name: str | os.PathLike[str], *, rank: int | None = None) -> Se
     with torch.device("meta"):
         model = SegNeXt(config)
     check(state, model, path)
-    model.to_empty(device="cpu").load_state_dict(state)
+    _fill(model, state)
     model.classes, model.palette = _legend(meta, config.num_classes)
     if doubled and model.classes is None and (one := _legend(meta, 1)[0]):  # that of the single output
         model.classes = ["background", *one]
@@ -113,7 +113,7 @@ def load_classifier(path_or_name: str | os.PathLike[str]) -> Classifier:
     with torch.device("meta"):
         model = Classifier(config)
     check(state, model, path)
-    model.to_empty(device="cpu").load_state_dict(state)
+    _fill(model, state)
     return model.eval()
 
 
@@ -278,6 +278,16 @@ def check(state: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
     found = "; ".join(f"{kind} {_first_few(names)}" for kind, names in problems.items() if names)
     if found:
         raise WeightsError(f"{path} does not fit: {found}")
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives a module on the meta device memory on the CPU, in its own dtypes, with the state in it. ``to_empty`` does the first
+    of it, but imports sympy to do so, a second."""
+    filled = model.state_dict()
+    with torch.no_grad():
+        for key, own in filled.items():
+            filled[key] = torch.empty(own.shape, dtype=own.dtype, device="cpu").copy_(state[key])
+    model.load_state_dict(filled, assign=True)
 
 
 def _first_few(names: list[str], count: int = 3) -> str:

@@ -207,6 +207,8 @@ def _image(op: str, x: Tensor) -> None:
 def check_tensor(op: str, name: str, tensor: Tensor, layout: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {tensor.layout}")
     if tensor.dim() != layout.count(",") + 1:
         raise ValueError(f"{op}: {name} must be {layout}, got shape {list(tensor.shape)}")
     if tensor.dtype not in DTYPES:

@@ -119,6 +119,7 @@ BAD = {
         "x must be float32, float64, bfloat16 or float16",
     ),
     "no tensor": ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+    "sparse": ({"x": torch.zeros(2, 4, 9, 8).to_sparse()}, TypeError, "x must be a dense tensor, got torch.sparse_coo"),
     "no bias": ({"bias": None}, TypeError, "bias must be a tensor, got NoneType"),
     "other channel count": ({"weight": torch.zeros(5, 1, 3, 3)}, ValueError, "weight must be [4, 1, 3, 3], got [5, 1, 3, 3]"),
     "even filter": ({"weight": torch.zeros(4, 1, 2, 2)}, ValueError, "weight must be [4, 1, 3, 3], got [4, 1, 2, 2]"),

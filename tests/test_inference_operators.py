@@ -281,6 +281,18 @@ def test_other_shapes_with_as_many_elements_are_refused(operator, dtype):
                 getattr(kernels, operator)(x, *spoiled)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_none_for_a_tensor_is_refused(operator, capfd):
+    """In silence but for the error: a kernel that asks what is no tensor for its device has libtorch print where it was."""
+    x, rest = channels_last(MAKE[operator](SHAPES[4], torch.float32))
+    flat, structure = tree_flatten(rest)
+    optional = 4 if operator == "group_norm_relu" else None  # the residual
+    for place in (i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and i != optional):
+        with pytest.raises((TypeError, ValueError), match=f"^{operator}: "):
+            getattr(kernels, operator)(x, *tree_unflatten([*flat[:place], None, *flat[place + 1 :]], structure))
+    assert capfd.readouterr().err == ""
+
+
 @packed_dtypes
 def test_no_inputs_are_refused(dtype):
     """Of nothing there is no sum, which the reference says in its own way."""

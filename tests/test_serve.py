@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from io import BytesIO
@@ -263,6 +266,14 @@ def test_a_port_in_use(weights, capsys):
     assert "cannot be used: Address already in use; --port names another" in capsys.readouterr().err
     assert main(["serve", "--weights", str(weights), "--port", "70000"]) == 2
     assert "port 70000 cannot be used: ports end at 65535" in capsys.readouterr().err
+
+
+def test_a_signal_may_come_as_soon_as_the_address_is_there(weights):
+    command = [sys.executable, "-m", "segnext", "serve", "--weights", str(weights), "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert server.stdout.readline().startswith("http://127.0.0.1:")
+    server.send_signal(signal.SIGINT)
+    assert (*server.communicate(timeout=60), server.returncode) == ("ended\n", "", 0)
 
 
 def test_the_mask_has_the_size_of_the_file(client, session):

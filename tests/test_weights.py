@@ -273,9 +273,13 @@ def test_import_needs_only_torch_and_numpy():
     assert done.returncode == 0, done.stderr
 
 
-def test_import_brings_no_compiler():
-    """Dynamo takes as long to import as torch. Where there is a GPU, the Triton operators are compiled for it and bring it."""
-    code = "import sys, segnext; print(*(name for name in sys.modules if name in ('torch._dynamo', 'torch._inductor')))"
+def test_neither_import_nor_prediction_brings_a_compiler(tmp_path):
+    """Dynamo takes as long to import as torch, and what it needs some of that. Where there is a GPU, the Triton operators are
+    compiled for it and bring it."""
+    segnext.save(small.model(), tmp_path / "model.pth")
+    code = f"import sys, segnext, torch; model = segnext.load({str(tmp_path / 'model.pth')!r})"
+    code += "; segnext.fuse(model).predict(torch.zeros(1, 3, 32, 32))"
+    code += "; print(*sys.modules.keys() & {'torch._dynamo', 'torch._inductor', 'sympy'})"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

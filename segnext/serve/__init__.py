@@ -15,6 +15,14 @@ from .session import Session
 HOST = "127.0.0.1"
 
 
+class Server(uvicorn.Server):
+    """Prints its address once it answers, and heeds signals."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"http://{HOST}:{sockets[0].getsockname()[1]} (Ctrl-C ends it)", flush=True)
+
+
 def serve(
     weights: str | Path,
     port: int = 8000,
@@ -41,10 +49,8 @@ def serve(
     with _listen(port) as listener:
         app = create_app(Session(weights, rank=rank, short_side=short_side, device=device), megabytes * 10**6)
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)  # of uploads
-        server = uvicorn.Server(config)
-        print(f"http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
         try:
-            server.run(sockets=[listener])
+            Server(config).run(sockets=[listener])
         except KeyboardInterrupt:  # what uvicorn raises again once it has shut down
             print("ended")
 

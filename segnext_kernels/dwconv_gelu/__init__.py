@@ -19,7 +19,8 @@ def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
         y = F.gelu(F.conv2d(x, weight, bias, padding=1, groups=C))
 
     Only ``x``, ``weight`` and ``bias`` are kept for backward. Under autocast ``x`` is cast to autocast's dtype, and ``weight``
-    and ``bias`` where they are not both float32. Accumulates in float32 (float64 for float64).
+    and ``bias`` where they are not both float32. Accumulates in float32 (float64 for float64). Where z is infinite, a
+    kernel may take for GELU's slope its limit, 0 or 1, where PyTorch's is nan.
 
     Args:
         x: [N, C, H, W], float32, float64, bfloat16 or float16; contiguous or channels_last are used as they are, any other
