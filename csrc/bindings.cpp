@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> scale_add_backward(const Tensor& grad_out, const Tens
 }
 
 Matrices matrices(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 3, "segnext_kernels: ", name, " must be a CPU tensor [B, D, N]");
+  STD_TORCH_CHECK(on_device(t) && t.dim() == 3, "segnext_kernels: ", name, " must be a CPU tensor [B, D, N]");
   const bool contiguous = t.numel() == 0 || dense(t, {0, 1, 2});
   STD_TORCH_CHECK(contiguous || dense(t, {0, 2, 1}), "segnext_kernels: ", name, " must be contiguous or transposed");
   return {data_of(t, name), dtype_of(t, name), !contiguous, t.size(0), t.size(1), t.size(2)};
@@ -173,8 +173,8 @@ Tensor upsample_argmax(const Tensor& given, int64_t height, int64_t width) {
 }
 
 Targets targets(const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index, const Image& logits) {
-  STD_TORCH_CHECK(target.is_cpu() && target.scalar_type() == ScalarType::Long && target.is_contiguous() && target.dim() == 3 &&
-                      target.size(0) == logits.images,
+  STD_TORCH_CHECK(on_device(target) && target.scalar_type() == ScalarType::Long && target.is_contiguous() &&
+                      target.dim() == 3 && target.size(0) == logits.images,
                   "segnext_kernels: target must be contiguous int64 [N, H, W] on the CPU");
   STD_TORCH_CHECK(logits.channels > 0 && (target.numel() == 0 || logits.height * logits.width > 0),
                   "segnext_kernels: logits must not be empty");
@@ -194,8 +194,9 @@ Tensor upsample_cross_entropy_backward(const Tensor& grad_out, const Tensor& giv
                                        const std::optional<Tensor>& weight, int64_t ignore_index) {
   const Tensor logits = arranged(given);
   const Image in = image(logits, "logits");
-  STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.numel() == 1 && grad_out.scalar_type() == scalar_type(accumulator_of(in.dtype)),
-                  "segnext_kernels: grad_out must be one number on the CPU in the accumulator's dtype");
+  STD_TORCH_CHECK(
+      on_device(grad_out) && grad_out.numel() == 1 && grad_out.scalar_type() == scalar_type(accumulator_of(in.dtype)),
+      "segnext_kernels: grad_out must be one number on the CPU in the accumulator's dtype");
   const void* factor = data_of(grad_out, "grad_out");
   const double scale = in.dtype == Dtype::kFloat64 ? *static_cast<const double*>(factor) : *static_cast<const float*>(factor);
   Tensor grad_logits = torch::stable::empty_like(logits);
@@ -240,7 +241,8 @@ PyMethodDef methods[] = {
     {"facts", facts, METH_NOARGS, "What this library was built for and with."},
     {nullptr, nullptr, 0, nullptr},
 };
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C_" SEGNEXT_TEXT(SEGNEXT_ISA), nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -143,7 +143,7 @@ inline Tensor filter(const Tensor& t, const Shape& shape, const char* name, Dtyp
 
 // The dtype that all of an image's filters have, of which this is the first: x's, or float32 beside 16 bits.
 inline Dtype filter_dtype(const Tensor& first, const Image& x) {
-  return x.dtype != Dtype::kFloat64 && first.scalar_type() == ScalarType::Float ? Dtype::kFloat32 : x.dtype;
+  return x.dtype != Dtype::kFloat64 && on_device(first) && first.scalar_type() == ScalarType::Float ? Dtype::kFloat32 : x.dtype;
 }
 
 struct Filters {

@@ -187,6 +187,16 @@ def add_up(partial, parts, channels, COUNT, SUMS: tl.constexpr, CHANNELS: tl.con
 
 
 @triton.jit
+def store_sum(partial, index, sum_of_lanes, blocks, parts, channels, CHANNELS: tl.constexpr, LAST: tl.constexpr,
+              TOGETHER: tl.constexpr):  # fmt: skip
+    """Stores what a program, one of TOGETHER on the same rows, has for one tap of its channels. partial: [TAPS, parts, C]."""
+    program = tl.program_id(0) // TOGETHER
+    channel = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    row = tl.cast(parts, tl.int64) * index + program // blocks
+    tl.store(partial + row * channels + channel, tl.sum(sum_of_lanes, 0 if LAST else 1), mask=channel < channels)
+
+
+@triton.jit
 def store_sums(grad, total, index, channel, channels, first: tl.constexpr, count: tl.constexpr):
     """Stores the sums first ... first + count - 1 as a gradient [C, count]."""
     inside = (channel < channels) & (index >= first) & (index < first + count)

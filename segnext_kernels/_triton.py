@@ -41,7 +41,7 @@ def define(schema: str, function: Callable, fake: Callable) -> torch.library.Lib
     the other way imports all of Inductor, which takes longer than everything else here.
     """
     name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
-    opaque = triton.knobs.runtime.interpret or torch.cuda.device_count() == 0
+    opaque = interpreted or torch.cuda.device_count() == 0
     make = torch.library.custom_op if opaque else torch.library.triton_op
     make(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=signature).register_fake(fake)
     return _library

@@ -178,3 +178,11 @@ def test_gelu_of_very_negative_numbers_is_zero_from_below(backend, dtype):
     assert (y <= 0).all() and (y >= -1e-7).all() and (y[3:] == 0).all()
     y.sum().backward()
     assert (x.grad.flatten()[3:] == 0).all() and x.grad.abs().max() < 1e-6
+
+
+@compiled
+def test_none_given_to_the_operator_itself(backend, capfd):
+    """As programs that were exported can: the kernel's own check says what is wrong, and libtorch prints nothing."""
+    with pytest.raises(RuntimeError, match=r"weight must be \[4, 1, 3, 3\]"):
+        torch.ops.segnext_kernels.dwconv_gelu(GOOD["x"], None, GOOD["bias"])
+    assert capfd.readouterr().err == ""

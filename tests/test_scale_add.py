@@ -152,6 +152,14 @@ def test_opcheck(y_dtype, shape, layout, backend):
         checks.check_registration("scale_add", (*forward, mask), *backward)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
+def test_a_gradient_has_the_strides_of_its_scale(backend):
+    """Those of a dimension of length 1 are free, and DistributedDataParallel wants them as the parameter has them."""
+    x, scale = torch.rand(2, 1, 5, 9), torch.rand(5)[::5].requires_grad_()
+    (grad,) = torch.autograd.grad(scale_add(x, x, scale, backend=backend).sum(), scale)
+    assert grad.stride() == scale.stride() == (5,)
+
+
 @pytest.mark.parametrize("needed", [{0}, {1}, {2}, {0, 1}, {1, 2}], ids=lambda s: "-".join(map(str, s)))
 @image_layouts
 def test_only_needed_gradients(needed, layout, backend):

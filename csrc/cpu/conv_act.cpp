@@ -53,11 +53,11 @@ class InputRows {
     }
   }
 
-  // out [pixels][out_row] <- kernel * kernel * channels elements each, pixels [first, last) of the output row; not of planes
-  void gather(int64_t first, int64_t last, E* out, int64_t out_row) const {
+  // out [pixels][out_row] <- kernel * kernel * channels elements each, of the output row; not of planes
+  void gather(int64_t pixels, E* out, int64_t out_row) const {
     const int64_t run = conv_.kernel * x_.channels;
-    if (run == kPhotoRun) return gather_runs(first, last, std::integral_constant<int64_t, kPhotoRun>{}, out, out_row);
-    gather_runs(first, last, run, out, out_row);
+    if (run == kPhotoRun) return gather_runs(pixels, std::integral_constant<int64_t, kPhotoRun>{}, out, out_row);
+    gather_runs(pixels, run, out, out_row);
   }
 
   // Where these elements lie, without gathering them.
@@ -91,8 +91,8 @@ class InputRows {
   }
 
   template <class Run>
-  void gather_runs(int64_t first, int64_t last, Run run, E* out, int64_t out_row) const {
-    for (int64_t w = first; w < last; ++w, out += out_row) {
+  void gather_runs(int64_t pixels, Run run, E* out, int64_t out_row) const {
+    for (int64_t w = 0; w < pixels; ++w, out += out_row) {
       const E* in = rows_ + w * conv_.stride * x_.channels;
       for (int64_t s = 0; s < conv_.kernel; ++s) std::memcpy(out + s * run, in + s * line_, sizeof(E) * run);
     }
@@ -158,7 +158,7 @@ void conv_act_forward(const Image& x, const Convolution& conv, const Image& y, c
         for (Range range = items.next(most); !range.empty(); range = items.next(most)) {
           for (int64_t row = range.begin; row < range.end; ++row) {
             rows.load(row / y.height, row % y.height);
-            rows.gather(0, y.width, gathered + (row - range.begin) * y.width * depth, depth);
+            rows.gather(y.width, gathered + (row - range.begin) * y.width * depth, depth);
           }
           product(weights, gathered, depth, range.begin * y.width, (range.end - range.begin) * y.width);
         }

@@ -110,7 +110,10 @@ template <class A, class T, bool Staged>
 class Source {
  public:
   explicit Source(const Image& image)
-      : step(Staged ? kLanes<A> : image.channels), image_(image), zeros_(kLanes<A>), ring_(Staged ? kK : 0, image.width, 0) {
+      : step(Staged ? kLanes<A> : image.channels),
+        image_(image),
+        zeros_(kLanes<A>),
+        ring_(Staged ? kK : 0, Staged ? image.width : 0, 0) {
     std::memset(zeros_, 0, sizeof(T) * kLanes<A>);
   }
   void restart(const Part<A>& part, int64_t row) {

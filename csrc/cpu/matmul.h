@@ -33,7 +33,7 @@ Weights<T> prepared(const Packed<T>& w, bool once) {
   }
 }
 
-inline constexpr int64_t kPixels = 128;  // pixels of one product
+inline constexpr int64_t kPixels = 128;  // pixels of a product that may be cut anywhere
 
 // The left side of a product where it is made for that alone: of elements in the form that is multiplied.
 template <class T>

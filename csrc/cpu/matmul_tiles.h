@@ -1,6 +1,6 @@
 // The operands of products and the micro-kernel that multiplies them in registers. Part of matmul.h.
 //
-// A panel holds 32 columns of the weights, so that a tile of 8 rows by 32 columns (3 where there are 16 registers of 8) is
+// A panel holds 32 columns of the weights, so that a tile of 8 rows by 2 vectors (3 by 4 where there are 16 registers) is
 // summed in registers while its operands come from the first two caches. Every sum runs over the depth in order, wherever the
 // tiles begin.
 #pragma once

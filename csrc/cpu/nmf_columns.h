@@ -23,7 +23,7 @@ struct NmfShape {
     padded = vectors * L;
     chunk = N / 16 > 128 ? round_up(ceil_div(N, 16), 32) : 128;
     chunks = ceil_div(N, chunk);
-    const int64_t fits = 49152 / (D > 0 ? D : 1);  // a tile of x takes about 200 KB
+    const int64_t fits = 49152 / (D > 0 ? D : 1);  // a tile of x takes about 200 KB in float
     const int64_t most = fits < 32 ? 32 : fits;
     const int64_t tiles = ceil_div(chunk, most);
     tile = round_up(ceil_div(chunk, tiles), L);

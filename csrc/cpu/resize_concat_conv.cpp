@@ -56,15 +56,16 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
       });
     }
     const Packed<T> packed(static_cast<const T*>(weights[0]), maps[0].channels, C);
+    std::vector<Sample<float>> across;  // the columns of every map
+    for (const Coarse& map : coarse) {
+      const auto own = samples<float>(map.width, y.width);
+      across.insert(across.end(), own.begin(), own.end());
+    }
     parallel(y.images * y.height, [&](Share& items) {
       const Weights<T> part = prepared(packed, false);
       int64_t size = 0;
       for (const Coarse& map : coarse) size += map.row;
       Buffer<float> resized(size);
-      std::vector<Sample<float>> samples;
-      for (const Coarse& map : coarse) {
-        for (int64_t w = 0; w < y.width; ++w) samples.emplace_back(w, map.width, y.width);
-      }
       for (const int64_t item : items) {
         const int64_t n = item / y.height, row = item % y.height;
         float* at = resized;
@@ -82,7 +83,7 @@ void resize_concat_conv_forward(const Image* maps, const void* const* weights, i
                     for (int i = 0; i < count; ++i) {
                       z[i] += b;
                       const float* map_row = resized + c;
-                      const Sample<float>* sample = samples.data() + m + i;
+                      const Sample<float>* sample = across.data() + m + i;
                       for (const Coarse& map : coarse) {
                         z[i] += lerp<float>(map_row + sample->low * padded, map_row + sample->high * padded, sample->weight);
                         map_row += map.row;

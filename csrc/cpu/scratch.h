@@ -79,7 +79,7 @@ class Buffer {
 
  private:
   static size_t bytes(int64_t size) {
-    if (size > static_cast<int64_t>(PTRDIFF_MAX / sizeof(A))) throw std::bad_alloc();
+    if (size < 0 || size > static_cast<int64_t>(PTRDIFF_MAX / sizeof(A))) throw std::bad_alloc();
     return static_cast<size_t>(size > 0 ? size : 1) * sizeof(A);
   }
   FreeBlocks::Block block_;

@@ -265,6 +265,7 @@ SEGNEXT_INLINE void transpose(Vector<A> (&rows)[kLanes<A>]) {
   }
 }
 
+// `most` where z is NaN.
 SEGNEXT_INLINE Vector<float> minimum(Vector<float> z, float most) {
 #if defined(__AVX512F__)
   return bit_cast<Vector<float>>(_mm512_min_ps(bit_cast<__m512>(z), _mm512_set1_ps(most)));

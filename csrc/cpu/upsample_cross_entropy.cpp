@@ -4,6 +4,7 @@
 // gap in cache before it goes to these rows' columns. Items write to rows of their own, which are then summed in order.
 #include <cmath>
 #include <stdexcept>
+#include <string>
 
 #include "cpu/upsample.h"
 

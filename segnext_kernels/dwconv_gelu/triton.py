@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._register import gradient_of, like_layout
-from .._stencil import REDUCE, Tiles, add_up, cut, lanes_of, push, scratch_rows, store_sums, warps, zeros
+from .._stencil import REDUCE, Tiles, add_up, cut, lanes_of, push, scratch_rows, store_sum, store_sums, warps, zeros
 from .._triton import ceil_div, config, is_channels_last, launch, power_of_2, wrap_triton
 
 
@@ -215,11 +215,8 @@ def differentiate(
             tl.store(grad_x + at - 2 * stride_h, new[0], mask=own & (row >= first + 2))
         gradients = push(new, tl.zeros_like(d))
     if NEED_WEIGHTS:
-        part = tl.program_id(0) // blocks
-        channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
         for i in tl.static_range(10):
-            target = partial + (i * parts + part).to(tl.int64) * channels + channel
-            tl.store(target, tl.sum(sums[i], 0 if LAST else 1), mask=channel < channels)
+            store_sum(partial, i, sums[i], blocks, parts, channels, CHANNELS, LAST, 1)
 
 
 @triton.jit

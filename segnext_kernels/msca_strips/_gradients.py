@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._stencil import lanes_of, load_rows, load_taps, scratch_rows, store_rows, zeros
+from .._stencil import lanes_of, load_rows, load_taps, scratch_rows, store_rows, store_sum, zeros
 from ._filters import (
     BRANCHES,
     REACH,
@@ -292,13 +292,3 @@ def tap_place(branch, distance):
     return sum(has_tap(b, d) for d in range(-REACH.value, distance) for b in range(BRANCHES.value)) + sum(
         has_tap(b, distance) for b in range(branch)
     )
-
-
-@triton.jit
-def store_sum(partial, index, sum_of_lanes, blocks, parts, channels, CHANNELS: tl.constexpr, LAST: tl.constexpr,
-              TOGETHER: tl.constexpr):  # fmt: skip
-    """Stores what a program has for one tap of its channels. partial: [TAPS, parts, C]."""
-    program = tl.program_id(0) // TOGETHER
-    channel = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    row = (index * parts + program // blocks).to(tl.int64)
-    tl.store(partial + row * channels + channel, tl.sum(sum_of_lanes, 0 if LAST else 1), mask=channel < channels)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from .. import _triton
-from .._register import like_layout, register
+from .._register import gradient_of, like_layout, register
 from .._validate import dense_image
 
 
@@ -15,7 +15,8 @@ def _fake(x, y, scale, keep):
 
 
 def _backward_fake(grad_out, y, scale, keep, need_y, need_scale):
-    return torch.empty_like(dense_image(y)) if need_y else y.new_empty(0), scale.new_empty(scale.shape if need_scale else 0)
+    grad_y = torch.empty_like(dense_image(y)) if need_y else y.new_empty(0)
+    return grad_y, gradient_of(scale) if need_scale else scale.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._register import like_layout
+from .._register import gradient_of, like_layout
 from .._stencil import add_up, store_sums
 from .._triton import ceil_div, config, is_channels_last, launch, power_of_2, wrap_triton
 
@@ -86,9 +86,7 @@ def backward(
     grad_out: Tensor, y: Tensor, scale: Tensor, keep: Tensor | None, need_y: bool, need_scale: bool
 ) -> tuple[Tensor, Tensor]:
     grad_y = torch.empty_like(y) if need_y else y.new_empty(0)
-    grad_scale = scale.new_empty(0)
-    if need_scale:
-        grad_scale = scale.new_zeros(scale.shape) if y.numel() == 0 else scale.new_empty(scale.shape)
+    grad_scale = gradient_of(scale, zero=y.numel() == 0) if need_scale else scale.new_empty(0)
     if y.numel() == 0 or not (need_y or need_scale):
         return grad_y, grad_scale
     tiles = Tiles.of(y)
