@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -49,10 +50,9 @@ def serve(
     with _listen(port) as listener:
         app = create_app(Session(weights, rank=rank, short_side=short_side, device=device), megabytes * 10**6)
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)  # of uploads
-        try:
+        with suppress(KeyboardInterrupt):  # raised again by uvicorn at its end, if SIGINT was not ignored before
             Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:  # what uvicorn raises again once it has shut down
-            print("ended")
+        print("ended")
 
 
 def _listen(port: int) -> socket.socket:
