@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -36,7 +35,6 @@ class Complexity:
     macs: int
 
 
-@functools.cache
 def count(size: str, head: str = "ham", num_classes: int = 150, image_size: tuple[int, int] = (512, 512)) -> Complexity:
     """Counts a model in evaluation, from the normalised image to logits at the image's size.
 

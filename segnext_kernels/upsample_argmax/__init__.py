@@ -23,7 +23,7 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int], *, backend: str | Non
     Args:
         logits: [N, C, h, w], C > 0, float32, float64, bfloat16 or float16; contiguous or channels_last are used as they are,
             any other strides are copied to contiguous first.
-        size: (H, W) of the label map, larger or smaller than the logits'.
+        size: (H, W) of the label map, larger or smaller than the logits'. A program that ``torch.jit.trace`` records keeps it.
         backend: ``None`` for the best that serves the call, or a name (see :func:`segnext_kernels.explain`).
 
     Returns:
